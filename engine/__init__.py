@@ -1,0 +1,1 @@
+"""The engine makes clips. It imports nothing of `app` or `train`."""

@@ -1,0 +1,224 @@
+"""Presets: data that says which model, which files, which defaults, and what fits.
+
+In:  presets/<name>.json, and a job that may leave values out.
+Out: a frozen `Preset`; `resolve(job)` gives the job with every value filled in and checked against its preset.
+Knows nothing of torch; a preset is data, never code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from engine.job import Document, GenerateJob, Sampling, rephrased
+from engine.messages import StudioError
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "presets"
+
+
+class Size(Document):
+    """One size the model was trained at."""
+
+    width: int = Field(ge=16, le=4096)
+    """Pixels across."""
+    height: int = Field(ge=16, le=4096)
+    """Pixels down."""
+
+
+class Components(Document):
+    """Folders of the model's parts, in diffusers' and transformers' layout, relative to the repository."""
+
+    transformer: str
+    """WanTransformer3DModel, with identity blocks where the preset has them."""
+    vae: str
+    """AutoencoderKLWan."""
+    text_encoder: str
+    """UMT5EncoderModel."""
+    tokenizer: str
+    """Tokenizer of the text encoder."""
+    vlm: str = ""
+    """Qwen2_5_VLForConditionalGeneration, or empty when the preset has none."""
+    vlm_tokenizer: str = ""
+    """Tokenizer of the VLM."""
+
+
+class Cost(Document):
+    """What one clip costs, measured on the machine named in docs/measurements.md; corrected by this machine's own runs."""
+
+    weights_mb: int = Field(ge=0)
+    """All weights together in memory."""
+    activations_mb: int = Field(ge=0)
+    """Everything else while sampling at the preset's own size."""
+    step_s: float = Field(gt=0)
+    """One denoising step at the preset's own size and guidance, two CPU cores."""
+    start_s: float = Field(ge=0)
+    """Loading and encoding, cold."""
+    decode_s: float = Field(ge=0)
+    """Decoding and saving at the preset's own size."""
+
+
+class Preset(Document):
+    """A model a creator can pick."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    """Its file's name, and what a job writes."""
+    title: str
+    """What the page shows."""
+    about: str
+    """One honest sentence on what it is and what to expect."""
+    licence: str
+    """Licence of the weights."""
+    source: str
+    """Where the weights come from."""
+    components: Components
+    """The parts."""
+    conditioning: Literal["identity", "none"] = "identity"
+    """How subjects enter."""
+    mention: Literal["slot", "noun"] = "slot"
+    """How @fox is written for the model: "subject 2, a fox", or the noun phrase itself."""
+    max_subjects: int = Field(ge=0, le=8)
+    """Most subjects at once."""
+    reference_size: int = Field(ge=16, le=2048)
+    """Longest side of a prepared reference picture, in pixels; pictures become squares."""
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    """Sizes it was trained at, its own default first."""
+    size_multiple: int = Field(ge=1)
+    """Width and height are multiples of this."""
+    num_frames: int = Field(ge=1)
+    """Default length."""
+    max_frames: int = Field(ge=1)
+    """Longest clip that is sensible."""
+    fps: int = Field(ge=1, le=120)
+    """Frames a second."""
+    display_scale: int = Field(1, ge=1, le=16)
+    """Each pixel is written this many times across and down; metrics use native frames."""
+    negative_prompt: str = ""
+    """What to stay away from."""
+    sampling: Sampling
+    """Its own defaults, every field that its guidance needs filled in."""
+    draft_steps: int = Field(ge=1, le=100)
+    """Steps of a quick draft; "finish this one" takes the full number with the same seed."""
+    cost: Cost
+    """What a clip costs."""
+
+    def folder(self, part: str) -> Path:
+        """Absolute folder of one of the `components`."""
+        return ROOT / getattr(self.components, part)
+
+
+def names() -> list[str]:
+    """Every preset there is; toybox first."""
+    return sorted((path.stem for path in PRESETS.glob("*.json")), key=lambda name: (name != "toybox", name))
+
+
+def load(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        StudioError: no such preset, or its file does not hold together.
+    """
+    path = PRESETS / f"{name}.json"
+    if name not in names():
+        raise StudioError(
+            what=f"There is no preset called {name!r}.",
+            why=f"This studio has {', '.join(names())}.",
+            next_step="Choose one of those.",
+            field="preset",
+        )
+    try:
+        return Preset.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        reason = rephrased(error)
+        raise StudioError(
+            f"The preset {name} cannot be read.", f"{reason.what} {reason.why}", f"Mend presets/{name}.json.", field="preset"
+        ) from None
+
+
+def check_files(preset: Preset) -> None:
+    """Refuse a preset whose folders are not there.
+
+    Raises:
+        StudioError: naming the first folder that is missing.
+    """
+    for part in type(preset.components).model_fields:
+        folder = getattr(preset.components, part)
+        if folder and not any((ROOT / folder).glob("*.json")):
+            raise StudioError(
+                what=f"The preset {preset.name} names {folder}, which is not there.",
+                why=f"Its {part.replace('_', ' ')} has not been put into place.",
+                next_step="Choose another preset, or fetch this one's files again.",
+                field="preset",
+            )
+
+
+def resolve(job: GenerateJob) -> tuple[GenerateJob, Preset]:
+    """Fill in what the job left out and check it against its preset.
+
+    Raises:
+        StudioError: unknown preset, too many subjects, or a size or length the model does not take.
+    """
+    preset = load(job.preset)
+    if len(job.subjects) > preset.max_subjects:
+        raise StudioError(
+            what=f"The job has {len(job.subjects)} subjects.",
+            why=f"{preset.title} takes at most {preset.max_subjects}.",
+            next_step=f"Keep {preset.max_subjects} or fewer, or choose another preset.",
+            field="subjects",
+        )
+    given = job.sampling.model_dump(exclude_none=True)
+    sampling = Sampling(**{**preset.sampling.model_dump(exclude_none=True), **given})
+    filled = job.model_copy(
+        update={
+            "negative_prompt": preset.negative_prompt if job.negative_prompt is None else job.negative_prompt,
+            "num_frames": check_frames(job.num_frames or preset.num_frames, preset),
+            "width": check_side(job.width or preset.sizes[0].width, "width", preset),
+            "height": check_side(job.height or preset.sizes[0].height, "height", preset),
+            "sampling": sampling,
+        }
+    )
+    return filled, preset
+
+
+def check_frames(frames: int, preset: Preset) -> int:
+    """The number of frames, when the video VAE takes it and the preset is not out of its depth."""
+    low = max(1, (frames - 1) // 4 * 4 + 1)
+    if frames > preset.max_frames:
+        raise StudioError(
+            what=f"{frames} frames are too many for {preset.title}.",
+            why=f"It makes up to {preset.max_frames}.",
+            next_step=f"Use {preset.max_frames} or fewer.",
+            field="num_frames",
+        )
+    if (frames - 1) % 4:
+        raise StudioError(
+            what=f"{frames} frames do not fit the video VAE.",
+            why="It takes 4k + 1 frames: one, then groups of four.",
+            next_step=f"Use {low} or {low + 4}.",
+            field="num_frames",
+        )
+    return frames
+
+
+def check_side(pixels: int, field: str, preset: Preset) -> int:
+    """A width or height, when it is a multiple the model takes and not far from what it was trained at."""
+    multiple = preset.size_multiple
+    most = 2 * max(max(size.width, size.height) for size in preset.sizes)
+    if pixels % multiple:
+        low = max(multiple, pixels // multiple * multiple)
+        raise StudioError(
+            what=f"A {field} of {pixels} px does not fit.",
+            why=f"Width and height are multiples of {multiple} for {preset.title}.",
+            next_step=f"Use {low} or {low + multiple}.",
+            field=field,
+        )
+    if pixels > most:
+        raise StudioError(
+            what=f"A {field} of {pixels} px is too large for {preset.title}.",
+            why=f"It was trained at {preset.sizes[0].width} x {preset.sizes[0].height}.",
+            next_step=f"Use {most} px or less.",
+            field=field,
+        )
+    return pixels
