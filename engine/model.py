@@ -1,0 +1,709 @@
+"""Wan's video transformer with hierarchical identity-preserving blocks (ID-Crafter, arXiv 2511.00511, S.9-S.11).
+
+In:  noisy video latents, a time, UMT5 text states, and the subjects: VAE latents of their pictures and VLM states.
+Out: a velocity of the latents' shape. Knows nothing of prompts, pictures, schedules or guidance.
+
+The subjects run through a tower of their own, one `SubjectBlock` beside each of the first K Wan blocks:
+
+    f'  = f  + SelfAttn(norm f)                                       within one subject            stage 1, S.9
+    f'' = f' + sigmoid(W_g norm f') * CrossAttn(norm f', others' f')  between subjects, gated       stage 2, S.10
+    Z'  = Z  + CrossAttn(norm Z, [norm f'' of all; VLM])              subjects and VLM into video   stage 3, S.11
+
+Nothing in the tower sees the video or the time, so a clip needs it once: what stage 3 reads, the keys and values of
+every layer, is the `IdentityCache`. Block l hands f'' to block l + 1. Only the output projection of stage 3 starts at
+zero: an untrained model is Wan, bit for bit, and yet every stage has a gradient as soon as that projection moves.
+
+Shapes: B clips, N subjects, V pictures of a subject, L tokens of a subject (all its pictures), T VLM tokens, S keys of
+stage 3 (N * L + T), Q video tokens, H heads, E head width, D = H * E model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformer3DModel,
+    WanTransformerBlock,
+)
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+# --- what goes in, what is kept ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class References:
+    """The subjects of a batch, before the model has read them.
+
+    Args:
+        latents_BNVCHW: normalised VAE latents of the pictures, C channels, H x W latent pixels; None without subjects.
+        mask_BNV: True where a picture is there. None: all are. A subject without a picture is absent.
+        weights_BN: how strongly the clip follows a subject, >= 0. 1 is as trained; 0 is the same as absent.
+            None: all 1. It scales the values that stage 3 reads: where a pixel looks only at one subject, a bias on
+            the scores would change nothing.
+        slots_BN: which slot embedding each subject wears. None: 0, 1, 2, ... Shuffled in training, so that no slot
+            becomes the main one.
+        vlm_states_BTX: last hidden states of the VLM, X = the model's `vlm_dim`; None without a VLM.
+        vlm_mask_BT: True where a VLM token counts. None: all do.
+    """
+
+    latents_BNVCHW: Tensor | None = None
+    mask_BNV: Tensor | None = None
+    weights_BN: Tensor | None = None
+    slots_BN: Tensor | None = None
+    vlm_states_BTX: Tensor | None = None
+    vlm_mask_BT: Tensor | None = None
+
+
+class LayerIdentity(NamedTuple):
+    """What one block reads about the subjects: keys and values of stage 3, or bare tokens where stage 3 is off."""
+
+    key: Tensor  # (B, S, D); the tokens themselves where stage 3 is off
+    value: Tensor | None  # (B, S, D)
+    mask: Tensor | None  # (B, S), True where a key counts; None: all do
+    present: Tensor | None  # (B,), 1 where a clip has any key at all, else 0; None: all have
+
+
+@dataclass(frozen=True)
+class IdentityCache:
+    """Everything the video reads about the subjects, computed once per clip and kept over all steps.
+
+    The keys of the subjects come first, then those of the VLM, so a guidance branch without the VLM is a view.
+    """
+
+    layers: tuple[LayerIdentity, ...]
+    num_subject_tokens: int
+
+    def num_bytes(self) -> int:
+        """Memory of the keys and values of all layers, in bytes; tensors shared between layers count once."""
+        tensors = [t for layer in self.layers for t in (layer.key, layer.value) if t is not None]
+        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+    def without_vlm(self) -> IdentityCache | None:
+        """The same subjects without the VLM's tokens, sharing memory; None when there is no subject."""
+        if self.num_subject_tokens == 0:
+            return None
+        return replace(self, layers=tuple(_first_keys(layer, self.num_subject_tokens) for layer in self.layers))
+
+
+def _first_keys(layer: LayerIdentity, count: int) -> LayerIdentity:
+    value = None if layer.value is None else layer.value[:, :count]
+    mask = _true_mask(layer)
+    return LayerIdentity(layer.key[:, :count], value, *_usable(None if mask is None else mask[:, :count]))
+
+
+def _true_mask(layer: LayerIdentity) -> Tensor | None:
+    """The layer's mask without the stand-in that `_usable` puts into rows that have no key."""
+    if layer.mask is None or layer.present is None:
+        return layer.mask
+    return layer.mask & layer.present.unsqueeze(-1)
+
+
+def _usable(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A key mask that attention can take, and which rows had a key at all.
+
+    A row of nothing but masked keys makes softmax 0 / 0, so such a row looks at everything and its result is
+    multiplied by zero. A mask that masks nothing is dropped: attention without one is faster.
+    """
+    if mask is None or bool(mask.all()):
+        return None, None
+    present = mask.any(dim=-1)
+    if bool(present.all()):
+        return mask, None
+    return mask | ~present.unsqueeze(-1), present
+
+
+# --- the subject tower: stages 1 and 2, and what stage 3 reads ------------------------------------------------------
+
+
+class OthersAttnProcessor:
+    """Attention of each subject to all the others; keys are projected once and gathered, not projected N - 1 times."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, N, L, D) -> (B, N, L, D), N >= 2. `attention_mask`: (B * N, 1, 1, (N - 1) * L), True = look."""
+        B, N, L, _ = hidden_states.shape
+        query = attn.norm_q(attn.to_q(hidden_states)).flatten(0, 1).unflatten(-1, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(-1, (attn.heads, -1))
+        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
+        others = _others(N, hidden_states.device)
+        key, value = (t[:, others].reshape(B * N, (N - 1) * L, attn.heads, -1) for t in (key, value))
+        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
+        out = out.flatten(2, 3).type_as(query).unflatten(0, (B, N))
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _others(N: int, device: torch.device) -> Tensor:
+    """(N, N - 1): for each subject the numbers of all the others."""
+    return torch.tensor([[j for j in range(N) if j != i] for i in range(N)], device=device)
+
+
+class TowerMasks(NamedTuple):
+    """Masks of one batch, the same in every layer of the tower; None: nothing is masked."""
+
+    within: Tensor | None = None  # (B * N, 1, 1, L)
+    others: Tensor | None = None  # (B * N, 1, 1, (N - 1) * L)
+    has_others: Tensor | None = None  # (B, N, 1, 1), 0 where a subject is alone
+
+
+class _Tower(NamedTuple):
+    """The subjects before the first layer, and what stays the same from layer to layer."""
+
+    tokens: Tensor | None  # (B, N, L, D)
+    vlm: Tensor | None  # (B, T, D)
+    weights: Tensor | None  # (B, N)
+    rotary_emb: tuple[Tensor, Tensor] | None
+    masks: TowerMasks
+    chosen: Tensor | None  # numbers of the keys of stage 3 that exist; None: all do, or they differ between clips
+    mask: Tensor | None  # (B, S), see LayerIdentity
+    present: Tensor | None  # (B,), see LayerIdentity
+    num_subject_keys: int
+
+
+class SubjectBlock(nn.Module):
+    """Stages 1 and 2 of one layer, and the keys and values that stage 3 of that layer reads.
+
+    A stage that is switched off has no parameters and passes its input through.
+    """
+
+    def __init__(self, dim: int, num_heads: int, eps: float, *, intra: bool, inter: bool, cross: bool) -> None:
+        super().__init__()
+        head = {"dim": dim, "heads": num_heads, "dim_head": dim // num_heads, "eps": eps}
+        self.norm1 = FP32LayerNorm(dim, eps) if intra else None
+        self.attn1 = WanAttention(**head, processor=WanAttnProcessor()) if intra else None
+        self.norm2 = FP32LayerNorm(dim, eps) if inter else None
+        self.attn2 = WanAttention(**head, processor=OthersAttnProcessor(), is_cross_attention=True) if inter else None
+        self.gate = nn.Linear(dim, dim) if inter else None
+        self.norm3 = FP32LayerNorm(dim, eps) if cross else None
+        self.to_k = nn.Linear(dim, dim) if cross else None
+        self.to_v = nn.Linear(dim, dim) if cross else None
+        self.norm_k = nn.RMSNorm(dim, eps=eps) if cross else None
+
+    def forward(
+        self,
+        tokens_BNLD: Tensor | None,
+        vlm_BTD: Tensor | None,
+        weights_BN: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor] | None,
+        masks: TowerMasks,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Subjects, one layer further, with the key and value (B, S, D) of stage 3 (bare tokens, None without it)."""
+        if tokens_BNLD is not None:
+            tokens_BNLD = self._within(tokens_BNLD, rotary_emb, masks)
+            tokens_BNLD = self._between(tokens_BNLD, masks)
+        if self.norm3 is None or self.to_k is None or self.to_v is None or self.norm_k is None:
+            return tokens_BNLD, _joined(tokens_BNLD, vlm_BTD), None
+        normed = None if tokens_BNLD is None else self.norm3(tokens_BNLD)
+        context = _joined(normed, vlm_BTD)
+        value = self.to_v(context)
+        if weights_BN is not None and tokens_BNLD is not None:
+            value = value * _per_key(weights_BN.to(value.dtype), tokens_BNLD.shape[2], value.shape[1]).unsqueeze(-1)
+        return tokens_BNLD, self.norm_k(self.to_k(context)), value
+
+    def _within(self, f: Tensor, rotary_emb: tuple[Tensor, Tensor] | None, masks: TowerMasks) -> Tensor:
+        """Stage 1, with the residual that S.9 leaves out (a zero start would erase the subject otherwise)."""
+        if self.attn1 is None or self.norm1 is None:
+            return f
+        flat = self.norm1(f).flatten(0, 1)
+        return f + self.attn1(flat, None, masks.within, rotary_emb).view_as(f)
+
+    def _between(self, f: Tensor, masks: TowerMasks) -> Tensor:
+        """Stage 2; a single subject has nobody to look at and stays as it is."""
+        if self.attn2 is None or self.norm2 is None or self.gate is None or f.shape[1] < 2:
+            return f
+        normed = self.norm2(f)
+        seen = torch.sigmoid(self.gate(normed)) * self.attn2(normed, None, masks.others)
+        return f + (seen if masks.has_others is None else seen * masks.has_others.to(seen.dtype))
+
+
+def _joined(tokens_BNLD: Tensor | None, vlm_BTD: Tensor | None) -> Tensor:
+    """All subjects' tokens, then the VLM's: (B, S, D)."""
+    parts = [] if tokens_BNLD is None else [tokens_BNLD.flatten(1, 2)]
+    parts += [] if vlm_BTD is None else [vlm_BTD]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _per_key(values_BN: Tensor, tokens_per_subject: int, num_keys: int) -> Tensor:
+    """One value per subject -> one per key, 1 for the VLM's: (B, S)."""
+    subjects = values_BN.repeat_interleave(tokens_per_subject, dim=1)
+    return nn.functional.pad(subjects, (0, num_keys - subjects.shape[1]), value=1)
+
+
+class VLMProjector(nn.Module):
+    """Last hidden states of the VLM -> the transformer's width, once per clip (D1: norm, then an MLP)."""
+
+    def __init__(self, vlm_dim: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.norm = FP32LayerNorm(vlm_dim, eps)
+        self.linear_1 = nn.Linear(vlm_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, states_BTX: Tensor) -> Tensor:
+        """(B, T, vlm_dim) -> (B, T, D)."""
+        states = self.norm(states_BTX.to(self.linear_1.weight.dtype))
+        return self.linear_2(nn.functional.gelu(self.linear_1(states), approximate="tanh"))
+
+
+# --- the video side: stage 3 inside Wan's block ---------------------------------------------------------------------
+
+
+class IdentityAttention(nn.Module):
+    """Stage 3 as the video sees it: what is added to Z. Its output projection is the only one that starts at zero."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = num_heads
+        self.norm = FP32LayerNorm(dim, eps)
+        self.to_q = nn.Linear(dim, dim)
+        self.norm_q = nn.RMSNorm(dim, eps=eps)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, hidden_states_BQD: Tensor, identity: LayerIdentity) -> Tensor:
+        """(B, Q, D) and the keys of this layer -> what the subjects add, (B, Q, D). No RoPE: a subject has no place."""
+        assert identity.value is not None, "this layer's identity was made by a model without stage 3"
+        query = self.norm_q(self.to_q(self.norm(hidden_states_BQD)))
+        heads = (t.unflatten(-1, (self.heads, -1)) for t in (query, identity.key, identity.value))
+        mask = None if identity.mask is None else identity.mask[:, None, None, :]
+        seen = dispatch_attention_fn(*heads, attn_mask=mask)
+        seen = self.to_out(seen.flatten(2, 3).type_as(query))
+        return seen if identity.present is None else seen * identity.present[:, None, None].to(seen.dtype)
+
+
+class JoinedCrossAttention(WanAttention):
+    """Wan's cross-attention over text and subject tokens side by side, for the ablations without stage 3."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor, Tensor | None] | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Like Wan's, but the context may be a pair of tokens and their mask, since a Wan block passes no mask on."""
+        if isinstance(encoder_hidden_states, tuple):
+            encoder_hidden_states, attention_mask = encoder_hidden_states
+        return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+
+
+class IdentityWanTransformerBlock(WanTransformerBlock):
+    """A Wan block, then stage 3. It sits inside the block so that a step cache which skips the block skips both."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        qk_norm: str = "rms_norm_across_heads",
+        cross_attn_norm: bool = False,
+        eps: float = 1e-6,
+        added_kv_proj_dim: int | None = None,
+        *,
+        cross: bool = True,
+    ) -> None:
+        super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
+        self.identity = IdentityAttention(dim, num_heads, eps) if cross else None
+        if not cross:
+            self.attn2 = JoinedCrossAttention(
+                dim=dim,
+                heads=num_heads,
+                dim_head=dim // num_heads,
+                eps=eps,
+                added_kv_proj_dim=added_kv_proj_dim,
+                cross_attention_dim_head=dim // num_heads,
+                processor=WanAttnProcessor(),
+            )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Tensor,
+        identity: LayerIdentity | None = None,
+    ) -> Tensor:
+        """(B, Q, D) -> (B, Q, D); without `identity` exactly Wan's block."""
+        if identity is None:
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        if self.identity is None:
+            context = cast(Tensor, _context_with_subjects(encoder_hidden_states, identity))
+            return super().forward(hidden_states, context, temb, rotary_emb)
+        hidden_states = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return hidden_states + self.identity(hidden_states, identity)
+
+
+def _context_with_subjects(text: Tensor, identity: LayerIdentity) -> tuple[Tensor, Tensor | None]:
+    """Text tokens, then the subjects' and the VLM's, with the mask that leaves absent ones out."""
+    tokens = torch.cat([text, identity.key.to(text.dtype)], dim=1)
+    mask = _true_mask(identity)  # text is always there, so here an empty row needs no stand-in
+    if mask is None:
+        return tokens, None
+    return tokens, nn.functional.pad(mask, (text.shape[1], 0), value=True)[:, None, None, :]
+
+
+TransformerBlockRegistry.register(
+    IdentityWanTransformerBlock,
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)
+
+
+# --- the whole model ------------------------------------------------------------------------------------------------
+
+
+class IdentityWanTransformer3DModel(WanTransformer3DModel):
+    """Wan with identity-preserving blocks in its first `identity_layers` layers.
+
+    Args (beyond Wan's own):
+        identity_layers: how many of the first blocks carry identity blocks; 20 at 1.3B and 14B (paper, A.1).
+        max_subjects: how many slot embeddings there are.
+        vlm_dim: width of the VLM's hidden states, 3,584 for Qwen2.5-VL-7B; 0 = "w/o VLM encoder", UMT5 alone.
+        identity_intra, identity_inter: stages 1 and 2 on or off.
+        identity_cross: stage 3 on or off. Off, the subjects (and VLM tokens) of each layer join UMT5's tokens in
+            Wan's own cross-attention; such a model is NOT plain Wan at the start. With all three off that is the
+            paper's "w/o hierarchical attention", plain concatenation; with stage 3 alone, "stage 3 only".
+    """
+
+    _no_split_modules = ["WanTransformerBlock", "IdentityWanTransformerBlock", "SubjectBlock"]
+    _repeated_blocks = ["WanTransformerBlock", "IdentityWanTransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        identity_layers: int = 20,
+        max_subjects: int = 4,
+        vlm_dim: int = 3584,
+        identity_intra: bool = True,
+        identity_inter: bool = True,
+        identity_cross: bool = True,
+    ) -> None:
+        if patch_size[0] != 1 or not 0 < identity_layers <= num_layers:
+            raise ValueError(
+                f"identity_layers={identity_layers} has to lie between 1 and num_layers={num_layers}, "
+                f"and patch_size={patch_size} has to leave time alone."
+            )
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers - identity_layers,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            image_dim=image_dim,
+            added_kv_proj_dim=added_kv_proj_dim,
+            rope_max_seq_len=rope_max_seq_len,
+            pos_embed_seq_len=pos_embed_seq_len,
+        )
+        self.register_to_config(num_layers=num_layers)  # Wan registered the number of plain blocks just now
+        dim = num_attention_heads * attention_head_dim
+        block = (dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
+        carriers = [IdentityWanTransformerBlock(*block, cross=identity_cross) for _ in range(identity_layers)]
+        self.blocks = nn.ModuleList([*carriers, *self.blocks])
+
+        # A patch embedding of its own, started as a copy of Wan's: a still picture of a subject on white is not a
+        # noisy frame, and the two have to be free to part in training while the base may stay frozen.
+        self.subject_patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.slot_embedding = nn.Embedding(max_subjects, dim)
+        self.vlm_projector = VLMProjector(vlm_dim, dim, eps) if vlm_dim else None
+        stages = {"intra": identity_intra, "inter": identity_inter, "cross": identity_cross}
+        self.subject_blocks = nn.ModuleList(
+            [SubjectBlock(dim, num_attention_heads, eps, **stages) for _ in range(identity_layers)]
+        )
+        self.init_identity()
+
+    def init_identity(self) -> None:
+        """Start (or start again) everything that plain Wan does not have; Wan's own weights stay as they are."""
+        for name, module in self.named_modules():
+            if not is_identity_key(name + "."):
+                continue
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
+        # About a sixth of a patch token's size: seen from the first step, and the picture stays the louder of the two.
+        nn.init.normal_(self.slot_embedding.weight, std=0.1)
+        self.subject_patch_embedding.load_state_dict(self.patch_embedding.state_dict())
+        for block in self.blocks:
+            if getattr(block, "identity", None) is not None:
+                nn.init.zeros_(block.identity.to_out.weight)
+
+    @classmethod
+    def from_plain_wan(cls, plain: WanTransformer3DModel, **identity_config: Any) -> IdentityWanTransformer3DModel:
+        """Carry plain Wan's weights over (shared, not copied) and start the identity blocks.
+
+        Args:
+            plain: a loaded `WanTransformer3DModel`; its tensors move into the new model.
+            identity_config: `identity_layers`, `max_subjects`, `vlm_dim`, `identity_intra`, ...
+
+        Raises:
+            ValueError: the keys do not fit, which would leave a part of Wan unset.
+        """
+        config = {key: value for key, value in plain.config.items() if not key.startswith("_")}
+        with torch.device("meta"):
+            model = cls(**{**config, **identity_config})
+        missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False, assign=True)
+        strangers = [key for key in missing if not is_identity_key(key)] + list(unexpected)
+        if strangers:
+            raise ValueError(f"{len(strangers)} keys do not fit plain Wan, the first is {strangers[0]!r}.")
+        model.rope = plain.rope  # its tables are buffers that no checkpoint holds
+        weight = plain.patch_embedding.weight
+        for name, parameter in list(model.named_parameters()):
+            if is_identity_key(name):
+                owner, _, leaf = name.rpartition(".")
+                empty = torch.empty(parameter.shape, dtype=weight.dtype, device=weight.device)
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(empty))
+        model.init_identity()
+        return model
+
+    # --- the subjects ---
+
+    @property
+    def has_vlm(self) -> bool:
+        """Whether stage 3 reads the VLM."""
+        return self.vlm_projector is not None
+
+    def encode_identity(self, references: References) -> IdentityCache | None:
+        """Run the subject tower once; the result serves every step and every guidance branch of the clip.
+
+        Returns:
+            The cache, or None when there is neither a subject nor a VLM token.
+
+        Raises:
+            ValueError: more subjects than slots, or shapes that do not belong together.
+        """
+        tower = self._tower(references)
+        if tower is None:
+            return None
+        return IdentityCache(tuple(self._climb(tower)), tower.num_subject_keys)
+
+    def _tower(self, references: References) -> _Tower | None:
+        """The ground floor: tokens, VLM tokens, and which keys of stage 3 survive; None when none does."""
+        tokens, rotary_emb = self._subject_tokens(references)
+        states = references.vlm_states_BTX
+        vlm = self.vlm_projector(states) if states is not None and self.vlm_projector is not None else None
+        if tokens is None and vlm is None:
+            return None
+        there = _presence(references)
+        masks = TowerMasks() if tokens is None or there is None else _tower_masks(there, tokens)
+        keys = _key_mask(there, tokens, references.vlm_mask_BT, vlm)
+        num_subject_keys = 0 if tokens is None else tokens.shape[1] * tokens.shape[2]
+        chosen = None
+        if keys is not None and bool((keys == keys[:1]).all()):
+            # Clips that lack the same keys (one clip above all) lose them for good, not by a mask at every step.
+            chosen = keys[0].nonzero().flatten()
+            num_subject_keys = int(keys[0, :num_subject_keys].sum())
+            if len(chosen) == 0:
+                return None
+            keys = None
+        mask, present = _usable(keys)
+        weights = references.weights_BN
+        return _Tower(tokens, vlm, weights, rotary_emb, masks, chosen, mask, present, num_subject_keys)
+
+    def _climb(self, tower: _Tower) -> Iterator[LayerIdentity]:
+        """One layer after the other, so that whoever does not keep them holds one at a time."""
+        tokens = tower.tokens
+        for block in self.subject_blocks:
+            arguments = (tokens, tower.vlm, tower.weights, tower.rotary_emb, tower.masks)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens, key, value = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                tokens, key, value = block(*arguments)
+            if tower.chosen is not None:
+                key, value = key[:, tower.chosen], None if value is None else value[:, tower.chosen]
+            yield LayerIdentity(key, value, tower.mask, tower.present)
+
+    def _subject_tokens(self, references: References) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Patch, join the pictures of each subject, add its slot: (B, N, L, D), and the RoPE of stage 1.
+
+        Wan's RoPE with pictures in the place of frames: height and width inside a picture, and on the time axis the
+        picture's number, so that two pictures of one subject do not lie on top of each other. The first one is at 0.
+        """
+        latents = references.latents_BNVCHW
+        if latents is None or latents.shape[1] == 0:
+            return None, None
+        N, V, most = latents.shape[1], latents.shape[2], self.config.max_subjects
+        if N > most and references.slots_BN is None:
+            raise ValueError(f"{N} subjects, but the model has {most} slots. Give {most} or fewer.")
+        pictures = latents.flatten(0, 1).transpose(1, 2)  # (B * N, C, V, H, W)
+        rotary_emb = self.rope(pictures)
+        tokens = self.subject_patch_embedding(pictures.to(self.subject_patch_embedding.weight.dtype))
+        tokens = tokens.flatten(2).transpose(1, 2).unflatten(0, (-1, N))  # (B, N, V * h * w, D)
+        slots = references.slots_BN
+        if slots is None:
+            slots = torch.arange(N, device=tokens.device).unsqueeze(0)
+        assert tokens.shape[2] % V == 0
+        return tokens + self.slot_embedding(slots).unsqueeze(2), rotary_emb
+
+    # --- one prediction ---
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        identity: IdentityCache | None = None,
+        references: References | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The velocity at one noise level.
+
+        Args:
+            hidden_states: noisy latents (B, C, F, H, W).
+            timestep: (B,), 0 clean to 1000 noise; (B, tokens) for models with a time per token.
+            encoder_hidden_states: UMT5 states (B, 512, text_dim).
+            identity: the subjects, read before by `encode_identity`. With neither this nor `references`: plain Wan.
+            references: the subjects, read now, one layer at a time; slower, without the cache's memory. For training.
+
+        Source: diffusers' `WanTransformer3DModel.forward`, the same operations in the same order, which is what keeps
+        an untrained model equal to Wan bit for bit.
+        """
+        if identity is not None and references is not None:
+            raise ValueError("Give either `identity` (read before) or `references` (to read now), not both.")
+        grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.config.patch_size, strict=True)]
+        rotary_emb = self.rope(hidden_states)
+        hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+
+        per_token = timestep.shape[1] if timestep.ndim == 2 else None
+        temb, modulation, text, image = self.condition_embedder(
+            timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len=per_token
+        )
+        modulation = modulation.unflatten(1 if per_token is None else 2, (6, -1))
+        context = text if image is None else torch.concat([image, text], dim=1)
+
+        layers = iter(identity.layers) if identity is not None else iter(())
+        if references is not None:
+            tower = self._tower(references)
+            layers = iter(()) if tower is None else self._climb(tower)
+        for index, block in enumerate(self.blocks):
+            arguments = (hidden_states, context, modulation, rotary_emb)
+            if index < self.config.identity_layers:
+                arguments = (*arguments, next(layers, None))
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                hidden_states = block(*arguments)
+
+        output = self._unpatched(hidden_states, temb, grid)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _unpatched(self, hidden_states: Tensor, temb: Tensor, grid: list[int]) -> Tensor:
+        """Last norm and projection, and tokens back to latents (B, C, F, H, W)."""
+        if temb.ndim == 3:  # a time per token
+            table = self.scale_shift_table.unsqueeze(0).to(temb.device)
+            shift, scale = (part.squeeze(2) for part in (table + temb.unsqueeze(2)).chunk(2, dim=2))
+        else:
+            shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
+        shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
+        hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
+        patches = self.proj_out(hidden_states).unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+# --- masks, and which parameters are whose --------------------------------------------------------------------------
+
+
+def _presence(references: References) -> Tensor | None:
+    """(B, N, V): True where a picture is there and its subject's weight is above 0; None: everywhere."""
+    mask, weights, latents = references.mask_BNV, references.weights_BN, references.latents_BNVCHW
+    if latents is None or (mask is None and weights is None):
+        return None
+    there = torch.ones(latents.shape[:3], dtype=torch.bool, device=latents.device) if mask is None else mask.bool()
+    there = there if weights is None else there & (weights > 0).unsqueeze(-1)
+    return None if bool(there.all()) else there
+
+
+def _tower_masks(there_BNV: Tensor, tokens_BNLD: Tensor) -> TowerMasks:
+    """Masks of stages 1 and 2: missing pictures are not looked at, missing subjects neither."""
+    B, N, L, _ = tokens_BNLD.shape
+    tokens = there_BNV.repeat_interleave(L // there_BNV.shape[2], dim=2)  # (B, N, L)
+    within, _ = _usable(tokens.flatten(0, 1))
+    others, has_others = None, None
+    if N > 1:
+        others, has_others = _usable(tokens[:, _others(N, tokens.device)].reshape(B * N, -1))
+    return TowerMasks(
+        within=None if within is None else within[:, None, None, :],
+        others=None if others is None else others[:, None, None, :],
+        has_others=None if has_others is None else has_others.view(B, N, 1, 1),
+    )
+
+
+def _key_mask(
+    there_BNV: Tensor | None, tokens_BNLD: Tensor | None, vlm_mask_BT: Tensor | None, vlm_BTD: Tensor | None
+) -> Tensor | None:
+    """(B, S): which keys of stage 3 count; None: all of them."""
+    if there_BNV is None and (vlm_mask_BT is None or vlm_BTD is None):
+        return None
+    parts: list[Tensor] = []
+    if tokens_BNLD is not None:
+        B, N, L, _ = tokens_BNLD.shape
+        if there_BNV is None:
+            parts.append(torch.ones(B, N * L, dtype=torch.bool, device=tokens_BNLD.device))
+        else:
+            parts.append(there_BNV.repeat_interleave(L // there_BNV.shape[2], dim=2).flatten(1, 2))
+    if vlm_BTD is not None:
+        everything = torch.ones(vlm_BTD.shape[:2], dtype=torch.bool, device=vlm_BTD.device)
+        parts.append(everything if vlm_mask_BT is None else vlm_mask_BT.bool())
+    return torch.cat(parts, dim=1)
+
+
+def is_identity_key(name: str) -> bool:
+    """Whether a parameter or module of that name belongs to the identity blocks, not to plain Wan."""
+    own = ("subject_blocks.", "subject_patch_embedding.", "slot_embedding.", "vlm_projector.")
+    return name.startswith(own) or ".identity." in name
+
+
+def parameter_counts(model: WanTransformer3DModel) -> dict[str, int]:
+    """How many parameters belong to what: base, attention (with gates), norms, patches, slots, vlm."""
+    counts = dict.fromkeys(("base", "attention", "norms", "patches", "slots", "vlm"), 0)
+    groups = {"subject_patch_embedding": "patches", "slot_embedding": "slots", "vlm_projector": "vlm"}
+    for name, parameter in model.named_parameters():
+        if not is_identity_key(name):
+            group = "base"
+        else:
+            group = groups.get(name.split(".")[0]) or ("norms" if "norm" in name.split(".")[-2] else "attention")
+        counts[group] += parameter.numel()
+    return counts
