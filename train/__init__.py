@@ -1,0 +1,1 @@
+"""Makes checkpoints: the toybox world, data, training loops, rewards. Imports engine, never app."""
