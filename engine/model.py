@@ -13,15 +13,15 @@ Nothing in the tower sees the video or the time, so a clip needs it once: what s
 every layer, is the `IdentityCache`. Block l hands f'' to block l + 1. Only the output projection of stage 3 starts at
 zero: an untrained model is Wan, bit for bit, and yet every stage has a gradient as soon as that projection moves.
 
-Shapes: B clips, N subjects, V pictures of a subject, L tokens of a subject (all its pictures), T VLM tokens, S keys of
-stage 3 (N * L + T), Q video tokens, H heads, E head width, D = H * E model width.
+The tower is in engine/subject_tower.py; here is the video's side and the whole.
+
+Shapes: B clips, N subjects, V pictures of a subject, C latent channels, Q video tokens, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -35,233 +35,19 @@ from diffusers.models.transformers.transformer_wan import (
     WanTransformer3DModel,
     WanTransformerBlock,
 )
-from diffusers.utils import apply_lora_scale
+from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
-# --- what goes in, what is kept ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class References:
-    """The subjects of a batch, before the model has read them.
-
-    Args:
-        latents_BNVCHW: normalised VAE latents of the pictures, C channels, H x W latent pixels; None without subjects.
-        mask_BNV: True where a picture is there. None: all are. A subject without a picture is absent.
-        weights_BN: how strongly the clip follows a subject, >= 0. 1 is as trained; 0 is the same as absent.
-            None: all 1. It scales the values that stage 3 reads: where a pixel looks only at one subject, a bias on
-            the scores would change nothing.
-        slots_BN: which slot embedding each subject wears. None: 0, 1, 2, ... Shuffled in training, so that no slot
-            becomes the main one.
-        vlm_states_BTX: last hidden states of the VLM, X = the model's `vlm_dim`; None without a VLM.
-        vlm_mask_BT: True where a VLM token counts. None: all do.
-    """
-
-    latents_BNVCHW: Tensor | None = None
-    mask_BNV: Tensor | None = None
-    weights_BN: Tensor | None = None
-    slots_BN: Tensor | None = None
-    vlm_states_BTX: Tensor | None = None
-    vlm_mask_BT: Tensor | None = None
-
-
-class LayerIdentity(NamedTuple):
-    """What one block reads about the subjects: keys and values of stage 3, or bare tokens where stage 3 is off."""
-
-    key: Tensor  # (B, S, D); the tokens themselves where stage 3 is off
-    value: Tensor | None  # (B, S, D)
-    mask: Tensor | None  # (B, S), True where a key counts; None: all do
-    present: Tensor | None  # (B,), 1 where a clip has any key at all, else 0; None: all have
-
-
-@dataclass(frozen=True)
-class IdentityCache:
-    """Everything the video reads about the subjects, computed once per clip and kept over all steps.
-
-    The keys of the subjects come first, then those of the VLM, so a guidance branch without the VLM is a view.
-    """
-
-    layers: tuple[LayerIdentity, ...]
-    num_subject_tokens: int
-
-    def num_bytes(self) -> int:
-        """Memory of the keys and values of all layers, in bytes; tensors shared between layers count once."""
-        tensors = [t for layer in self.layers for t in (layer.key, layer.value) if t is not None]
-        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-
-    def without_vlm(self) -> IdentityCache | None:
-        """The same subjects without the VLM's tokens, sharing memory; None when there is no subject."""
-        if self.num_subject_tokens == 0:
-            return None
-        return replace(self, layers=tuple(_first_keys(layer, self.num_subject_tokens) for layer in self.layers))
-
-
-def _first_keys(layer: LayerIdentity, count: int) -> LayerIdentity:
-    value = None if layer.value is None else layer.value[:, :count]
-    mask = _true_mask(layer)
-    return LayerIdentity(layer.key[:, :count], value, *_usable(None if mask is None else mask[:, :count]))
-
-
-def _true_mask(layer: LayerIdentity) -> Tensor | None:
-    """The layer's mask without the stand-in that `_usable` puts into rows that have no key."""
-    if layer.mask is None or layer.present is None:
-        return layer.mask
-    return layer.mask & layer.present.unsqueeze(-1)
-
-
-def _usable(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A key mask that attention can take, and which rows had a key at all.
-
-    A row of nothing but masked keys makes softmax 0 / 0, so such a row looks at everything and its result is
-    multiplied by zero. A mask that masks nothing is dropped: attention without one is faster.
-    """
-    if mask is None or bool(mask.all()):
-        return None, None
-    present = mask.any(dim=-1)
-    if bool(present.all()):
-        return mask, None
-    return mask | ~present.unsqueeze(-1), present
-
-
-# --- the subject tower: stages 1 and 2, and what stage 3 reads ------------------------------------------------------
-
-
-class OthersAttnProcessor:
-    """Attention of each subject to all the others; keys are projected once and gathered, not projected N - 1 times."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """(B, N, L, D) -> (B, N, L, D), N >= 2. `attention_mask`: (B * N, 1, 1, (N - 1) * L), True = look."""
-        B, N, L, _ = hidden_states.shape
-        query = attn.norm_q(attn.to_q(hidden_states)).flatten(0, 1).unflatten(-1, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(-1, (attn.heads, -1))
-        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
-        others = _others(N, hidden_states.device)
-        key, value = (t[:, others].reshape(B * N, (N - 1) * L, attn.heads, -1) for t in (key, value))
-        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
-        out = out.flatten(2, 3).type_as(query).unflatten(0, (B, N))
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-def _others(N: int, device: torch.device) -> Tensor:
-    """(N, N - 1): for each subject the numbers of all the others."""
-    return torch.tensor([[j for j in range(N) if j != i] for i in range(N)], device=device)
-
-
-class TowerMasks(NamedTuple):
-    """Masks of one batch, the same in every layer of the tower; None: nothing is masked."""
-
-    within: Tensor | None = None  # (B * N, 1, 1, L)
-    others: Tensor | None = None  # (B * N, 1, 1, (N - 1) * L)
-    has_others: Tensor | None = None  # (B, N, 1, 1), 0 where a subject is alone
-
-
-class _Tower(NamedTuple):
-    """The subjects before the first layer, and what stays the same from layer to layer."""
-
-    tokens: Tensor | None  # (B, N, L, D)
-    vlm: Tensor | None  # (B, T, D)
-    weights: Tensor | None  # (B, N)
-    rotary_emb: tuple[Tensor, Tensor] | None
-    masks: TowerMasks
-    chosen: Tensor | None  # numbers of the keys of stage 3 that exist; None: all do, or they differ between clips
-    mask: Tensor | None  # (B, S), see LayerIdentity
-    present: Tensor | None  # (B,), see LayerIdentity
-    num_subject_keys: int
-
-
-class SubjectBlock(nn.Module):
-    """Stages 1 and 2 of one layer, and the keys and values that stage 3 of that layer reads.
-
-    A stage that is switched off has no parameters and passes its input through.
-    """
-
-    def __init__(self, dim: int, num_heads: int, eps: float, *, intra: bool, inter: bool, cross: bool) -> None:
-        super().__init__()
-        head = {"dim": dim, "heads": num_heads, "dim_head": dim // num_heads, "eps": eps}
-        self.norm1 = FP32LayerNorm(dim, eps) if intra else None
-        self.attn1 = WanAttention(**head, processor=WanAttnProcessor()) if intra else None
-        self.norm2 = FP32LayerNorm(dim, eps) if inter else None
-        self.attn2 = WanAttention(**head, processor=OthersAttnProcessor(), is_cross_attention=True) if inter else None
-        self.gate = nn.Linear(dim, dim) if inter else None
-        self.norm3 = FP32LayerNorm(dim, eps) if cross else None
-        self.to_k = nn.Linear(dim, dim) if cross else None
-        self.to_v = nn.Linear(dim, dim) if cross else None
-        self.norm_k = nn.RMSNorm(dim, eps=eps) if cross else None
-
-    def forward(
-        self,
-        tokens_BNLD: Tensor | None,
-        vlm_BTD: Tensor | None,
-        weights_BN: Tensor | None,
-        rotary_emb: tuple[Tensor, Tensor] | None,
-        masks: TowerMasks,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Subjects, one layer further, with the key and value (B, S, D) of stage 3 (bare tokens, None without it)."""
-        if tokens_BNLD is not None:
-            tokens_BNLD = self._within(tokens_BNLD, rotary_emb, masks)
-            tokens_BNLD = self._between(tokens_BNLD, masks)
-        if self.norm3 is None or self.to_k is None or self.to_v is None or self.norm_k is None:
-            return tokens_BNLD, _joined(tokens_BNLD, vlm_BTD), None
-        normed = None if tokens_BNLD is None else self.norm3(tokens_BNLD)
-        context = _joined(normed, vlm_BTD)
-        value = self.to_v(context)
-        if weights_BN is not None and tokens_BNLD is not None:
-            value = value * _per_key(weights_BN.to(value.dtype), tokens_BNLD.shape[2], value.shape[1]).unsqueeze(-1)
-        return tokens_BNLD, self.norm_k(self.to_k(context)), value
-
-    def _within(self, f: Tensor, rotary_emb: tuple[Tensor, Tensor] | None, masks: TowerMasks) -> Tensor:
-        """Stage 1, with the residual that S.9 leaves out (a zero start would erase the subject otherwise)."""
-        if self.attn1 is None or self.norm1 is None:
-            return f
-        flat = self.norm1(f).flatten(0, 1)
-        return f + self.attn1(flat, None, masks.within, rotary_emb).view_as(f)
-
-    def _between(self, f: Tensor, masks: TowerMasks) -> Tensor:
-        """Stage 2; a single subject has nobody to look at and stays as it is."""
-        if self.attn2 is None or self.norm2 is None or self.gate is None or f.shape[1] < 2:
-            return f
-        normed = self.norm2(f)
-        seen = torch.sigmoid(self.gate(normed)) * self.attn2(normed, None, masks.others)
-        return f + (seen if masks.has_others is None else seen * masks.has_others.to(seen.dtype))
-
-
-def _joined(tokens_BNLD: Tensor | None, vlm_BTD: Tensor | None) -> Tensor:
-    """All subjects' tokens, then the VLM's: (B, S, D)."""
-    parts = [] if tokens_BNLD is None else [tokens_BNLD.flatten(1, 2)]
-    parts += [] if vlm_BTD is None else [vlm_BTD]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _per_key(values_BN: Tensor, tokens_per_subject: int, num_keys: int) -> Tensor:
-    """One value per subject -> one per key, 1 for the VLM's: (B, S)."""
-    subjects = values_BN.repeat_interleave(tokens_per_subject, dim=1)
-    return nn.functional.pad(subjects, (0, num_keys - subjects.shape[1]), value=1)
-
-
-class VLMProjector(nn.Module):
-    """Last hidden states of the VLM -> the transformer's width, once per clip (D1: norm, then an MLP)."""
-
-    def __init__(self, vlm_dim: int, dim: int, eps: float) -> None:
-        super().__init__()
-        self.norm = FP32LayerNorm(vlm_dim, eps)
-        self.linear_1 = nn.Linear(vlm_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, states_BTX: Tensor) -> Tensor:
-        """(B, T, vlm_dim) -> (B, T, D)."""
-        states = self.norm(states_BTX.to(self.linear_1.weight.dtype))
-        return self.linear_2(nn.functional.gelu(self.linear_1(states), approximate="tanh"))
-
+from engine.subject_tower import (
+    IdentityCache,
+    LayerIdentity,
+    References,
+    SubjectBlock,
+    Tower,
+    VLMProjector,
+    start,
+    true_mask,
+)
 
 # --- the video side: stage 3 inside Wan's block ---------------------------------------------------------------------
 
@@ -354,7 +140,7 @@ class IdentityWanTransformerBlock(WanTransformerBlock):
 def _context_with_subjects(text: Tensor, identity: LayerIdentity) -> tuple[Tensor, Tensor | None]:
     """Text tokens, then the subjects' and the VLM's, with the mask that leaves absent ones out."""
     tokens = torch.cat([text, identity.key.to(text.dtype)], dim=1)
-    mask = _true_mask(identity)  # text is always there, so here an empty row needs no stand-in
+    mask = true_mask(identity)  # text is always there, so here an empty row needs no stand-in
     if mask is None:
         return tokens, None
     return tokens, nn.functional.pad(mask, (text.shape[1], 0), value=True)[:, None, None, :]
@@ -362,7 +148,7 @@ def _context_with_subjects(text: Tensor, identity: LayerIdentity) -> tuple[Tenso
 
 TransformerBlockRegistry.register(
     IdentityWanTransformerBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),  # type: ignore[arg-type]
 )
 
 
@@ -382,13 +168,14 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             paper's "w/o hierarchical attention", plain concatenation; with stage 3 alone, "stage 3 only".
     """
 
-    _no_split_modules = ["WanTransformerBlock", "IdentityWanTransformerBlock", "SubjectBlock"]
-    _repeated_blocks = ["WanTransformerBlock", "IdentityWanTransformerBlock"]
+    _gradient_checkpointing_func: Callable[..., Any]  # set by diffusers' `enable_gradient_checkpointing`
+    _no_split_modules: ClassVar[list[str]] = ["WanTransformerBlock", "IdentityWanTransformerBlock", "SubjectBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["WanTransformerBlock", "IdentityWanTransformerBlock"]
 
     @register_to_config
     def __init__(
         self,
-        patch_size: tuple[int, ...] = (1, 2, 2),
+        patch_size: tuple[int, int, int] = (1, 2, 2),
         num_attention_heads: int = 40,
         attention_head_dim: int = 128,
         in_channels: int = 16,
@@ -436,7 +223,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         )
         self.register_to_config(num_layers=num_layers)  # Wan registered the number of plain blocks just now
         dim = num_attention_heads * attention_head_dim
-        block = (dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
+        block = (dim, ffn_dim, num_attention_heads, str(qk_norm), cross_attn_norm, eps, added_kv_proj_dim)
         carriers = [IdentityWanTransformerBlock(*block, cross=identity_cross) for _ in range(identity_layers)]
         self.blocks = nn.ModuleList([*carriers, *self.blocks])
 
@@ -465,7 +252,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         nn.init.normal_(self.slot_embedding.weight, std=0.1)
         self.subject_patch_embedding.load_state_dict(self.patch_embedding.state_dict())
         for block in self.blocks:
-            if getattr(block, "identity", None) is not None:
+            if isinstance(block, IdentityWanTransformerBlock) and block.identity is not None:
                 nn.init.zeros_(block.identity.to_out.weight)
 
     @classmethod
@@ -513,34 +300,16 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             ValueError: more subjects than slots, or shapes that do not belong together.
         """
         tower = self._tower(references)
-        if tower is None:
-            return None
-        return IdentityCache(tuple(self._climb(tower)), tower.num_subject_keys)
+        return None if tower is None else IdentityCache(tuple(self._climb(tower)), tower.num_subject_keys)
 
-    def _tower(self, references: References) -> _Tower | None:
-        """The ground floor: tokens, VLM tokens, and which keys of stage 3 survive; None when none does."""
+    def _tower(self, references: References) -> Tower | None:
+        """The subject tower before its first layer; None when there is nothing in it."""
         tokens, rotary_emb = self._subject_tokens(references)
-        states = references.vlm_states_BTX
+        states = references.vlm_states
         vlm = self.vlm_projector(states) if states is not None and self.vlm_projector is not None else None
-        if tokens is None and vlm is None:
-            return None
-        there = _presence(references)
-        masks = TowerMasks() if tokens is None or there is None else _tower_masks(there, tokens)
-        keys = _key_mask(there, tokens, references.vlm_mask_BT, vlm)
-        num_subject_keys = 0 if tokens is None else tokens.shape[1] * tokens.shape[2]
-        chosen = None
-        if keys is not None and bool((keys == keys[:1]).all()):
-            # Clips that lack the same keys (one clip above all) lose them for good, not by a mask at every step.
-            chosen = keys[0].nonzero().flatten()
-            num_subject_keys = int(keys[0, :num_subject_keys].sum())
-            if len(chosen) == 0:
-                return None
-            keys = None
-        mask, present = _usable(keys)
-        weights = references.weights_BN
-        return _Tower(tokens, vlm, weights, rotary_emb, masks, chosen, mask, present, num_subject_keys)
+        return start(references, tokens, rotary_emb, vlm)
 
-    def _climb(self, tower: _Tower) -> Iterator[LayerIdentity]:
+    def _climb(self, tower: Tower) -> Iterator[LayerIdentity]:
         """One layer after the other, so that whoever does not keep them holds one at a time."""
         tokens = tower.tokens
         for block in self.subject_blocks:
@@ -559,20 +328,19 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         Wan's RoPE with pictures in the place of frames: height and width inside a picture, and on the time axis the
         picture's number, so that two pictures of one subject do not lie on top of each other. The first one is at 0.
         """
-        latents = references.latents_BNVCHW
+        latents = references.latents
         if latents is None or latents.shape[1] == 0:
             return None, None
-        N, V, most = latents.shape[1], latents.shape[2], self.config.max_subjects
-        if N > most and references.slots_BN is None:
-            raise ValueError(f"{N} subjects, but the model has {most} slots. Give {most} or fewer.")
+        N, max_subjects = latents.shape[1], self.config["max_subjects"]
+        if max_subjects < N and references.slots is None:
+            raise ValueError(f"{N} subjects, but the model has {max_subjects} slots. Give {max_subjects} or fewer.")
         pictures = latents.flatten(0, 1).transpose(1, 2)  # (B * N, C, V, H, W)
         rotary_emb = self.rope(pictures)
         tokens = self.subject_patch_embedding(pictures.to(self.subject_patch_embedding.weight.dtype))
         tokens = tokens.flatten(2).transpose(1, 2).unflatten(0, (-1, N))  # (B, N, V * h * w, D)
-        slots = references.slots_BN
+        slots = references.slots
         if slots is None:
             slots = torch.arange(N, device=tokens.device).unsqueeze(0)
-        assert tokens.shape[2] % V == 0
         return tokens + self.slot_embedding(slots).unsqueeze(2), rotary_emb
 
     # --- one prediction ---
@@ -603,7 +371,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         """
         if identity is not None and references is not None:
             raise ValueError("Give either `identity` (read before) or `references` (to read now), not both.")
-        grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.config.patch_size, strict=True)]
+        grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.config["patch_size"], strict=True)]
         rotary_emb = self.rope(hidden_states)
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
@@ -620,7 +388,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             layers = iter(()) if tower is None else self._climb(tower)
         for index, block in enumerate(self.blocks):
             arguments = (hidden_states, context, modulation, rotary_emb)
-            if index < self.config.identity_layers:
+            if index < self.config["identity_layers"]:
                 arguments = (*arguments, next(layers, None))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *arguments)
@@ -639,55 +407,11 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
         shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
         hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
-        patches = self.proj_out(hidden_states).unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
+        patches = self.proj_out(hidden_states).unflatten(2, (*self.config["patch_size"], -1)).unflatten(1, grid)
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-# --- masks, and which parameters are whose --------------------------------------------------------------------------
-
-
-def _presence(references: References) -> Tensor | None:
-    """(B, N, V): True where a picture is there and its subject's weight is above 0; None: everywhere."""
-    mask, weights, latents = references.mask_BNV, references.weights_BN, references.latents_BNVCHW
-    if latents is None or (mask is None and weights is None):
-        return None
-    there = torch.ones(latents.shape[:3], dtype=torch.bool, device=latents.device) if mask is None else mask.bool()
-    there = there if weights is None else there & (weights > 0).unsqueeze(-1)
-    return None if bool(there.all()) else there
-
-
-def _tower_masks(there_BNV: Tensor, tokens_BNLD: Tensor) -> TowerMasks:
-    """Masks of stages 1 and 2: missing pictures are not looked at, missing subjects neither."""
-    B, N, L, _ = tokens_BNLD.shape
-    tokens = there_BNV.repeat_interleave(L // there_BNV.shape[2], dim=2)  # (B, N, L)
-    within, _ = _usable(tokens.flatten(0, 1))
-    others, has_others = None, None
-    if N > 1:
-        others, has_others = _usable(tokens[:, _others(N, tokens.device)].reshape(B * N, -1))
-    return TowerMasks(
-        within=None if within is None else within[:, None, None, :],
-        others=None if others is None else others[:, None, None, :],
-        has_others=None if has_others is None else has_others.view(B, N, 1, 1),
-    )
-
-
-def _key_mask(
-    there_BNV: Tensor | None, tokens_BNLD: Tensor | None, vlm_mask_BT: Tensor | None, vlm_BTD: Tensor | None
-) -> Tensor | None:
-    """(B, S): which keys of stage 3 count; None: all of them."""
-    if there_BNV is None and (vlm_mask_BT is None or vlm_BTD is None):
-        return None
-    parts: list[Tensor] = []
-    if tokens_BNLD is not None:
-        B, N, L, _ = tokens_BNLD.shape
-        if there_BNV is None:
-            parts.append(torch.ones(B, N * L, dtype=torch.bool, device=tokens_BNLD.device))
-        else:
-            parts.append(there_BNV.repeat_interleave(L // there_BNV.shape[2], dim=2).flatten(1, 2))
-    if vlm_BTD is not None:
-        everything = torch.ones(vlm_BTD.shape[:2], dtype=torch.bool, device=vlm_BTD.device)
-        parts.append(everything if vlm_mask_BT is None else vlm_mask_BT.bool())
-    return torch.cat(parts, dim=1)
+# --- which parameters are whose --------------------------------------------------------------------------------------
 
 
 def is_identity_key(name: str) -> bool:
@@ -698,7 +422,7 @@ def is_identity_key(name: str) -> bool:
 
 def parameter_counts(model: WanTransformer3DModel) -> dict[str, int]:
     """How many parameters belong to what: base, attention (with gates), norms, patches, slots, vlm."""
-    counts = dict.fromkeys(("base", "attention", "norms", "patches", "slots", "vlm"), 0)
+    counts: dict[str, int] = dict.fromkeys(("base", "attention", "norms", "patches", "slots", "vlm"), 0)
     groups = {"subject_patch_embedding": "patches", "slot_embedding": "slots", "vlm_projector": "vlm"}
     for name, parameter in model.named_parameters():
         if not is_identity_key(name):
