@@ -148,7 +148,7 @@ def _context_with_subjects(text: Tensor, identity: LayerIdentity) -> tuple[Tenso
 
 TransformerBlockRegistry.register(
     IdentityWanTransformerBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),  # type: ignore[arg-type]
+    TransformerBlockMetadata(return_hidden_states_index=0),
 )
 
 
