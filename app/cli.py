@@ -1,0 +1,274 @@
+"""The command line: python launch.py [studio | generate | doctor | bench | test] ...
+
+In:  arguments, IDCRAFTER_AUTH, and for `generate` a job document or a clip that carries one.
+Out: an exit code: 0 done, 1 refused or failed with one line on stderr, 2 not understood, 130 cancelled.
+     `generate` writes the clip's path to stdout and everything else to stderr.
+Knows nothing of torch until `generate` or `bench` runs; asking for help needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+ABOUT = "Put several people and things into one video and keep each of them recognisable."
+VERBS = """\
+verbs:
+  (none)      open the studio in the browser
+  generate    make one clip here and now
+  doctor      look at this machine and say what is missing
+  bench       measure what docs/measurements.md claims
+  test        run the tests (what follows goes to pytest)
+
+`python launch.py VERB --help` tells more about each.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one verb; see the header for what comes back."""
+    keep_private()
+    verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in RUN else ("studio", arguments)
+    try:
+        if rest and verb == "studio" and not rest[0].startswith("-"):
+            raise Usage(unknown_verb(rest[0]))
+        return RUN[verb](rest)
+    except Usage as error:
+        return complain(str(error), code=2)
+    except KeyboardInterrupt:
+        return complain("Cancelled.", code=130)
+    except Exception as error:
+        return complain(as_sentence(error))
+
+
+def keep_private() -> None:
+    """Nobody is told what is made here: every library's telemetry is off before it is imported."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class Usage(Exception):
+    """The command line was not understood."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are one line with the way out."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Usage(f"{message[:1].upper()}{message[1:].rstrip('.')}. Type `{self.prog} --help` to see what fits.")
+
+
+def complain(sentence: str, *, code: int = 1) -> int:
+    """One line on stderr; gives the exit code back."""
+    print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def unknown_verb(word: str) -> str:
+    """The sentence for a first word that is no verb, with the one that may have been meant."""
+    close = get_close_matches(word, RUN, n=1)
+    if Path(word).suffix.lower() in (".mp4", ".json"):
+        advice = f"Type `python launch.py generate {word}` to make that clip."
+    elif close:
+        advice = f"Did you mean `python launch.py {close[0]}`?"
+    else:
+        advice = "Type `python launch.py --help` to see what fits."
+    return f"There is no verb {word!r}. A verb is one of {', '.join(RUN)}. {advice}"
+
+
+def as_sentence(error: Exception) -> str:
+    """What a person reads about an error; the traceback of an unforeseen one goes to a file that is named."""
+    from engine.messages import StudioError
+
+    if isinstance(error, StudioError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in OUTSIDE:
+        return f"{error.filename or 'A file'} could not be used. {os.strerror(error.errno)}. {OUTSIDE[error.errno]}"
+    return f"The studio stopped on a fault of its own ({type(error).__name__}: {str(error)[:200]}). {keep_traceback()}"
+
+
+OUTSIDE = {
+    errno.ENOSPC: "Free some disk space and try again.",
+    errno.EROFS: "Choose a folder you may write to.",
+    errno.EACCES: "Choose a folder you may write to.",
+    errno.EPERM: "Choose a folder you may write to.",
+}
+"""What the machine, not the studio, got wrong, and the cure."""
+
+
+def keep_traceback() -> str:
+    """Write the traceback being handled to a file; the sentence that says where."""
+    import tempfile
+    import time
+    import traceback
+
+    name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+    for folder in (ROOT / "outputs" / ".studio" / "logs", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(traceback.format_exc(), encoding="utf-8")
+        except OSError:
+            continue  # read-only or full: the next folder
+        return f"What happened is written in {folder / name}; please add that file to a report."
+    return "It could not be written to a file either: the disk is full or read-only."
+
+
+# --- the studio ------------------------------------------------------------------------------------------------------
+
+
+def studio(arguments: list[str]) -> int:
+    """Open the page and serve it until Ctrl+C."""
+    settings = studio_settings(arguments, os.environ)
+    if settings.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from app import main as page
+
+    page.serve(settings)
+    return 0
+
+
+def studio_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python launch.py",
+        description=ABOUT,
+        epilog=VERBS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--listen", action="store_true", help="let other machines open the page (asks for a password)")
+    add("--port", type=int, default=7860, help="port of the page (7860)")
+    add("--share", action="store_true", help="a public address through Gradio's relay (asks for a password)")
+    add("--auth", metavar="USER:PASS", help="password; better in IDCRAFTER_AUTH, since arguments show in process lists")
+    add("--inbrowser", action=argparse.BooleanOptionalAction, help="open a browser (where there is a screen)")
+    add("--theme", choices=("dark", "light", "system"), default="dark", help="colours of the page")
+    add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="where clips go (outputs)")
+    add("--models-dir", type=Path, default=ROOT / "models", metavar="FOLDER", help="where models go (models)")
+    add("--offline", action="store_true", help="ask nothing of the network")
+    return parser
+
+
+def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Settings:
+    """The settings that these arguments and this environment ask for, checked before anything heavy is imported.
+
+    Raises:
+        Usage: not understood.
+        StudioError: open to others without a password, or the port is taken.
+    """
+    given = studio_parser().parse_args(arguments)
+    from app import settings
+
+    auth = settings.read_auth(environment.get("IDCRAFTER_AUTH", "") if given.auth is None else given.auth)
+    settings.check_password(auth, listen=given.listen, share=given.share)
+    host = "0.0.0.0" if given.listen else "127.0.0.1"
+    settings.check_port(host, given.port)
+    outputs = given.outputs.expanduser().resolve()
+    return settings.Settings(
+        host=host,
+        port=given.port,
+        share=given.share,
+        auth=auth,
+        inbrowser=settings.has_screen(environment, sys.platform) if given.inbrowser is None else given.inbrowser,
+        theme=given.theme,
+        outputs=outputs,
+        models_dir=given.models_dir.expanduser().resolve(),
+        data=outputs / ".studio",
+        offline=given.offline,
+    )
+
+
+# --- the other verbs -------------------------------------------------------------------------------------------------
+
+
+def generate(arguments: list[str]) -> int:
+    """Make one clip in this process; its path goes to stdout."""
+    given = generate_parser().parse_args(arguments)
+    from app import generate as one_clip
+
+    return one_clip.main(given)
+
+
+def generate_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python launch.py generate",
+        description="Make one clip here and now. A document, or a clip made here, sets everything; options override it.",
+        epilog='example: python launch.py generate --subject fox=fox.png --prompt "@fox runs" --seed 7 --out fox.mp4',
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("document", nargs="?", type=Path, metavar="DOCUMENT", help="a job document (.json), or a clip (.mp4) to remake")
+    add("--preset", help="which model (toybox)")
+    add(
+        "--subject",
+        action="append",
+        default=[],
+        metavar="NAME=PICTURE[,PICTURE]",
+        help="someone or something to keep recognisable, one to three pictures; once for each subject",
+    )
+    add("--prompt", help="what happens, mentioning every subject as @name")
+    add("--seed", type=int, help="starting noise; the same job gives the same frames")
+    add("--frames", type=int, help="length, 4k + 1 frames")
+    add("--size", metavar="WxH", help="width and height in pixels")
+    add("--steps", type=int, help="denoising steps")
+    add("--out", type=Path, metavar="FILE.mp4", help="where the clip goes (a dated name in the outputs folder)")
+    add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="the outputs folder")
+    return parser
+
+
+def doctor(arguments: list[str]) -> int:
+    """Look at this machine; 1 when something stands in the way."""
+    parser = Parser(prog="python launch.py doctor", description="Look at this machine and say what is missing.")
+    parser.add_argument("--port", type=int, default=7860, help="the port the page would use (7860)")
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="the outputs folder")
+    given = parser.parse_args(arguments)
+    from app import doctor as checks
+
+    return checks.main(outputs=given.outputs.expanduser().resolve(), port=given.port)
+
+
+def bench(arguments: list[str]) -> int:
+    """Measure what docs/measurements.md claims."""
+    from app import bench as measurements
+
+    return measurements.main(arguments)
+
+
+def test(arguments: list[str]) -> int:
+    """Run pytest in a process of its own; its closing line is the last thing said."""
+    # One thread: two busy OpenMP pools fight over the cores (a tiny pipeline took 8 s instead of .2 s).
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment)
+
+
+def lock(arguments: list[str]) -> int:
+    """For developers: make requirements.txt from requirements.in and what is installed."""
+    from app import lock as maker
+
+    return maker.main(arguments)
+
+
+RUN: dict[str, Callable[[list[str]], int]] = {
+    "studio": studio,
+    "generate": generate,
+    "doctor": doctor,
+    "bench": bench,
+    "test": test,
+    "lock": lock,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

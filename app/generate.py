@@ -1,0 +1,237 @@
+"""One clip from the command line: options and a document -> a job -> the engine, in this very process.
+
+In:  parsed options, and perhaps a job document or a clip that carries one.
+Out: the clip's path on stdout, progress on stderr, an exit code.
+Knows nothing of the page and of the queue. torch is imported once the job has passed every check that needs none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from engine import presets
+from engine.job import GenerateJob, make_job, read_job
+from engine.messages import Cancelled, Message, Progress, StudioError
+
+STAGES = {
+    "load": "Loading the model",
+    "encode": "Reading prompt and pictures",
+    "sample": "Drawing",
+    "decode": "Decoding",
+    "save": "Saving",
+}
+
+
+def main(given: argparse.Namespace) -> int:
+    """Make the clip; 0 when it is saved, 130 when Ctrl+C stopped it.
+
+    Raises:
+        StudioError: something about the job, the machine or the files.
+    """
+    job = read_given(given)
+    clip = check_out(given.out) if given.out else None
+    presets.resolve(job)
+    meter = Meter()
+    meter.show("Starting the engine")
+    from engine.run import run  # torch and the model classes: seconds, and only now
+
+    with Interrupt() as interrupt:
+
+        def say(message: Message) -> None:
+            if interrupt.asked:
+                raise Cancelled
+            if isinstance(message, Progress):
+                meter.progress(message)
+
+        try:
+            saved = run(job, say, outputs=given.outputs.expanduser().resolve(), clip=clip)
+        except Cancelled:
+            meter.end("Cancelled. Nothing was saved.")
+            return 130
+    meter.end(f"{saved.num_frames} frames in {saved.seconds:.0f} s.")
+    sys.stdout.write(f"{saved.clip}\n")
+    return 0
+
+
+# --- the job ---------------------------------------------------------------------------------------------------------
+
+
+def read_given(given: argparse.Namespace) -> GenerateJob:
+    """The job that the document and the options ask for; options win.
+
+    Raises:
+        StudioError: no prompt, or a value that does not fit.
+    """
+    values: dict[str, Any] = {}
+    if given.document:
+        values = read_document(given.document).model_dump(exclude_none=True)
+    elif given.prompt is None:
+        raise StudioError(
+            what="There is nothing to make.",
+            why="A clip needs a prompt, or a document that holds one.",
+            next_step='Write --prompt "what happens", or name a .json or .mp4 that this studio made.',
+            field="prompt",
+        )
+    options = {"preset": given.preset, "prompt": given.prompt, "seed": given.seed, "num_frames": given.frames}
+    values |= {field: value for field, value in options.items() if value is not None}
+    if given.size is not None:
+        values["width"], values["height"] = read_size(given.size)
+    if given.steps is not None:
+        values["sampling"] = {**values.get("sampling", {}), "num_inference_steps": given.steps}
+    subjects = {subject["name"]: subject for subject in values.get("subjects", ())}
+    for text in given.subject:
+        name, pictures = read_subject(text)
+        subjects[name] = {**subjects.get(name, {}), "name": name, "pictures": pictures}
+    return make_job(**{**values, "subjects": tuple(subjects.values())})
+
+
+def read_document(path: Path) -> GenerateJob:
+    """The job inside a .json, or inside a clip.
+
+    Raises:
+        StudioError: no such file, or no job in it.
+    """
+    if not path.is_file():
+        raise StudioError(
+            f"There is no file {path}.", "A job document or a clip was expected there.", "Check the name."
+        )
+    if path.suffix.lower() == ".json":
+        return read_job(path.read_bytes())
+    from engine import video
+
+    text = video.read_document(path)
+    if text is None:
+        raise StudioError(
+            what=f"{path.name} carries no job.",
+            why="Only clips that this studio wrote hold their document, and sites that re-encode clips drop it.",
+            next_step="Use the original file, or the .json beside it.",
+        )
+    return read_job(text)
+
+
+def read_subject(text: str) -> tuple[str, list[dict[str, str]]]:
+    """Name and pictures from NAME=PICTURE[,PICTURE]; a comma may also belong to the name of one file.
+
+    Raises:
+        StudioError: not of that form, or a picture is not there.
+    """
+    name, equals, listed = text.partition("=")
+    if not equals or not name.strip() or not listed.strip():
+        raise StudioError(
+            what=f"The subject {text!r} was not understood.",
+            why="A subject has a name and at least one picture.",
+            next_step="Write --subject fox=fox.png, or --subject fox=front.png,side.png.",
+            field="subjects",
+        )
+    paths = [Path(listed)] if Path(listed).is_file() else [Path(part.strip()) for part in listed.split(",")]
+    for path in paths:
+        if not path.is_file():
+            raise StudioError(
+                what=f"There is no picture {path}.",
+                why=f"@{name.strip()} needs it to be recognisable.",
+                next_step="Check the name, and the folder you are in.",
+                field="subjects",
+            )
+    return name.strip().lower().removeprefix("@"), [{"path": str(path.resolve())} for path in paths]
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels from WxH.
+
+    Raises:
+        StudioError: not of that form.
+    """
+    found = re.fullmatch(r"\s*(\d{1,5})\s*[xX*]\s*(\d{1,5})\s*", text)
+    if not found:
+        raise StudioError(
+            what=f"The size {text!r} was not understood.",
+            why="A size is a width and a height in pixels.",
+            next_step="Write --size 64x64.",
+            field="width",
+        )
+    return int(found[1]), int(found[2])
+
+
+def check_out(path: Path) -> Path:
+    """The absolute path of the clip to write.
+
+    Raises:
+        StudioError: not an .mp4, or no folder to write it into.
+    """
+    path = path.expanduser().resolve()
+    if path.suffix.lower() != ".mp4" or path.is_dir():
+        raise StudioError(f"{path.name} cannot be the clip.", "Clips are .mp4 files.", "Write --out clip.mp4.")
+    if not path.parent.is_dir():
+        raise StudioError(
+            f"There is no folder {path.parent}.", "The clip would go there.", "Make it, or choose another."
+        )
+    return path
+
+
+# --- while it runs ---------------------------------------------------------------------------------------------------
+
+
+class Interrupt:
+    """Ctrl+C asks the run to stop at its next message; a second Ctrl+C stops the process where it is."""
+
+    asked = False
+
+    def __enter__(self) -> Interrupt:
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Meter:
+    """Progress on stderr: one line repainted on a terminal; elsewhere a line at each stage and every ten seconds."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.stage = ""
+        self.shown = 0.0
+
+    def progress(self, message: Progress) -> None:
+        """Show one step."""
+        due = message.stage != self.stage or time.monotonic() - self.shown > 10.0
+        if not (self.terminal or due):
+            return
+        parts = [STAGES.get(message.stage, message.stage)]
+        if message.total:
+            parts.append(f"{message.step} of {message.total}")
+        if message.eta_s is not None:
+            parts.append(f"about {clock(message.eta_s)} left")
+        if message.note:
+            parts.append(message.note)
+        self.stage, self.shown = message.stage, time.monotonic()
+        self.show(", ".join(parts))
+
+    def show(self, text: str) -> None:
+        """Replace the line on a terminal; write one elsewhere."""
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"\r{text[:width].ljust(width)}" if self.terminal else f"{text}\n")
+        sys.stderr.flush()
+
+    def end(self, text: str) -> None:
+        """The last line."""
+        self.show(text)
+        if self.terminal:
+            sys.stderr.write("\n")
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as 2:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
