@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.world_parts import OUTLINE, PALETTE, Brush, Colour, Pose, mixed, smooth
+from train.world_parts import OUTLINE, PALETTE, Brush, Colour, Points, Pose, mixed, smooth
 
 if TYPE_CHECKING:
     from train.world_subjects import ToySubject
@@ -25,6 +25,15 @@ CREATURES = ("fox", "cat", "bear", "rabbit", "bird", "frog", "robot", "monster")
 
 def _colours(s: ToySubject) -> tuple[Colour, Colour, Colour]:
     return PALETTE[s.body], PALETTE[s.second], PALETTE[s.third]
+
+
+def bent(points: list[tuple[float, float]]) -> Points:
+    """An open line with its corners rounded, ends kept."""
+    p = np.array(points)
+    for _ in range(2):
+        q = np.stack([0.75 * p[:-1] + 0.25 * p[1:], 0.25 * p[:-1] + 0.75 * p[1:]], 1).reshape(-1, 2)
+        p = np.concatenate([p[:1], q[1:-1], p[-1:]])
+    return p
 
 
 def _swing(pose: Pose, offset: float = 0.0) -> float:
@@ -218,7 +227,7 @@ def _fox(b: Brush, s: ToySubject, pose: Pose) -> None:
 def _biped(
     b: Brush, s: ToySubject, pose: Pose, half: float, head: float, leg: float, arm: float, thick: float
 ) -> tuple[float, float, float]:
-    """Legs, arms and a patterned body shared by cat, bear and rabbit; returns the head (x, y, radius), not yet drawn."""
+    """Legs, arms and a patterned body of cat, bear and rabbit; returns the head (x, y, radius), not yet drawn."""
     body, second, _ = _colours(s)
     foot = 0.5
     top = foot - leg
@@ -236,8 +245,8 @@ def _cat(b: Brush, s: ToySubject, pose: Pose) -> None:
     body, second, _ = _colours(s)
     wag = 0.1 * _swing(pose)
     tail = [(-0.12, 0.34), (-0.34, 0.36), (-0.46 - wag, 0.18), (-0.4 - wag, -0.02), (-0.52 - wag, -0.14)]
-    b.stroke(tail, 0.075, body)
-    b.stroke(tail[3:], 0.075, second, outline=False, inside=True)
+    b.stroke(bent(tail), 0.075, body)
+    b.stroke(bent(tail)[-8:], 0.075, second, outline=False, inside=True)
     x, y, r = _biped(b, s, pose, 0.2 * s.wide, 0.25 * s.head, 0.14 * s.limb, 0.19, 0.08)
     h = b.moved(x, y, sx=1.12)
     for side in (-1, 1):
@@ -455,7 +464,7 @@ def _robot(b: Brush, s: ToySubject, pose: Pose) -> None:
 
 
 def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
-    body, second, third = _colours(s)
+    body, second, _ = _colours(s)
     k = 0.06 * _swing(pose)
     n = s.numbers
     w, top = 0.3 * s.wide, -0.26 - 0.06 * s.head
@@ -516,7 +525,6 @@ def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
         _wear(b, s, (0, 0, 0), (0.02, y, 0.21))
     else:
         _wear(b, s, (0.02, 0.24, 0.3), (0.0, top + 0.16, 0.2))
-    _ = third
 
 
 _DRAWN: dict[str, Callable[[Brush, ToySubject, Pose], None]] = {

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from train.world_parts import Pose
 
 FPS = 8
+ZOOM = 1.18  # how much nearer a zoom has come at the end of a clip
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Place:
     """Where one subject stands at rest and how much room it has.
 
     x, y: centre at rest, fractions of the frame. feet: distance from centre to feet; half: half its width (both in
-    fractions of the shorter side). scale as in Pose. flip: True faces left. phase: 0 to 1, where repeating motion starts.
+    fractions of the shorter side). scale, flip as in Pose. phase: 0 to 1, where repeating motion starts.
     travel: half the way a walker goes, frame widths; high: how far up there is room, frame heights.
     steps: cycles of gait per second; rolls: its gait follows the way it went (a ball).
     """
@@ -79,7 +80,7 @@ def single(verb: str, p: Place, u: float, duration: float) -> Pose:
         return Pose(p.x, p.y - height * p.high, p.scale, squash=squash, flip=flip, wave=0.5 * height)
     if verb == "bounces":
         up = abs(math.sin(math.pi * (cycles(duration, 0.5) * u + p.phase)))
-        return Pose(p.x, p.y - up * min(0.09, p.high), p.scale, squash=0.7 + 0.42 * math.sqrt(up), flip=flip)
+        return Pose(p.x, p.y - up * min(0.09, p.high), p.scale, squash=0.72 + 0.38 * math.sqrt(up), flip=flip)
     if verb == "spins":
         return Pose(
             p.x, p.y - min(0.05, p.high), p.scale, angle=ahead * 2 * math.pi * cycles(duration, 1.6) * u, flip=flip
@@ -113,7 +114,7 @@ def single(verb: str, p: Place, u: float, duration: float) -> Pose:
             x, y, p.scale, angle=angle, flip=flip, wave=0.6 + 0.4 * math.sin(2 * math.pi * cycles(duration, 0.6) * u)
         )
     if verb == "grows":
-        k = 0.48 + 0.52 * u
+        k = 0.52 + 0.48 * u
         return Pose(p.x, p.y + p.feet * (1 - k), p.scale * k, flip=flip)
     if verb == "stands still":
         return Pose(p.x, p.y, p.scale, squash=1.0 + 0.02 * math.sin(2 * math.pi * (p.phase + 0.6 * t)), flip=flip)
@@ -121,7 +122,7 @@ def single(verb: str, p: Place, u: float, duration: float) -> Pose:
 
 
 def pair(verb: str, a: Place, b: Place, direction: str, u: float, duration: float) -> tuple[Pose, Pose]:
-    """Poses of an actor and of the one it concerns, for a verb of PAIR_VERBS. a.x and b.x hold the middle of their way."""
+    """Poses of an actor (place a) and of the one it concerns (place b), for a verb of PAIR_VERBS."""
     t = u * duration
     ahead = -1.0 if direction == "left" else 1.0
     flip = ahead < 0
@@ -176,7 +177,7 @@ def pair(verb: str, a: Place, b: Place, direction: str, u: float, duration: floa
         back = lap % 2 == 1
         s = min(1.0, max(0.0, (w - 0.12) / 0.74))
         along = ahead * (1 - 2 * s if back else 2 * s - 1)
-        squash = 1.0 if 0.12 < w < 0.86 else 0.8
+        squash = 1.0 if 0.12 < w < 0.86 else 0.86
         actor = Pose(
             a.x + a.travel * along,
             a.y - 4 * s * (1 - s) * a.high,
@@ -194,6 +195,6 @@ def pair(verb: str, a: Place, b: Place, direction: str, u: float, duration: floa
 def camera_at(camera: str, reach: float, u: float) -> tuple[float, float]:
     """(offset to the right in frame widths, zoom) of a camera from CAMERAS; `reach` is half a pan's way."""
     if camera == "zoom in":
-        return 0.0, 1.0 + 0.18 * u
+        return 0.0, 1.0 + (ZOOM - 1.0) * u
     side = {"still": 0.0, "pan left": -1.0, "pan right": 1.0}[camera]
     return side * reach * (2 * u - 1), 1.0

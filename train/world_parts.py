@@ -64,7 +64,7 @@ class Pose:
     x, y: centre of the subject, fractions of the frame's width and height, y down.
     scale: height of the resting subject, fraction of the frame's shorter side.
     angle: clockwise rotation on screen, radians.
-    squash: height times this, width divided by it; the feet stay where they are. 1 is the resting shape.
+    squash: height times this, width divided by its square root; the feet stay where they are. 1 is the resting shape.
     flip: False faces right, True faces left.
     gait: phase of legs, wings or wheels in cycles; 0 is at rest.
     wave: how far the near arm is lifted, 0 to 1.
@@ -94,7 +94,7 @@ def rotation(angle: float) -> Points:
 
 
 @lru_cache(maxsize=512)
-def smooth(points: tuple[tuple[float, float], ...], rounds: int = 2) -> Points:
+def smooth(points: tuple[tuple[float, float], ...], rounds: int = 3) -> Points:
     """A closed outline with its corners cut `rounds` times (Chaikin's scheme), (N * 2**rounds, 2)."""
     p = np.array(points, dtype=np.float64)
     for _ in range(rounds):
@@ -115,18 +115,17 @@ def lit(colour: Colour, light: tuple[float, float, float]) -> Colour:
     return r, g, b
 
 
-_TEXTURE_SIDE = 96
 _TEXTURE_REACH = 0.6  # the texture covers local units from -0.6 to 0.6
 
 
 @lru_cache(maxsize=256)
-def texture(pattern: str, first: Colour, second: Colour, angle: float, period: float) -> Picture:
-    """A pattern of two colours around the local origin, uint8 (96, 96, 3); `period` in local units.
+def texture(pattern: str, first: Colour, second: Colour, angle: float, period: float, side: int = 96) -> Picture:
+    """A pattern of two colours around the local origin, uint8 (side, side, 3); `period` in local units.
 
     Raises:
         ValueError: an unknown pattern.
     """
-    axis = (np.arange(_TEXTURE_SIDE) + 0.5) / _TEXTURE_SIDE * 2 * _TEXTURE_REACH - _TEXTURE_REACH
+    axis = (np.arange(side) + 0.5) / side * 2 * _TEXTURE_REACH - _TEXTURE_REACH
     x, y = np.meshgrid(axis, axis)
     u = (math.cos(angle) * x + math.sin(angle) * y) / period
     v = (math.cos(angle) * y - math.sin(angle) * x) / period
@@ -232,7 +231,7 @@ class Brush:
         x1, y1 = np.minimum(np.ceil(p.max(0)).astype(int) + 2, (canvas.shape[1], canvas.shape[0]))
         if x1 <= x0 or y1 <= y0:
             return
-        cell = 2 * _TEXTURE_REACH / _TEXTURE_SIDE
+        cell = 2 * _TEXTURE_REACH / self.texture.shape[0]
         m = self.matrix.copy()
         m[:, 2] += m[:, :2] @ (-_TEXTURE_REACH, -_TEXTURE_REACH) - (x0, y0)
         m[:, :2] *= cell
@@ -297,12 +296,16 @@ def shrink(canvas: Picture, size: tuple[int, int]) -> Picture:
 
 
 def shrink_owner(owner: Picture, size: tuple[int, int]) -> Picture:
-    """Owner of each final pixel: the label with the most supersampled pixels in it, the lower label at a tie."""
+    """Owner of each final pixel: the label with most supersampled pixels in it; at a tie a subject, the lower first.
+
+    Ties go to subjects because strings and whiskers are half a pixel wide and would otherwise belong to nobody.
+    """
     width, height = size
     factor = owner.shape[0] // height
     labels = int(owner.max())
     if labels == 0:
         return np.zeros((height, width), np.uint8)
     votes = [shrink((owner == k).astype(np.uint8) * 255, (width, height)) for k in range(labels + 1)]
+    votes[0] -= votes[0] > 0
     assert factor * height == owner.shape[0]
     return np.argmax(np.stack(votes), axis=0).astype(np.uint8)

@@ -40,7 +40,7 @@ class ToySubject:
     pattern: one of PATTERNS, drawn in `second` on `body`; pattern_angle in radians, pattern_period in local units.
     eyes, eye_colour, mouth: creatures only ("" otherwise).
     accessory: one of WORN for creatures, of EMBLEMS for things, "none" for patchwork.
-    variant: 0, 1 or 2, a different build of the same kind (ears, horns, roof, sail ...); detail: 0, 1 or 2, a smaller one.
+    variant: 0, 1 or 2, a different build of the same kind (ears, horns, roof, sail ...); detail: the same, smaller.
     wide, head, limb: proportions around 1.
     numbers: 24 free numbers in [0, 1) for whatever a kind still varies (patchwork's silhouette).
     """
@@ -140,7 +140,7 @@ def _fit(subject: ToySubject) -> tuple[float, float, float, Points]:
 def _local_matrix(subject: ToySubject, pose: Pose) -> Points:
     """(2, 3): the drawing's local units -> units of the subject's height around its centre, posed but not placed."""
     cx, cy, size, points = _fit(subject)
-    stretch = np.array([(-1.0 if pose.flip else 1.0) / pose.squash, pose.squash]) / size
+    stretch = np.array([(-1.0 if pose.flip else 1.0) / math.sqrt(pose.squash), pose.squash]) / size
     feet = (points[:, 1].max() - cy) / size  # squash leaves the feet where they are
     turn = rotation(pose.angle)
     m = np.empty((2, 3))
@@ -186,7 +186,9 @@ def draw(
     body, second = lit(PALETTE[subject.body], light), lit(PALETTE[subject.second], light)
     tiles = None
     if subject.pattern != "plain":
-        tiles = texture(subject.pattern, body, second, subject.pattern_angle, subject.pattern_period)
+        # About one texel to a canvas pixel: coarser shows steps at 256x256, finer flickers at 64x64.
+        side = 48 * 2 ** max(0, min(4, round(math.log2(max(1.0, pose.scale * short / 40)))))
+        tiles = texture(subject.pattern, body, second, subject.pattern_angle, subject.pattern_period, side)
     brush = Brush(canvas, owner, m, label=label, line=line, light=light, texture=tiles)
     _painter(subject)(brush, subject, pose)
     if not brush.faces:

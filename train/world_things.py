@@ -211,11 +211,7 @@ def _rocket(b: Brush, s: ToySubject, pose: Pose) -> None:
         ((-0.8 * w, 0.32), (-1.1 * w, 0.05), (-w, -0.24), (0, -0.6), (w, -0.24), (1.1 * w, 0.05), (0.8 * w, 0.32))
     )
     b.poly(hull, body, textured=True)
-    nose = (
-        ((-0.82 * w, -0.26), (-0.4 * w, -0.4), (0, -0.5), (0.4 * w, -0.4), (0.82 * w, -0.26))
-        if s.detail
-        else ((-0.45 * w, -0.37), (0, -0.5), (0.45 * w, -0.37))
-    )
+    nose = hull[hull[:, 1] < (-0.36, -0.26, -0.22)[s.detail]]  # the top of the hull itself, however it is curved
     b.poly(nose, second if s.detail != 2 else third, inside=True)
     if s.accessory in ("none", "disc"):
         b.ellipse(0.02, -0.09, 0.11, 0.11, third, inside=True)
@@ -353,7 +349,9 @@ def draw_patchwork(b: Brush, s: ToySubject, pose: Pose) -> None:
     if n[22] < 0.7:
         other = b.moved(0, 0)
         pattern = ("stripes", "spots", "checks", "rings", "plain")[int(n[23] * 5)]
-        other.texture = texture(pattern, lit(third, b.light), lit(second if n[16] < 0.5 else body, b.light), turn, 0.2)
+        side = 96 if b.texture is None else b.texture.shape[0]
+        ink = lit(second if n[16] < 0.5 else body, b.light)
+        other.texture = texture(pattern, lit(third, b.light), ink, turn, 0.2, side)
         if n[17] < 0.5:  # a smaller copy of the silhouette
             other.poly(outline * (0.5 + 0.2 * n[20]), third, textured=True, inside=True)
         else:  # a strip of it: the part of the outline on one side
