@@ -1,0 +1,221 @@
+"""The toybox's readers of words: two tokenizers, a UMT5 that understands captions, a Qwen2.5-VL that describes pictures.
+
+In:  captions, facts and reference pictures drawn by `train.world`.
+Out: tokenizer, text_encoder, vlm_tokenizer and vlm folders, trained and then frozen.
+Knows nothing of latents, transformers of video, or how their states are used.
+
+UMT5 learns by naming the facts behind a caption (who does what, where); Qwen2.5-VL learns to continue
+"pictures + prompt" with a description of every subject, so that its hidden states hold what it saw.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own spelling
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from train import checkpoint, world
+from train.vae import learning_rate
+
+TEXT_TOKENS = 64
+TEXT_STEPS, TEXT_BATCH = 1500, 48
+VLM_STEPS, VLM_BATCH = 2500, 16
+VLM_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def _corpus(count: int) -> list[str]:
+    rng = np.random.default_rng(21)
+    scenes = (world.make_scene(seed) for seed in range(count))
+    return [world.caption(scene, bool(rng.random() < 0.4), rng) for scene in scenes] + [*world.vocabulary()] * 20
+
+
+def _trained(special: tuple[str, ...], corpus: list[str]) -> Tokenizer:
+    """Byte-level BPE: every word of the world is one token, every other text still has some."""
+    raw = Tokenizer(models.BPE())
+    raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=900, special_tokens=list(special), initial_alphabet=alphabet)
+    )
+    return raw
+
+
+def write_tokenizers(folder: Path) -> None:
+    """Train both tokenizers on 4,000 captions (seconds) and write them under `folder`."""
+    corpus = _corpus(4000)
+    raw = _trained(("<pad>", "</s>", "<unk>"), corpus)
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=TEXT_TOKENS, **names)
+    words.save_pretrained(folder / "tokenizer")
+    vlm_words = PreTrainedTokenizerFast(
+        tokenizer_object=_trained(VLM_SPECIAL, corpus),
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=[*VLM_SPECIAL[1:]],
+        padding_side="left",
+    )
+    vlm_words.save_pretrained(folder / "vlm_tokenizer")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """One of the two tokenizers, from disk."""
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+# --- UMT5 ------------------------------------------------------------------------------------------------------------
+
+
+def new_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    """Three layers, 96 wide."""
+    torch.manual_seed(1)
+    config = UMT5Config(
+        vocab_size=vocab_size, d_model=96, d_kv=24, d_ff=256, num_layers=3, num_heads=4,
+        dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return UMT5EncoderModel(config)
+
+
+class Quiz(nn.Module):
+    """Questions put to a caption's states: the place, and for each slot its kind, its part, its verb and direction."""
+
+    QUESTIONS: dict[str, tuple[str, ...]] = {  # noqa: RUF012 - constant
+        "kind": ("absent", "unsaid", *world.KINDS),
+        "part": ("absent", "actor", "other"),
+        "verb": ("absent", *world.VERBS),
+        "way": ("absent", "none", "left", "right"),
+    }
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1 + world.MAX_SUBJECTS, width) * 0.5)
+        self.look = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.place = nn.Linear(width, 1 + len(world.BACKGROUNDS))
+        self.slots = nn.ModuleDict({key: nn.Linear(width, len(names)) for key, names in self.QUESTIONS.items()})
+
+    def forward(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """(B, T, D), (B, T) -> logits: "place" (B, places), each question (B, slots, answers)."""
+        queries = self.queries.expand(len(states), -1, -1)
+        seen = self.look(queries, states, states, key_padding_mask=~mask.bool(), need_weights=False)[0]
+        return {"place": self.place(seen[:, 0])} | {key: head(seen[:, 1:]) for key, head in self.slots.items()}
+
+
+def answers(facts: world.Facts, text: str) -> dict[str, Any]:
+    """What a caption lets one know: indices into the quiz's answers; what is not said is marked as unsaid."""
+    said = set(world.words_of(text))
+    slots = {key: [0] * world.MAX_SUBJECTS for key in Quiz.QUESTIONS}
+    for k, kind in enumerate(facts.kinds):
+        slots["kind"][k] = Quiz.QUESTIONS["kind"].index(kind) if _noun(kind) in said else 1
+    for action in facts.actions:
+        way = action.direction if action.direction and {"left", "leftwards", "right", "rightwards"} & said else "none"
+        for place, slot in enumerate(action.slots):
+            slots["part"][slot - 1] = 1 + place
+            slots["verb"][slot - 1] = Quiz.QUESTIONS["verb"].index(action.verb)
+            slots["way"][slot - 1] = Quiz.QUESTIONS["way"].index(way)
+    return {"place": 1 + world.BACKGROUNDS.index(facts.background), **slots}
+
+
+def _noun(kind: str) -> str:
+    return "thing" if kind == world.PATCHWORK else kind
+
+
+def train_text_encoder(state: Path, tokenizer: PreTrainedTokenizerFast, *, seconds: float) -> bool:
+    """Teach UMT5 to answer the quiz; True once done."""
+    encoder = new_text_encoder(len(tokenizer))
+    quiz = Quiz(encoder.config.d_model)
+    both = nn.ModuleDict({"encoder": encoder, "quiz": quiz})
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        scenes = [world.make_scene(10_000 + step * TEXT_BATCH + i) for i in range(TEXT_BATCH)]
+        texts = [world.caption(scene) for scene in scenes]
+        targets = [answers(scene.facts, text) for scene, text in zip(scenes, texts, strict=True)]
+        batch = tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+        logits = quiz(encoder(**batch).last_hidden_state, batch["attention_mask"])
+        losses, right = [], {}
+        for key, values in logits.items():
+            wanted = torch.tensor([target[key] for target in targets])
+            losses.append(F.cross_entropy(values.flatten(0, -2), wanted.flatten()))
+            right[key] = (values.argmax(-1) == wanted).float().mean().item()
+        return torch.stack(losses).sum(), right
+
+    return _teach("text", both, loss_at, state, TEXT_STEPS, 2e-3, seconds)
+
+
+# --- Qwen2.5-VL ------------------------------------------------------------------------------------------------------
+
+
+def new_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+    """Three layers, 128 wide; a 64 px picture is 16 tokens."""
+    torch.manual_seed(2)
+    numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in VLM_SPECIAL}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": numbers["<|endoftext|>"], "eos_token_id": numbers["<|im_end|>"],
+            "pad_token_id": numbers["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 3, "patch_size": 8,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 64, "out_hidden_size": 128,
+            "fullatt_block_indexes": [1, 2],
+        },
+        image_token_id=numbers["<|image_pad|>"],
+        video_token_id=len(tokenizer) + 1,  # never written: references are stills
+        vision_start_token_id=numbers["<|vision_start|>"],
+        vision_end_token_id=numbers["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _teach(
+    name: str, module: nn.Module, loss_at: Any, state: Path, total: int, peak: float, seconds: float
+) -> bool:
+    """The loop both readers share: AdamW, warm-up, linear decay, saved every two minutes."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    step = 0
+    if saved := checkpoint.load(state):
+        step, groups, _ = saved
+        module.load_state_dict(groups["model"])
+        checkpoint.restore_optimizer(optimizer, groups["optimizer"])
+    meter, began = checkpoint.Meter(name, total, state, start=step), time.monotonic()
+    last = began
+
+    def keep() -> None:
+        checkpoint.save(state, step, {"model": module.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)})
+
+    while step < total and time.monotonic() - began < seconds:
+        optimizer.param_groups[0]["lr"] = learning_rate(step, total, peak)
+        loss, values = loss_at(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        meter.tick(step, {"loss": loss.item(), **values})
+        if time.monotonic() - last > 120:
+            keep()
+            last = time.monotonic()
+    keep()
+    return step == total
+

@@ -1,0 +1,202 @@
+"""The toybox's video VAE: single frames first, then clips.
+
+In:  frames drawn by `train.world`, in [-1, 1].
+Out: an `AutoencoderKLWan` folder whose latents are 4x smaller in space and time, with its own latents_mean and latents_std.
+Knows nothing of prompts, subjects or transformers.
+
+Shapes: B clips, C channels, F frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own spelling
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
+from torch import Tensor, nn
+
+from train import checkpoint, world
+
+# 4x in space because 8x leaves a face less than one latent; the encoder is thin because it runs on every reference.
+CONFIG: dict[str, Any] = {
+    "base_dim": 16,
+    "decoder_base_dim": 20,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "scale_factor_spatial": 4,
+    "scale_factor_temporal": 4,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+}
+STILL_STEPS, CLIP_STEPS = 2600, 1200
+STILL_BATCH, CLIP_BATCH, CLIP_FRAMES, CLIP_CROP = 16, 4, 9, 48
+
+
+def new_vae() -> AutoencoderKLWan:
+    """An untrained VAE that begins as a frame-by-frame one: only the newest tap of every temporal kernel is non-zero.
+
+    Stills train just that tap, so without this the other taps' random start would drown the first clips in noise.
+    """
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**CONFIG)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
+                module.weight[:, :, :-1] = 0
+            if isinstance(module, WanResample) and hasattr(module, "time_conv"):
+                conv = module.time_conv
+                copies = conv.out_channels // conv.in_channels
+                eye = torch.eye(conv.in_channels).repeat(copies, 1)
+                conv.weight.zero_()
+                conv.weight[:, :, -1, 0, 0] = eye
+                conv.bias.zero_()
+    return vae
+
+
+@contextmanager
+def stills(vae: nn.Module) -> Iterator[None]:
+    """Inside, one-frame inputs run through 2-D convolutions: the other taps only ever see zero padding.
+
+    Exact for one frame, three times less work (tests/test_vae.py compares both).
+    """
+    convs = [m for m in vae.modules() if isinstance(m, WanCausalConv3d) and m.kernel_size[0] == 3]
+
+    def flat(conv: WanCausalConv3d) -> Any:
+        whole = type(conv).forward
+
+        def forward(x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+            if x.shape[2] != 1 or cache_x is not None or conv.stride[0] != 1:
+                return whole(conv, x, cache_x)
+            pad = conv._padding[0]
+            return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], pad).unsqueeze(2)
+
+        return forward
+
+    for conv in convs:
+        conv.forward = flat(conv)
+    try:
+        yield
+    finally:
+        for conv in convs:
+            del conv.forward
+
+
+def to_model(frames: np.ndarray) -> Tensor:
+    """uint8 (..., F, H, W, 3) -> float (..., 3, F, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.moveaxis(frames, -1, -4).copy()).float().div_(127.5).sub_(1)
+
+
+def _still(rng: np.random.Generator) -> np.ndarray:
+    """One picture of the world: a scene, a reference, a background, or loose shapes a user's picture may hold."""
+    seed, pick = int(rng.integers(2**28)), rng.random()
+    if pick < 0.6:
+        return world.render(world.make_scene(seed), num_frames=1).frames[0]
+    if pick < 0.9:
+        subject = world.make_subject(world.subject_seed(seed, "train"))
+        back = "white" if rng.random() < 0.8 else "scene"
+        return world.reference_picture(subject, seed, background=back)[0]
+    coarse = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    return np.kron(coarse, np.ones((8, 8, 1), np.uint8)) if pick > 0.97 else _cropped(rng, seed)
+
+
+def _cropped(rng: np.random.Generator, seed: int) -> np.ndarray:
+    """A scene drawn at double size and cut: larger shapes, half subjects at the rim."""
+    whole = world.render(world.make_scene(seed), size=128, num_frames=1).frames[0]
+    y, x = rng.integers(0, 64, 2)
+    return whole[y : y + 64, x : x + 64]
+
+
+def _clip(rng: np.random.Generator) -> np.ndarray:
+    """A random window of a clip: convolutions do not care where it was cut."""
+    frames = world.render(world.make_scene(int(rng.integers(2**28))), num_frames=17).frames
+    start = int(rng.integers(0, 17 - CLIP_FRAMES + 1))
+    y, x = rng.integers(0, 64 - CLIP_CROP + 1, 2)
+    return frames[start : start + CLIP_FRAMES, y : y + CLIP_CROP, x : x + CLIP_CROP]
+
+
+def batch_at(step: int) -> Tensor:
+    """The pictures of one step, the same whenever it is asked: (B, 3, F, H, W) in [-1, 1]."""
+    rng = np.random.default_rng((11, step))
+    if step < STILL_STEPS:
+        return to_model(np.stack([_still(rng)[None] for _ in range(STILL_BATCH)]))
+    return to_model(np.stack([_clip(rng) for _ in range(CLIP_BATCH)]))
+
+
+def loss_of(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """L1, plus L1 of neighbouring differences so that outlines stay sharp, plus a trace of KL."""
+    posterior = vae.encode(pixels).latent_dist
+    decoded = vae.decode(posterior.sample()).sample
+    error = (decoded - pixels).abs().mean()
+    edges = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (-1, -2))
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    with torch.no_grad():
+        psnr = -10 * torch.log10(((decoded.clamp(-1, 1) - pixels) / 2).square().mean())
+    return error + 0.5 * edges + 3e-5 * kl, {"l1": error.item(), "psnr": psnr.item(), "kl": kl.item()}
+
+
+def learning_rate(step: int, total: int, peak: float) -> float:
+    """Short warm-up, flat, linear decay over the last quarter."""
+    return peak * min(1.0, (step + 1) / 100, max(0.02, (total - step) / (0.25 * total)))
+
+
+def train(state: Path, *, seconds: float) -> bool:
+    """Go on training for at most `seconds`; True once all steps are done."""
+    import time
+
+    total = STILL_STEPS + CLIP_STEPS
+    vae = new_vae().train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    ema = checkpoint.Ema(vae, 0.998)
+    step = 0
+    if saved := checkpoint.load(state):
+        step, groups, _ = saved
+        vae.load_state_dict(groups["model"])
+        ema.restore(groups["ema"], step)
+        checkpoint.restore_optimizer(optimizer, groups["optimizer"])
+    meter, until, last = checkpoint.Meter("vae", total, state, start=step), time.monotonic() + seconds, time.monotonic()
+
+    def keep() -> None:
+        groups = {"model": vae.state_dict(), "ema": ema.tensors, "optimizer": checkpoint.optimizer_tensors(optimizer)}
+        checkpoint.save(state, step, groups)
+
+    while step < total and time.monotonic() < until:
+        part, length = (step, STILL_STEPS) if step < STILL_STEPS else (step - STILL_STEPS, CLIP_STEPS)
+        optimizer.param_groups[0]["lr"] = learning_rate(part, length, 1e-3)
+        pixels = batch_at(step)
+        with stills(vae):
+            loss, values = loss_of(vae, pixels)
+            loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(vae)
+        step += 1
+        meter.tick(step, values)
+        if time.monotonic() - last > 120:
+            keep()
+            last = time.monotonic()
+    keep()
+    return step == total
+
+
+def export(state: Path, folder: Path) -> AutoencoderKLWan:
+    """Write the averaged weights with latents_mean and latents_std measured on 256 stills and 32 clips."""
+    saved = checkpoint.load(state)
+    if saved is None:
+        raise FileNotFoundError(f"no VAE has been trained in {state}")
+    vae = new_vae().eval()
+    vae.load_state_dict(saved[1]["ema"])
+    with torch.no_grad(), stills(vae):
+        latents = [vae.encode(batch_at(step)).latent_dist.mean for step in (*range(16), *range(STILL_STEPS, STILL_STEPS + 8))]
+    flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents], 1)
+    vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())
+    vae.half().save_pretrained(folder, safe_serialization=True)
+    return vae.float()
