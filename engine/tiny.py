@@ -114,7 +114,7 @@ def text_encoder(vocab_size: int) -> UMT5EncoderModel:
 
 def vlm(words: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """Two layers of Qwen2.5-VL; a 64 px picture is 16 tokens."""
-    numbers = {token: words.convert_tokens_to_ids(token) for token in VLM_SPECIAL}
+    numbers = {token: number for number, token in enumerate(VLM_SPECIAL)}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(words),

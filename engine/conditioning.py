@@ -1,0 +1,134 @@
+"""The ways subjects enter the model: one small face for the loop, one class per way.
+
+In:  a transformer and what was encoded: text states, reference latents, VLM states.
+Out: `predict(latents, sigma, branch)`, a velocity under one of the branches that guidance names.
+Knows nothing of schedules, of guidance weights or of files.
+
+Shapes: B clips (1 here), C latent channels, F latent frames, H x W latent pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from torch import Tensor
+
+from engine.guidance import Branch
+from engine.model import IdentityWanTransformer3DModel
+from engine.subject_tower import IdentityCache, References
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A job in the model's terms; everything with a batch of one.
+
+    Args:
+        prompt_embeds, negative_prompt_embeds: UMT5 states (1, tokens, text_dim).
+        references: the subjects, with the VLM's reading of prompt and pictures; None without subjects and VLM.
+        text_references: the VLM's reading of the prompt alone; None without a VLM, or where no branch asks for it.
+    """
+
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor
+    references: References | None = None
+    text_references: References | None = None
+
+
+class Conditioning(Protocol):
+    """What the denoise loop sees of a model."""
+
+    def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
+        """Velocity of the latents' shape at noise level `sigma` in [0, 1]."""
+        ...
+
+
+class IdentityBlocks:
+    """ID-Crafter: subjects enter through the identity cache, read once per clip for all branches and steps.
+
+    Args:
+        transformer: with identity blocks.
+        encoded: the job.
+        keep: hold the cache (fast). False reads the subjects again in every forward (`IdentityCache.num_bytes` less
+            memory), with the same result.
+    """
+
+    def __init__(self, transformer: IdentityWanTransformer3DModel, encoded: Encoded, *, keep: bool = True) -> None:
+        self._transformer = transformer
+        self._text = _texts(encoded)
+        subjects_alone = _without_vlm(encoded.references)
+        references = {"full": encoded.references, "subjects": subjects_alone, "text": encoded.text_references}
+        self._references: dict[str, References | None] = {}
+        self._caches: dict[str, IdentityCache | None] = {}
+        if not keep:
+            self._references = references
+            return
+        with torch.no_grad():
+            full = None if encoded.references is None else transformer.encode_identity(encoded.references)
+            text = None if encoded.text_references is None else transformer.encode_identity(encoded.text_references)
+        self._caches = {"full": full, "subjects": None if full is None else full.without_vlm(), "text": text}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the caches, in bytes; that of "subjects" is a part of that of "full"."""
+        kept = (self._caches.get("full"), self._caches.get("text"))
+        return sum(cache.num_bytes() for cache in kept if cache is not None)
+
+    def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
+        """See `Conditioning`. In the branch "none" stage 3 is left out altogether: exactly plain Wan."""
+        return _velocity(
+            self._transformer,
+            latents_BCFHW,
+            sigma,
+            self._text[branch],
+            identity=self._caches.get(branch),
+            references=self._references.get(branch),
+        )
+
+
+class PlainText:
+    """A Wan model without subjects: prompt and negative prompt are all there is."""
+
+    def __init__(self, transformer: WanTransformer3DModel, encoded: Encoded) -> None:
+        self._transformer = transformer
+        self._text = _texts(encoded)
+
+    def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
+        """See `Conditioning`."""
+        return _velocity(self._transformer, latents_BCFHW, sigma, self._text[branch])
+
+
+def prepare(kind: str, transformer: WanTransformer3DModel, encoded: Encoded) -> Conditioning:
+    """The conditioning that a preset names: "identity" or "none".
+
+    Raises:
+        TypeError: "identity" with a transformer that has no identity blocks (engine.load refuses such files earlier).
+    """
+    if kind == "none":
+        return PlainText(transformer, encoded)
+    if not isinstance(transformer, IdentityWanTransformer3DModel):
+        raise TypeError(f"conditioning {kind!r} needs identity blocks, got {type(transformer).__name__}")
+    return IdentityBlocks(transformer, encoded)
+
+
+def _texts(encoded: Encoded) -> dict[str, Tensor]:
+    prompt, negative = encoded.prompt_embeds, encoded.negative_prompt_embeds
+    return {"none": negative, "subjects": negative, "text": prompt, "full": prompt}
+
+
+def _without_vlm(references: References | None) -> References | None:
+    if references is None or references.latents is None:
+        return None
+    return References(references.latents, references.mask, references.weights, references.slots)
+
+
+@torch.no_grad()
+def _velocity(
+    transformer: WanTransformer3DModel, latents_BCFHW: Tensor, sigma: float, text: Tensor, **subjects: object
+) -> Tensor:
+    """One forward; Wan counts time in thousandths."""
+    timestep = torch.full((latents_BCFHW.shape[0],), sigma * 1000, device=latents_BCFHW.device)
+    subjects = {name: value for name, value in subjects.items() if value is not None}
+    return transformer(latents_BCFHW.to(transformer.dtype), timestep, text, return_dict=False, **subjects)[0]

@@ -1,0 +1,222 @@
+"""Prompt and pictures in the model's terms: UMT5 states, VLM states, reference latents.
+
+In:  text, prepared pictures (uint8 squares on white), and the loaded encoders.
+Out: tensors on the encoder's device, fp32. Training calls the same functions on batches.
+Knows nothing of presets, of files, of the transformer or of sampling.
+
+Shapes: B texts, L text tokens, T VLM tokens, P pictures, C latent channels, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from engine.job import MENTION, Subject
+
+MAX_TEXT_TOKENS = 512  # Wan's; a tokenizer with a smaller `model_max_length` lowers it
+PICTURE_TOKENS = 64  # most tokens of one picture in the VLM; more cost attention in every step and say little
+
+Picture = NDArray[np.uint8]  # (H, W, 3) RGB
+
+
+# --- how a mention is written for the model -------------------------------------------------------------------------
+
+
+def render(prompt: str, subjects: Sequence[Subject], mention: Literal["slot", "noun"]) -> str:
+    """The prompt as the model was taught to read it.
+
+    Args:
+        prompt: with @names; every name belongs to one of the subjects (`engine.job` sees to that).
+        subjects: in slot order; the first one is subject 1.
+        mention: "slot" writes "subject 2, a red fox," the first time and "subject 2" after that (ID-Crafter, toybox);
+            "noun" writes "a red fox", then "the red fox" (Phantom, VACE).
+    """
+    numbers = {subject.name: number for number, subject in enumerate(subjects, start=1)}
+    said: set[str] = set()
+    written, end = [], 0
+    for match in MENTION.finditer(prompt):
+        name = match[1].lower()
+        noun = spoken(subjects[numbers[name] - 1])
+        first = name not in said
+        said.add(name)
+        if mention == "noun":
+            words = with_article(noun) if first else f"the {noun}"
+        else:
+            words = f"subject {numbers[name]}"
+            if first:
+                # The comma that closes the apposition, unless the sentence brings one or stops here.
+                follows = prompt[match.end() :].lstrip()[:1]
+                words += f", {with_article(noun)}" + ("," if follows.isalnum() or follows == "@" else "")
+        written += [prompt[end : match.start()], words]
+        end = match.end()
+    return " ".join(("".join(written) + prompt[end:]).split())
+
+
+def spoken(subject: Subject) -> str:
+    """What a subject is, in words: its noun, or its name."""
+    return subject.noun.strip() or subject.name.replace("_", " ")
+
+
+def with_article(words: str) -> str:
+    """ "a fox", "an orange fox"; nothing is added where an article or a possessive already stands."""
+    if words.split()[0].lower() in {"a", "an", "the", "my", "our", "his", "her", "their", "some"}:
+        return words
+    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+
+
+# --- UMT5 -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def text_states(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel) -> Tensor:
+    """UMT5's states of B texts, zero behind each text's end: (B, L, text_dim), fp32.
+
+    L is the tokenizer's `model_max_length`, at most 512: Wan attends to the zeros too, so the length is a part of
+    what it was trained on.
+    """
+    length = min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
+    words = tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        add_special_tokens=True,
+        return_tensors="pt",
+    )
+    numbers, mask = words["input_ids"].to(encoder.device), words["attention_mask"].to(encoder.device)
+    states = encoder(numbers, mask).last_hidden_state.float()
+    return states * mask.unsqueeze(-1)
+
+
+# --- Qwen2.5-VL -----------------------------------------------------------------------------------------------------
+
+
+def vlm_turn(prompt: str, picture_tokens: Sequence[Sequence[int]]) -> str:
+    """The user's turn as text: every subject's pictures behind its number, then the prompt.
+
+    Args:
+        prompt: rendered.
+        picture_tokens: for each subject, how many tokens each of its pictures takes.
+    """
+    shown = ""
+    for number, counts in enumerate(picture_tokens, start=1):
+        marks = "".join(f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>" for count in counts)
+        shown += f"subject {number}: {marks}\n"
+    return f"<|im_start|>user\n{shown}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@torch.no_grad()
+def vlm_states(
+    prompts: Sequence[str],
+    pictures: Sequence[Sequence[Sequence[Picture]]],
+    tokenizer: PreTrainedTokenizerBase,
+    vlm: Qwen2_5_VLForConditionalGeneration,
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states of the VLM after reading prompts and pictures (R6: prompt and all references at once).
+
+    Args:
+        prompts: B rendered prompts.
+        pictures: for each prompt, for each subject, its pictures; an empty list where there is none.
+
+    Returns:
+        States (B, T, vlm_dim), fp32, and a mask (B, T) that is True where a token is no padding.
+    """
+    inputs = vlm_inputs(prompts, pictures, tokenizer, vlm)
+    states = vlm.model(**inputs).last_hidden_state.float()
+    return states, inputs["attention_mask"].bool()
+
+
+def vlm_inputs(
+    prompts: Sequence[str],
+    pictures: Sequence[Sequence[Sequence[Picture]]],
+    tokenizer: PreTrainedTokenizerBase,
+    vlm: Qwen2_5_VLForConditionalGeneration,
+) -> dict[str, Tensor]:
+    """What the VLM takes: input_ids, attention_mask, mm_token_type_ids, and the pictures' patches when there are any.
+
+    transformers' own processor needs torchvision, which does not exist for every torch build; this is the tokenizer,
+    the picture processor and the expansion of `<|image_pad|>` in ten lines.
+    """
+    flat = [picture for subjects in pictures for subject in subjects for picture in subject]
+    patches: dict[str, Any] = {}
+    counts: list[int] = []
+    if flat:
+        processor = picture_processor(vlm)
+        patches = dict(processor(images=flat, return_tensors="pt"))
+        counts = (patches["image_grid_thw"].prod(dim=-1) // processor.merge_size**2).tolist()
+    each = iter(counts)
+    turns = [
+        vlm_turn(prompt, [[next(each) for _ in subject] for subject in subjects])
+        for prompt, subjects in zip(prompts, pictures, strict=True)
+    ]
+    words = tokenizer(turns, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
+    numbers = words["input_ids"]
+    inputs = {
+        "input_ids": numbers,
+        "attention_mask": words["attention_mask"],
+        "mm_token_type_ids": (numbers == vlm.config.image_token_id).int(),
+        **patches,
+    }
+    return {name: value.to(vlm.device) for name, value in inputs.items()}
+
+
+def picture_processor(vlm: Qwen2_5_VLForConditionalGeneration) -> Qwen2VLImageProcessorPil:
+    """Cuts pictures into this VLM's patches, at most 64 tokens a picture."""
+    vision: Any = vlm.config.vision_config
+    token = (vision.patch_size * vision.spatial_merge_size) ** 2  # pixels
+    return Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        size={"shortest_edge": token, "longest_edge": PICTURE_TOKENS * token},
+    )
+
+
+# --- the VAE --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def picture_latents(pictures: Sequence[Picture], vae: AutoencoderKLWan) -> Tensor:
+    """Normalised latents of P still pictures of one size: (P, C, h, w), fp32. Each is a video of one frame."""
+    frames = torch.from_numpy(np.stack(pictures)).to(vae.device).permute(0, 3, 1, 2).unsqueeze(2)
+    return _encoded(frames, vae).squeeze(2)
+
+
+@torch.no_grad()
+def clip_latents(frames_BFHW3: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    """Normalised latents of B clips of uint8 frames (B, F, H, W, 3), F = 4k + 1: (B, C, k + 1, h, w), fp32."""
+    return _encoded(frames_BFHW3.to(vae.device).permute(0, 4, 1, 2, 3), vae)
+
+
+def _encoded(levels_B3FHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    posterior: Any = vae.encode(to_unit(levels_B3FHW).to(vae.dtype), return_dict=False)[0]
+    return normalised(posterior.mode().float(), vae)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 levels -> [-1, 1], the range of the VAE."""
+    return pixels.float() / 127.5 - 1
+
+
+def normalised(latents: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    """The VAE's latents -> about zero mean and unit spread, by the statistics in its config; (P, C, F, h, w)."""
+    mean, std = latent_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of each latent channel, (1, C, 1, 1, 1)."""
+    config: Any = vae.config
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(config.latents_mean, dtype=torch.float32, device=like.device).view(shape)
+    std = torch.tensor(config.latents_std, dtype=torch.float32, device=like.device).view(shape)
+    return mean, std

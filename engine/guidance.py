@@ -1,0 +1,102 @@
+"""Merge the predictions of one step into the velocity the sampler follows.
+
+In:  velocities of the same noisy latents under different conditions, flow convention v = noise - data.
+Out: one velocity of the same shape. Knows nothing of models, prompts or schedules.
+
+The conditions have names, the same everywhere:
+    none      neither subjects nor prompt: the negative prompt alone
+    subjects  the subjects, the negative prompt in place of the prompt, no VLM
+    text      the prompt, and the VLM reading it without pictures
+    full      everything
+
+Shapes: B clips, C latent channels, F latent frames, H x W latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from engine.job import Sampling
+
+Branch = Literal["none", "subjects", "text", "full"]
+
+
+def branches(sampling: Sampling) -> tuple[Branch, ...]:
+    """The predictions that one step needs, in the order they are made. As many forwards as there are names."""
+    if sampling.guidance == "dual":
+        return ("none", "subjects", "full")
+    if sampling.guidance == "chained":
+        return ("none", "text", "full")
+    if sampling.guidance == "joint" and sampling.guidance_scale != 1:
+        return ("none", "full")
+    return ("full",)  # no guidance, or a scale of 1, where the other prediction would cancel out
+
+
+def guided(sampling: Sampling, predict: Callable[[Branch], Tensor]) -> Tensor:
+    """Ask for the predictions that this way of guiding needs, and merge them.
+
+    Args:
+        sampling: with every field its guidance uses filled in (a preset does that).
+        predict: velocity (B, C, F, H, W) of one branch.
+    """
+    v = {branch: predict(branch) for branch in branches(sampling)}
+    if sampling.guidance == "dual":
+        return chain(v["none"], v["subjects"], v["full"], _set(sampling.subject_scale), _set(sampling.text_scale))
+    if sampling.guidance == "chained":
+        return chain(v["none"], v["text"], v["full"], _set(sampling.text_scale), _set(sampling.subject_scale))
+    if "none" in v:
+        return joint(v["none"], v["full"], _set(sampling.guidance_scale))
+    return v["full"]
+
+
+def _set(scale: float | None) -> float:
+    assert scale is not None, "a resolved job has every scale that its guidance uses"
+    return scale
+
+
+def joint(v_none_BCFHW: Tensor, v_full_BCFHW: Tensor, scale: float) -> Tensor:
+    """Away from neither, towards both at once; the paper's way (2.5, one number for pictures and prompt).
+
+    Args:
+        v_none_BCFHW, v_full_BCFHW: velocities without and with everything.
+        scale: weight >= 0, no unit. 1 gives back `v_full_BCFHW`, 0 `v_none_BCFHW`.
+
+    Source: classifier-free guidance, eq. 6 of arXiv 2207.12598, written from the unconditional side.
+    """
+    _same_shape(v_none_BCFHW, v_full_BCFHW)
+    return v_none_BCFHW + scale * (v_full_BCFHW - v_none_BCFHW)
+
+
+def chain(
+    v_none_BCFHW: Tensor, v_first_BCFHW: Tensor, v_full_BCFHW: Tensor, first_scale: float, then_scale: float
+) -> Tensor:
+    """First towards one condition, then from there towards both, each with a weight of its own.
+
+    With the subjects first it is "dual", as Phantom samples (subjects 5.0, text 7.5); with the prompt first,
+    "chained". The two differ in what the second weight means: dual's text weight acts on a clip that knows its
+    subjects, chained's subject weight on a clip that knows its prompt.
+
+    Args:
+        v_none_BCFHW: velocity without either condition.
+        v_first_BCFHW: velocity with the first one alone.
+        v_full_BCFHW: velocity with both.
+        first_scale, then_scale: weights >= 0, no unit. Both 1 gives back `v_full_BCFHW`.
+
+    Raises:
+        ValueError: the three velocities differ in shape.
+
+    Source: InstructPix2Pix, eq. 3, arXiv 2211.09800, with subjects in place of its input image.
+    """
+    _same_shape(v_none_BCFHW, v_first_BCFHW, v_full_BCFHW)
+    towards_first = v_first_BCFHW - v_none_BCFHW
+    towards_both = v_full_BCFHW - v_first_BCFHW
+    return v_none_BCFHW + first_scale * towards_first + then_scale * towards_both
+
+
+def _same_shape(*velocities: Tensor) -> None:
+    shapes = [tuple(v.shape) for v in velocities]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"guidance merges velocities of one shape, got {shapes}")

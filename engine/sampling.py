@@ -1,0 +1,157 @@
+"""From noise to a clip: noise levels, solver steps, the loop.
+
+In:  noise, and a `predict(latents, sigma)` that returns the velocity v = noise - data.
+Out: clean latents. Knows nothing of models, prompts, guidance or video.
+
+Time runs from 1 (noise) to 0 (clean) and is called sigma: x_sigma = (1 - sigma) * x_0 + sigma * noise (paper, eq. 1).
+
+Shapes: B clips, C latent channels, F latent frames, H x W latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from torch import Tensor
+
+from engine.messages import StudioError
+
+Predict = Callable[[Tensor, float], Tensor]
+
+
+def sigmas(num_inference_steps: int, shift: float) -> Tensor:
+    """Noise levels of a clip: (steps + 1,) fp32, from 1 down to 0.
+
+    Args:
+        num_inference_steps: how many steps, >= 1.
+        shift: > 0; above 1 more steps fall where there is much noise, and layout is decided there.
+
+    Source: Wan's rule, s -> shift * s / (1 + (shift - 1) * s) on evenly spaced s (shift 3 at 480p, 5 at 720p).
+    """
+    even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+    return shifted(even, shift).float()
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Wan's shift of noise levels in [0, 1]; 0 and 1 stay where they are."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def noised(x_0: Tensor, noise: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Clean latents at a noise level, and the velocity a model should predict there.
+
+    Args:
+        x_0, noise: (B, C, F, H, W).
+        sigma_B: (B,), in [0, 1].
+
+    Returns:
+        x_sigma and v = noise - x_0, both of x_0's shape, so that x_sigma - sigma * v = x_0.
+    """
+    sigma = sigma_B.to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1))
+    return (1 - sigma) * x_0 + sigma * noise, noise - x_0
+
+
+# --- solvers --------------------------------------------------------------------------------------------------------
+
+
+class Solver(Protocol):
+    """Follows the velocity from one noise level to the next."""
+
+    sigmas: Tensor  # (steps + 1,), fp32, falling, the last one 0
+
+    def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
+        """Latents at `sigmas[index]` -> latents at `sigmas[index + 1]`, fp32."""
+        ...
+
+
+class Euler:
+    """A straight line from one level to the next."""
+
+    def __init__(self, num_inference_steps: int, shift: float) -> None:
+        self.sigmas = sigmas(num_inference_steps, shift)
+
+    def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
+        """x + (sigma_next - sigma) * v."""
+        return latents + (self.sigmas[index + 1] - self.sigmas[index]).item() * velocity
+
+
+class UniPC:
+    """diffusers' second-order multistep solver, as presets use it that were trained with it."""
+
+    def __init__(self, num_inference_steps: int, shift: float) -> None:
+        self._scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
+        )
+        self._scheduler.set_timesteps(num_inference_steps)
+        self.sigmas = self._scheduler.sigmas.clone()
+
+    def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
+        """One step of the scheduler, which counts for itself."""
+        timestep = self._scheduler.timesteps[index]
+        return self._scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+
+SOLVERS: dict[str, Callable[[int, float], Solver]] = {"euler": Euler, "unipc": UniPC}
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One step that has been made."""
+
+    index: int  # from 0
+    total: int
+    sigma: float  # noise level it started from
+    latents: Tensor  # after the step
+    x_0: Tensor  # the clean clip as the model saw it in this step
+
+
+def denoise(latents: Tensor, predict: Predict, solver: Solver, on_step: Callable[[Step], None]) -> Tensor:
+    """Walk from noise to clean latents.
+
+    Args:
+        latents: noise, (B, C, F, H, W).
+        predict: velocity at latents and sigma; in any dtype.
+        solver: where to evaluate and how to step.
+        on_step: called after every step; what it raises ends the loop (that is how a clip is cancelled).
+
+    Returns:
+        Clean latents, fp32.
+
+    Raises:
+        StudioError: a prediction holds NaN or infinity, or the whole clip has become one flat colour.
+    """
+    # fp32 here: in bf16 a step is smaller than the rounding error of the latents for the last part of the way.
+    latents = latents.float()
+    total = len(solver.sigmas) - 1
+    for index in range(total):
+        sigma = solver.sigmas[index].item()
+        velocity = predict(latents, sigma).float()
+        x_0 = latents - sigma * velocity
+        check_alive(x_0, index + 1, total)
+        latents = solver.step(velocity, latents, index)
+        on_step(Step(index, total, sigma, latents, x_0))
+    return latents
+
+
+def check_alive(x_0: Tensor, step: int, total: int) -> None:
+    """Stop a clip that can only end black.
+
+    Raises:
+        StudioError: NaN, infinity, or no difference left between any two latent pixels.
+    """
+    spread = (x_0.amax(dim=(-2, -1)) - x_0.amin(dim=(-2, -1))).amax()  # NaN and infinity come through
+    if bool(torch.isfinite(spread)) and spread > 0:
+        return
+    broken = not bool(torch.isfinite(spread))
+    raise StudioError(
+        what=f"The clip broke at step {step} of {total}: " + ("it holds NaN." if broken else "it is one flat colour."),
+        why="Suspects, likeliest first: a guidance scale that is too high, half precision overflowing on this device, "
+        "a damaged weights or LoRA file.",
+        next_step="Lower the guidance scale to about 3; if it breaks again, run `python launch.py doctor`.",
+        field="sampling",
+    )
