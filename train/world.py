@@ -59,7 +59,7 @@ __all__ = [
     "SINGLE_VERBS",
     "SPLITS",
     "THINGS",
-    "VERBS",
+    "VERBS", "VERSION",
     "Action",
     "Clip",
     "Facts",
@@ -84,6 +84,8 @@ __all__ = [
 ]  # fmt: skip
 
 Rng = np.random.Generator
+
+VERSION = 1  # raised whenever a seed's pixels or captions change: checkpoints and figures name the world they saw
 
 # Identities belong to a split by their seed alone. Two splits never meet: each owns [start, start + IDENTITIES).
 IDENTITIES = 2**28

@@ -109,12 +109,11 @@ class _Layout:
             return
         gap = float(self.rng.uniform(0.07, 0.11)) if action.verb == "chases" else 0.0
         a, b = (self.place(k, 0.5, feet_y, scale, room=0.19, flip=flip) for k in slots)
-        longest = 0.73 * self.width - gap  # leaves a way of a quarter of the frame, which nine frames make plain
+        # Leaves a way of a quarter of the frame (or of a third between two that meet), which nine frames make plain.
+        longest = (0.66 if action.verb == "meets" else 0.72) * self.width - gap
         if 2 * (a.half + b.half) > longest:
-            scale *= longest / (2 * (a.half + b.half))
-            a, b = (
-                self.place(k, 0.5, feet_y, min(scale, p.scale), flip=flip) for k, p in zip(slots, (a, b), strict=True)
-            )
+            less = longest / (2 * (a.half + b.half))
+            a, b = (self.place(k, 0.5, feet_y, less * p.scale, flip=flip) for k, p in zip(slots, (a, b), strict=True))
         if action.verb == "meets":
             self._towards(slots, a, b)
             return
@@ -130,9 +129,9 @@ class _Layout:
         """Two start at the edges and meet in the middle; the first comes from the left or from the right."""
         side = 1.0 if self.rng.random() < 0.5 else -1.0
         middle = 0.5 + 0.5 * side * (a.half - b.half)
-        way = 0.48 * self.width - a.half - b.half
-        self.places[slots[0]] = replace(a, x=middle - side * a.half, travel=way, flip=side < 0)
-        self.places[slots[1]] = replace(b, x=middle + side * b.half, travel=way, flip=side > 0)
+        between = 0.49 * self.width - 0.5 * (a.half + b.half)
+        self.places[slots[0]] = replace(a, x=middle - side * a.half, travel=between - a.half, flip=side < 0)
+        self.places[slots[1]] = replace(b, x=middle + side * b.half, travel=between - b.half, flip=side > 0)
 
     def around(self, action: Action) -> None:
         """One circles or jumps over another in the middle."""
