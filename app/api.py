@@ -1,0 +1,131 @@
+"""The studio's verbs for programs: Gradio's API and MCP tools, typed and documented.
+
+In:  documents and row ids, as text and numbers.
+Out: plain JSON values.
+Knows nothing of the page; every verb is one call into the queue, the library or the presets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from app import estimate as costs
+from app import library
+from app.queue import Row
+from app.studio import Studio
+from engine import presets as models
+from engine.job import GenerateJob, read_job
+from engine.messages import StudioError
+
+
+def register(studio: Studio) -> None:
+    """Add the verbs to the page being built."""
+
+    def generate(document: str) -> int:
+        """Queue one clip.
+
+        Args:
+            document: a job document as JSON text: {"prompt": "@fox waves", "subjects": [{"name": "fox", "pictures":
+                [{"png": "<base64 PNG>"}]}], "seed": 7}. A picture is base64 PNG under "png", or the path of a picture
+                that this studio already keeps.
+
+        Returns:
+            The row's id, for `status` and `cancel`.
+        """
+        return said(lambda: studio.queue.add(_filled(studio, document)))
+
+    def status(row: int) -> dict[str, Any]:
+        """How one job stands: its state, progress, and the clip's files or the error once it ended.
+
+        Args:
+            row: the id that `generate` gave.
+
+        Returns:
+            {"row", "state", "progress", "saved", "error", "seed"}.
+        """
+        return said(lambda: _row(studio.queue.get(row)))
+
+    def cancel(row: int) -> dict[str, Any]:
+        """Stop a job: a waiting one at once, a running one within a step.
+
+        Args:
+            row: the id that `generate` gave.
+
+        Returns:
+            The row as `status` gives it.
+        """
+
+        def stop() -> dict[str, Any]:
+            studio.queue.cancel(row)
+            return _row(studio.queue.get(row))
+
+        return said(stop)
+
+    def clips() -> list[dict[str, Any]]:
+        """Finished clips, newest first: {"id", "path", "prompt", "seed", "created"}."""
+        found = library.clips(studio.settings.outputs)
+        return [
+            {
+                "id": clip.id,
+                "path": str(clip.path),
+                "prompt": clip.job.prompt if clip.job else "",
+                "seed": clip.job.seed if clip.job else None,
+                "created": clip.created,
+            }
+            for clip in found
+        ]
+
+    def estimate(document: str) -> dict[str, Any]:
+        """What a clip would cost on this machine, without making it.
+
+        Args:
+            document: a job document as JSON text, as for `generate`.
+
+        Returns:
+            {"seconds", "memory_mb", "clip_bytes", "free_bytes"}.
+        """
+
+        def count() -> dict[str, Any]:
+            history = studio.queue.rows(states=["done"], limit=40)
+            cost = costs.clip_costs(_filled(studio, document), history, studio.settings.outputs)
+            return {
+                "seconds": round(cost.seconds, 1),
+                "memory_mb": cost.memory_mb,
+                "clip_bytes": cost.clip_bytes,
+                "free_bytes": cost.free_bytes,
+            }
+
+        return said(count)
+
+    def presets() -> list[dict[str, Any]]:
+        """The models there are, with their sizes, lengths, most subjects and defaults."""
+        return [models.load(name).model_dump(exclude={"components"}) for name in models.names()]
+
+    for verb in (generate, status, cancel, clips, estimate, presets):
+        gr.api(verb, api_name=verb.__name__)
+
+
+def said(call: Any) -> Any:
+    """The call's result; a `StudioError` reaches the caller as one sentence instead of "Internal error"."""
+    try:
+        return call()
+    except StudioError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def _filled(studio: Studio, document: str) -> GenerateJob:
+    """A stranger's document as a job with every value filled in; its pictures are this studio's own, or ride along."""
+    return models.resolve(studio.own(read_job(document)))[0]
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "row": row.id,
+        "state": row.state,
+        "progress": row.progress,
+        "saved": row.saved,
+        "error": row.error,
+        "seed": row.job.seed if row.job else None,
+    }

@@ -1,0 +1,105 @@
+"""What a clip will cost, said before anybody waits for it: time, memory, disk.
+
+In:  a checked job, its preset's measured cost, and this machine's own finished rows.
+Out: an `Estimate`.
+Knows nothing of torch or of the page.
+
+Time grows with the number of latent tokens (frames are grouped by four in every Wan VAE) and with the forwards that one
+step of the chosen guidance takes. Attention's quadratic part is left out: what it adds, the history corrects.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from app.queue import Row
+from engine import presets
+from engine.job import GenerateJob
+from engine.presets import Preset
+
+FORWARDS = {"none": 1, "joint": 2, "dual": 3, "chained": 3}
+HISTORY = 12  # latest finished clips of the preset that correct the prediction
+BYTES_PER_PIXEL = 0.12  # H.264 at our quality, written pixels, generous: flat art takes a third of it
+LITTLE_DISK = 300 * 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of one clip. `learnt`: corrected by this machine's own clips rather than the preset's figures alone."""
+
+    seconds: float
+    memory_mb: int
+    clip_bytes: int
+    free_bytes: int
+    learnt: bool
+
+    @property
+    def disk_is_low(self) -> bool:
+        """Whether the clip might not fit."""
+        return self.free_bytes < LITTLE_DISK + self.clip_bytes
+
+
+def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: Path) -> Estimate:
+    """Costs of a job that `presets.resolve` has filled in.
+
+    Args:
+        history: rows of any state; the finished ones of this preset correct the time.
+        folder: where the clip will be written, for the free disk.
+    """
+    ratios = [took / _predicted(row.job, preset) for row in history if (took := _took(row, preset)) and row.job]
+    correction = median(ratios[:HISTORY]) if ratios else 1.0
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    written = _pixels(job) * (job.num_frames or 1) * preset.display_scale**2
+    return Estimate(
+        seconds=_predicted(job, preset) * correction,
+        memory_mb=round(preset.cost.weights_mb + preset.cost.activations_mb * _tokens(job, preset)),
+        clip_bytes=round(written * BYTES_PER_PIXEL),
+        free_bytes=shutil.disk_usage(nearest).free,
+        learnt=bool(ratios),
+    )
+
+
+def _took(row: Row, preset: Preset) -> float | None:
+    """Seconds a finished row of this preset took."""
+    if row.state != "done" or row.job is None or row.job.preset != preset.name:
+        return None
+    return row.finished - row.started if row.finished and row.started else None
+
+
+def _predicted(job: GenerateJob, preset: Preset) -> float:
+    """Seconds by the preset's own figures."""
+    cost = preset.cost
+    share = _tokens(job, preset)
+    usual = FORWARDS[preset.sampling.guidance or "joint"]
+    forwards = FORWARDS[job.sampling.guidance or preset.sampling.guidance or "joint"] / usual
+    steps = job.sampling.num_inference_steps or preset.sampling.num_inference_steps or 1
+    return cost.start_s + steps * cost.step_s * share * forwards + cost.decode_s * share
+
+
+def _tokens(job: GenerateJob, preset: Preset) -> float:
+    """Latent tokens of the job as a share of the preset's own clip."""
+    own = preset.sizes[0].width * preset.sizes[0].height * _groups(preset.num_frames)
+    return _pixels(job) * _groups(job.num_frames or preset.num_frames) / own
+
+
+def _pixels(job: GenerateJob) -> int:
+    return (job.width or 1) * (job.height or 1)
+
+
+def _groups(frames: int) -> int:
+    """Latent frames: the first, then groups of four."""
+    return 1 + (frames - 1) // 4
+
+
+def clip_costs(job: GenerateJob, history: Iterable[Row], folder: Path) -> Estimate:
+    """`estimate` for a job as it was asked for, its values not yet filled in.
+
+    Raises:
+        StudioError: the job does not fit its preset.
+    """
+    filled, preset = presets.resolve(job)
+    return estimate(filled, preset, history, folder)

@@ -1,0 +1,233 @@
+"""What the Generate tab holds while a creator works: a cast of subjects and the values around the prompt.
+
+In:  values as the page's fields give them, or a finished job to start from.
+Out: a checked `GenerateJob`, or a `StudioError` that names its field.
+Knows nothing of Gradio, of the queue, or of how a picture is read.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from engine import presets
+from engine.job import GenerateJob, Picture, Sampling, Subject, make_job, rephrased
+from engine.messages import StudioError
+from engine.presets import Preset
+
+MAX_PICTURES = 3
+SEEDS = 2**31  # a drawn seed stays short enough to be read aloud
+Role = Literal["person", "object", "background"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One subject while it is being set up; it may still lack a picture or a good name."""
+
+    name: str = ""
+    pictures: tuple[Picture, ...] = ()
+    role: Role = "object"
+    noun: str = ""
+    weight: float = 1.0
+    cut_out: bool = True
+
+    @classmethod
+    def of(cls, subject: Subject) -> Slot:
+        """The slot that gives back this subject."""
+        return cls(**{name: getattr(subject, name) for name in Subject.model_fields})
+
+    def values(self) -> dict[str, Any]:
+        """Plain values, as `make_job` takes them."""
+        pictures = [picture.model_dump() for picture in self.pictures]
+        return {
+            "name": self.name,
+            "pictures": pictures,
+            "role": self.role,
+            "noun": self.noun.strip(),
+            "weight": self.weight,
+            "cut_out": self.cut_out,
+        }
+
+    def subject(self) -> Subject:
+        """The finished subject.
+
+        Raises:
+            StudioError: it lacks a picture or a name; field "subjects".
+        """
+        try:
+            return Subject(**self.values())
+        except ValidationError as error:
+            reason = rephrased(error)
+            raise StudioError(reason.what, reason.why, reason.next_step, field="subjects") from None
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The subjects of one clip in order, and which of them is open in the editor (-1: none)."""
+
+    slots: tuple[Slot, ...] = ()
+    chosen: int = -1
+
+    @property
+    def open(self) -> Slot | None:
+        """The slot in the editor."""
+        return self.slots[self.chosen] if 0 <= self.chosen < len(self.slots) else None
+
+    def names(self) -> list[str]:
+        """Every slot's name, in order."""
+        return [slot.name for slot in self.slots]
+
+    def choose(self, index: int) -> Cast:
+        """Open one slot in the editor; anything out of range closes it."""
+        return replace(self, chosen=index if 0 <= index < len(self.slots) else -1)
+
+    def add(self, slot: Slot, *, most: int) -> Cast:
+        """One more subject, under a name that is still free, and open in the editor.
+
+        Raises:
+            StudioError: there is no room; field "subjects".
+        """
+        if len(self.slots) >= most:
+            raise StudioError(
+                f"There are already {len(self.slots)} subjects.",
+                f"This preset keeps at most {most} recognisable.",
+                "Remove one first.",
+                field="subjects",
+            )
+        named = replace(slot, name=free_name(slot.name, self.names()))
+        return Cast((*self.slots, named), len(self.slots))
+
+    def remove(self, index: int) -> Cast:
+        """Without that slot; the editor closes."""
+        return Cast(tuple(slot for place, slot in enumerate(self.slots) if place != index), -1)
+
+    def change(self, **values: Any) -> Cast:
+        """The open slot with new values; nothing happens when none is open."""
+        if self.open is None:
+            return self
+        changed = replace(self.open, **values)
+        return replace(self, slots=tuple(changed if i == self.chosen else s for i, s in enumerate(self.slots)))
+
+
+@dataclass(frozen=True)
+class Form:
+    """The fields around the prompt. None means: take the preset's own value."""
+
+    preset: str
+    prompt: str = ""
+    num_frames: int | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: str = "0"
+    fresh_seed: bool = True
+    count: int = 1
+    num_inference_steps: int | None = None
+    scheduler: str | None = None
+    guidance: str | None = None
+    guidance_scale: float | None = None
+    subject_scale: float | None = None
+    text_scale: float | None = None
+    shift: float | None = None
+    negative_prompt: str | None = None
+
+    @classmethod
+    def of(cls, job: GenerateJob) -> Form:
+        """The fields that make this job again, seed kept.
+
+        Raises:
+            StudioError: its preset is not here, or it does not fit that preset.
+        """
+        filled, _ = presets.resolve(job)
+        return cls(
+            preset=filled.preset,
+            prompt=filled.prompt,
+            num_frames=filled.num_frames,
+            width=filled.width,
+            height=filled.height,
+            seed=str(filled.seed),
+            fresh_seed=False,
+            negative_prompt=filled.negative_prompt,
+            **{name: getattr(filled.sampling, name) for name in Sampling.model_fields},
+        )
+
+    @classmethod
+    def fresh(cls, preset: Preset, *, prompt: str = "") -> Form:
+        """A preset's own values."""
+        return cls(
+            preset=preset.name,
+            prompt=prompt,
+            num_frames=preset.num_frames,
+            width=preset.sizes[0].width,
+            height=preset.sizes[0].height,
+            negative_prompt=preset.negative_prompt,
+            **{name: getattr(preset.sampling, name) for name in Sampling.model_fields},
+        )
+
+    def job(self, cast: Cast, *, seed: int) -> GenerateJob:
+        """The document these values make, every value filled in and checked against the preset.
+
+        Raises:
+            StudioError: with `field` naming the field it belongs beside.
+        """
+        without = [slot.name for slot in cast.slots if not slot.pictures]
+        if without:
+            raise StudioError(
+                f"@{without[0]} has no picture.",
+                "A subject is kept recognisable by its pictures.",
+                "Add one to three pictures, or remove it.",
+                field="subjects",
+            )
+        values = {
+            "preset": self.preset,
+            "prompt": self.prompt or "",
+            "negative_prompt": self.negative_prompt,
+            "subjects": [slot.values() for slot in cast.slots],
+            "seed": seed,
+            "num_frames": self.num_frames,
+            "width": self.width,
+            "height": self.height,
+            "sampling": {name: getattr(self, name) for name in Sampling.model_fields},
+        }
+        return presets.resolve(make_job(**values))[0]
+
+    def priced(self) -> GenerateJob:
+        """The same clip without its subjects and words: enough to say what it costs while the form is unfinished.
+
+        Raises:
+            StudioError: a number does not fit the preset.
+        """
+        return replace(self, prompt="-", negative_prompt=None).job(Cast(), seed=0)
+
+    def first_seed(self, draw: Callable[[int], int] = secrets.randbelow) -> int:
+        """A fresh seed, or the one in the field.
+
+        Raises:
+            StudioError: the field holds no whole number from 0 up; field "seed".
+        """
+        if self.fresh_seed:
+            return draw(SEEDS)
+        text = str(self.seed).strip()
+        if not re.fullmatch(r"[0-9]{1,18}", text):
+            raise StudioError(
+                f"The seed is {text[:40]!r}.",
+                "A seed is a whole number from 0 up, at most 18 digits.",
+                "Write a number, or tick \"New each time\".",
+                field="seed",
+            )
+        return int(text)
+
+
+def free_name(wanted: str, taken: list[str]) -> str:
+    """A mentionable name close to the wanted one that nobody has: `Red Fox.png` -> `red_fox`, then `red_fox2`."""
+    plain = re.sub(r"[^a-z0-9]+", "_", wanted.lower()).strip("_0123456789")[:20].strip("_") or "subject"
+    return next(name for name in (plain, *(f"{plain}{n}" for n in range(2, 99))) if name not in taken)
+
+
+def renamed(prompt: str, old: str, new: str) -> str:
+    """The prompt with every @old written as @new."""
+    return re.sub(rf"@{re.escape(old)}(?![A-Za-z0-9_])", f"@{new}", prompt, flags=re.IGNORECASE) if old else prompt

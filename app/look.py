@@ -1,0 +1,183 @@
+"""How the page looks: one palette, told to Gradio's theme and to our own stylesheet through the same CSS variables.
+
+In:  the theme's name (dark, light, system).
+Out: a Gradio theme, and the CSS and JavaScript of assets/studio.
+Knows nothing of tabs. System fonts only: the page asks no other machine for anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from engine.presets import ROOT
+
+STUDIO = ROOT / "assets" / "studio"
+ICON = STUDIO / "icon.png"
+
+DARK = {
+    "scheme": "dark",
+    "ground": "#101216",
+    "panel": "#181b21",
+    "raised": "#21252d",
+    "line": "#323844",
+    "edge": "#727c8d",
+    "ink": "#eceef2",
+    "soft": "#a9b1be",
+    "accent": "#ffb84d",
+    "accent-hover": "#ffc977",
+    "on-accent": "#1d1403",
+    "danger": "#ff8f85",
+    "danger-ground": "#3a1d1c",
+    "good": "#7fd99a",
+    "focus": "#8ecbff",
+}
+LIGHT = {
+    "scheme": "light",
+    "ground": "#f3f1ec",
+    "panel": "#ffffff",
+    "raised": "#f5f3ee",
+    "line": "#d8d3c8",
+    "edge": "#868070",
+    "ink": "#1c1f26",
+    "soft": "#555c69",
+    "accent": "#f2a324",
+    "accent-hover": "#ffb84d",
+    "on-accent": "#1d1403",
+    "danger": "#a3241a",
+    "danger-ground": "#fbe6e3",
+    "good": "#1d6e3a",
+    "focus": "#0b62b8",
+}
+# One colour per subject, the same wherever it appears: its tile, its chip, its @name in every prompt.
+SLOTS_DARK = ("#ff9a76", "#6ed3c2", "#b8a4ff", "#7fc4ff", "#f48fc0", "#c5d86d", "#e0b080", "#9fb4c8")
+SLOTS_LIGHT = ("#b0441c", "#0b6e5f", "#5a3fc0", "#135f9e", "#a52a68", "#566a0c", "#7a4e1d", "#44596e")
+
+FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "Arial", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "Liberation Mono", "Menlo", "monospace"]
+
+
+def css(theme: str) -> str:
+    """The whole stylesheet: the palette of that theme, then our rules."""
+    rules = (STUDIO / "studio.css").read_text(encoding="utf-8")
+    dark, light = _variables(DARK, SLOTS_DARK), _variables(LIGHT, SLOTS_LIGHT)
+    if theme == "system":
+        return f":root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{rules}"
+    return f":root {{ {light if theme == 'light' else dark} }}\n{rules}"
+
+
+def head(theme: str) -> str:
+    """What goes into the page's head: the colour of a phone's title bar, and our script."""
+    script = (STUDIO / "studio.js").read_text(encoding="utf-8")
+    ground = (LIGHT if theme == "light" else DARK)["ground"]
+    return f'<meta name="theme-color" content="{ground}"><script>{script}</script>'
+
+
+def _variables(palette: dict[str, str], slots: tuple[str, ...]) -> str:
+    colours = {f"slot-{place}": value for place, value in enumerate(slots)}
+    named = {name: value for name, value in palette.items() if name != "scheme"}
+    return f"color-scheme: {palette['scheme']}; " + " ".join(f"--{k}: {v};" for k, v in (named | colours).items())
+
+
+class StudioTheme(gr.themes.Base):
+    """Gradio's components in our palette; light and dark variants are the same, since the palette itself switches."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            font=FONT,
+            font_mono=MONO,
+            radius_size=gr.themes.sizes.radius_md,
+            spacing_size=gr.themes.sizes.spacing_md,
+            text_size=gr.themes.sizes.text_md,
+        )
+        values = _theme_values()
+        self.set(**values, **{f"{key}_dark": value for key, value in values.items() if f"{key}_dark" in _settable()})
+
+
+def _settable() -> frozenset[str]:
+    code = gr.themes.Base.set.__code__
+    return frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
+def _theme_values() -> dict[str, Any]:
+    ground, panel, raised = "var(--ground)", "var(--panel)", "var(--raised)"
+    line, edge, ink, soft = "var(--line)", "var(--edge)", "var(--ink)", "var(--soft)"
+    accent, on_accent, focus = "var(--accent)", "var(--on-accent)", "var(--focus)"
+    return {
+        "body_background_fill": ground,
+        "body_text_color": ink,
+        "body_text_color_subdued": soft,
+        "background_fill_primary": panel,
+        "background_fill_secondary": raised,
+        "border_color_primary": line,
+        "border_color_accent": accent,
+        "border_color_accent_subdued": line,
+        "color_accent": accent,
+        "color_accent_soft": raised,
+        "link_text_color": focus,
+        "link_text_color_active": focus,
+        "link_text_color_hover": ink,
+        "link_text_color_visited": focus,
+        "block_background_fill": "transparent",
+        "block_border_color": line,
+        "block_border_width": "0px",
+        "block_padding": "0px",
+        "block_shadow": "none",
+        "block_info_text_color": soft,
+        "block_label_background_fill": raised,
+        "block_label_text_color": soft,
+        "block_title_text_color": soft,
+        "block_title_text_weight": "500",
+        "block_title_text_size": "*text_sm",
+        "form_gap_width": "0px",
+        "layout_gap": "12px",
+        "panel_background_fill": panel,
+        "panel_border_color": line,
+        "accordion_text_color": ink,
+        "checkbox_background_color": raised,
+        "checkbox_background_color_selected": accent,
+        "checkbox_border_color": edge,
+        "checkbox_border_color_selected": accent,
+        "checkbox_border_color_focus": focus,
+        "checkbox_label_background_fill": raised,
+        "checkbox_label_background_fill_hover": line,
+        "checkbox_label_background_fill_selected": "color-mix(in srgb, var(--accent) 22%, var(--raised))",
+        "checkbox_label_border_color": line,
+        "checkbox_label_border_color_selected": accent,
+        "checkbox_label_text_color": ink,
+        "checkbox_label_text_color_selected": ink,
+        "checkbox_label_padding": "7px 12px",
+        "error_background_fill": "var(--danger-ground)",
+        "error_border_color": "var(--danger)",
+        "error_text_color": "var(--danger)",
+        "input_background_fill": raised,
+        "input_background_fill_focus": raised,
+        "input_border_color": line,
+        "input_border_color_focus": focus,
+        "input_border_width": "1px",
+        "input_padding": "8px 10px",
+        "input_placeholder_color": "color-mix(in srgb, var(--soft) 88%, var(--ground))",
+        "input_shadow": "none",
+        "input_shadow_focus": "none",
+        "loader_color": accent,
+        "slider_color": accent,
+        "button_transition": "background-color 120ms, border-color 120ms",
+        "button_primary_background_fill": accent,
+        "button_primary_background_fill_hover": "var(--accent-hover)",
+        "button_primary_border_color": accent,
+        "button_primary_text_color": on_accent,
+        "button_primary_text_color_hover": on_accent,
+        "button_primary_shadow": "none",
+        "button_secondary_background_fill": raised,
+        "button_secondary_background_fill_hover": line,
+        "button_secondary_border_color": line,
+        "button_secondary_text_color": ink,
+        "button_secondary_text_color_hover": ink,
+        "button_secondary_shadow": "none",
+        "button_large_radius": "10px",
+        "button_large_text_weight": "650",
+        "table_border_color": line,
+        "table_even_background_fill": panel,
+        "table_odd_background_fill": panel,
+    }

@@ -1,0 +1,191 @@
+"""The page: three tabs over one queue, and the server that shows them.
+
+In:  `Settings`.
+Out: a Gradio page, a worker beside it, an API and an MCP server.
+Knows nothing of torch: all of that lives in the worker's process, whose death this one survives.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import webbrowser
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from app import api, look
+from app.queue import Row
+from app.settings import Settings
+from app.stage import STAGES
+from app.studio import ASSETS, SAMPLES, Studio
+from app.tabs import gallery, generate
+from app.tabs import queue as queue_tab
+from app.tabs.wiring import Ticket, quiet
+from app.worker import WorkerKeeper
+from engine.messages import StudioError
+
+TITLE = "ID-Crafter Studio"
+LOOK_S = 1.0  # how often the page asks the queue whether anything changed; the answer is one number
+UPLOAD_LIMIT = "512mb"  # a dropped clip; a picture is checked by its pixels
+Seen = tuple[int, float]  # the queue's count of changes, and when the latest clip was finished
+
+
+def build(settings: Settings) -> gr.Blocks:
+    """The page of these settings, not yet served."""
+    studio = Studio.of(settings)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        ticket = gr.State(Ticket())
+        with gr.Row(elem_id="top"):
+            gr.HTML(_brand(), apply_default_css=False)
+            bell = gr.HTML("", js_on_load=_TELL, elem_id="bell", apply_default_css=False)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Generate", id="generate"):
+                first = generate.layout(studio)
+            with gr.Tab("Gallery", id="gallery"):
+                second = gallery.layout()
+            with gr.Tab("Queue", id="queue"):
+                third = queue_tab.layout()
+        changed = [
+            *generate.wire(first, studio, ticket, page.load),
+            *gallery.wire(second, studio, ticket, tabs),
+            *queue_tab.wire(third, studio, ticket, tabs),
+        ]
+        _wire_looks(page, studio, [first.stage, second.grid, third.head, third.rows, bell], changed)
+        api.register(studio)
+    return page
+
+
+def _wire_looks(page: gr.Blocks, studio: Studio, shown: list[Any], changed: list[Any]) -> None:
+    """Repaint what the queue decides: at the start, after a person acted, and whenever it changed by itself."""
+
+    def repaint(seen: Seen) -> list[Any]:
+        rows = studio.queue.rows()
+        latest = max((row.finished for row in rows if row.state == "done" and row.finished), default=0.0)
+        now = (studio.queue.changes(), latest)
+        if now == seen:
+            return [gr.skip()] * (1 + len(shown))
+        return [
+            now,
+            generate.paint_stage(rows),
+            gallery.render_grid(studio) if now[1] != seen[1] else gr.skip(),
+            queue_tab.render_head(rows, studio.queue.paused),
+            queue_tab.render_rows(rows),
+            _news(rows),
+        ]
+
+    def look_again(seen: Seen) -> list[Any]:
+        return [gr.skip()] * (1 + len(shown)) if studio.queue.changes() == seen[0] else repaint(seen)
+
+    seen = gr.State((-1, -1.0))
+    outputs = [seen, *shown]
+    page.load(repaint, seen, outputs, **quiet())
+    for event in changed:
+        event.then(repaint, seen, outputs, **quiet())
+    gr.Timer(LOOK_S).tick(look_again, seen, outputs, **quiet())
+
+
+_TELL = "watch('value', () => window.studio?.tell(element)); window.studio?.tell(element);"
+
+
+def _brand() -> str:
+    return f'<h1 class="brand"><img alt="" src="/pwa_icon/192">{TITLE}</h1>'
+
+
+def _news(rows: list[Row]) -> str:
+    """What the window's title and a notice say, and one line for the top of the page."""
+    running = next((row for row in rows if row.state == "running"), None)
+    ended = [row for row in rows if row.finished and row.state in ("done", "failed", "interrupted")]
+    latest = max(ended, key=lambda row: row.finished or 0, default=None)
+    title, line = TITLE, "Ready"
+    if running:
+        progress = running.progress or {}
+        line = STAGES.get(str(progress.get("stage")), "Starting")
+        if progress.get("total"):
+            line = f"{line} {progress['step']}/{progress['total']}"
+        title = f"{line} · {TITLE}"
+    elif any(row.state == "waiting" for row in rows):
+        line = "Waiting"
+    headline = {"done": "Your clip is done", "failed": "A clip failed", "interrupted": "A clip was interrupted"}
+    said = headline[latest.state] if latest else ""
+    body = latest.job.prompt if latest and latest.job else ""
+    return (
+        f'<div class="news" data-title="{escape(title)}" data-finished="{(latest.finished or 0) if latest else 0}" '
+        f'data-headline="{said}" data-body="{escape(body)}">'
+        f'<span class="light {"on" if running else ""}"></span><span>{escape(line)}</span>'
+        '<button type="button" class="btn" data-bell hidden>Tell me when done</button></div>'
+    )
+
+
+# --- serving ---------------------------------------------------------------------------------------------------------
+
+
+def launch(page: gr.Blocks, settings: Settings) -> str:
+    """Serve the page without blocking, and return its address.
+
+    Only finished clips, samples and our own assets can be fetched: the queue, saved subjects and uploads lie in
+    `settings.data`, which is blocked even where it is a folder inside the outputs.
+
+    Raises:
+        StudioError: the port is taken.
+    """
+    served = [settings.outputs, SAMPLES, look.STUDIO, ASSETS / "sanity.mp4", ASSETS / "sanity.webp"]
+    try:
+        _, url, _ = page.launch(
+            server_name=settings.host,
+            server_port=settings.port,
+            share=settings.share,
+            auth=settings.auth,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            num_workers=0,
+            allowed_paths=[str(path.resolve()) for path in served],
+            blocked_paths=[str(settings.data.resolve())],
+            max_file_size=UPLOAD_LIMIT,
+            favicon_path=str(look.ICON),
+            pwa=True,
+            mcp_server=True,
+            theme=look.StudioTheme(),
+            css=look.css(settings.theme),
+            head=look.head(settings.theme),
+        )
+    except OSError as error:
+        raise StudioError(
+            f"The page cannot listen on {settings.host}:{settings.port}.",
+            "Another program has that port, perhaps another studio.",
+            f"Close it, or choose another port: --port {settings.port + 1}.",
+            field="port",
+        ) from error
+    return url
+
+
+def serve(settings: Settings) -> None:
+    """Show the page and keep a worker beside it until somebody presses Ctrl-C.
+
+    Raises:
+        StudioError: the port is taken, or the folders cannot be written.
+    """
+    page = build(settings)
+    url = launch(page, settings)
+    keeper = WorkerKeeper(settings.data / "queue.db", settings.outputs)
+    keeper.start()
+    sys.stdout.write(f"{TITLE} is at {url}\nPress Ctrl-C to stop.\n")
+    sys.stdout.flush()
+    if settings.inbrowser and has_screen():
+        webbrowser.open(url)
+    try:
+        page.block_thread()
+    finally:
+        keeper.stop()
+        page.close()
+
+
+def has_screen() -> bool:
+    """Whether a browser could open here: always on Windows and macOS, on others where a display is announced."""
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

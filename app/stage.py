@@ -1,0 +1,263 @@
+"""The stage: which clips the right side of Generate shows, and how each of them looks while it is made and after.
+
+In:  rows of the queue.
+Out: HTML text. The same rows always give the same stage, so a reloaded page shows what the old one showed.
+Knows nothing of Gradio, of the form, or of how rows change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from app import markup
+from app.queue import Row
+from app.studio import ASSETS, prepared
+from engine import presets
+from engine.job import GenerateJob, Subject
+from engine.messages import StudioError
+from engine.presets import Preset
+
+LIKE = "like-"  # group of variants that were asked for after the fact: like-<id of the first clip>
+SANITY = "sanity"  # group of the fixed job whose expected clip ships
+MOST = 4  # cells side by side
+STAGES = {
+    "load": "Loading the model",
+    "encode": "Reading prompt and pictures",
+    "sample": "Drawing",
+    "decode": "Making frames",
+    "save": "Saving",
+}
+
+
+def on_stage(rows: Sequence[Row], pinned: int | None = None) -> list[Row]:
+    """The row that matters now, with the variants of its group, oldest first.
+
+    What is running comes first, then what waits for a worker, then what ended last; `pinned` is a row a person chose.
+    """
+    chosen = next((row for row in rows if row.id == pinned), None)
+    if chosen is None:
+        running = [row for row in rows if row.state == "running"]
+        waiting = [row for row in rows if row.state == "waiting"]
+        ended = sorted((row for row in rows if row.finished), key=lambda row: row.finished or 0, reverse=True)
+        # A cancelled row that never started has nothing to show.
+        ended = [row for row in ended if row.state != "cancelled" or row.started] or ended
+        chosen = next(iter([*running, *waiting, *ended]), None)
+    if chosen is None:
+        return []
+    return sorted(_group(chosen, rows), key=lambda row: row.id)[-MOST:]
+
+
+def _group(chosen: Row, rows: Sequence[Row]) -> list[Row]:
+    first = int(chosen.group.removeprefix(LIKE)) if chosen.group.startswith(LIKE) else None
+    return [row for row in rows if row.id in (chosen.id, first) or (chosen.group and row.group == chosen.group)]
+
+
+def render(rows: Sequence[Row], *, waiting: int = 0) -> str:
+    """The whole stage. `waiting`: how many jobs stand behind what is shown."""
+    if not rows:
+        return _empty()
+    expected = _expected() if rows[-1].group == SANITY else ""
+    rows = rows[-1:] if expected else rows
+    cells = "".join(_cell(row, alone=len(rows) == 1) for row in rows) + expected
+    behind = f'<p class="behind">{waiting} more waiting in the queue</p>' if waiting else ""
+    return f'<div class="cells n{len(rows) + bool(expected)}">{cells}</div>{behind}'
+
+
+def _empty() -> str:
+    return (
+        '<div class="cells n1"><section class="cell"><div class="frame empty"><div>'
+        "<h3>Your clip appears here</h3>"
+        "<p>Choose who is in it, write what they do, press <b>Make clip</b>.</p>"
+        "</div></div></section></div>"
+    )
+
+
+def _expected() -> str:
+    """The clip that the sanity check should give, as it ships."""
+    shown = video(ASSETS / "sanity.mp4", ASSETS / "sanity.webp", label="The expected clip")
+    words = '<p class="said">This is how it should look.</p>'
+    return f'<section class="cell" aria-label="Expected"><div class="frame">{shown}</div><div class="under">{words}</div></section>'
+
+
+def _cell(row: Row, *, alone: bool) -> str:
+    frame, below = _PARTS[row.state](row)
+    job = row.job
+    names = [subject.name for subject in job.subjects] if job else []
+    prompt = f'<p class="said">{markup.prompt_text(job.prompt, names)}</p>' if job and alone else ""
+    seed = f'<span class="fact">seed <b>{job.seed}</b></span>' if job else ""
+    return (
+        f'<section class="cell {row.state}" data-row="{row.id}" aria-label="Clip {row.id}, {row.state}">'
+        f'{frame}<div class="under">{below}{prompt}<p class="facts">{seed}{_facts(row)}</p>{_actions(row)}</div></section>'
+    )
+
+
+# --- what each state shows: the frame, and the line below it ---------------------------------------------------------
+
+
+def _waiting(row: Row) -> tuple[str, str]:
+    place = "Next in line" if row.position == 0 else f"Waiting, {row.position} before it"
+    return f'<div class="frame idle">{_cast(row.job)}</div>', _bar(None, place)
+
+
+def _running(row: Row) -> tuple[str, str]:
+    progress = row.progress or {}
+    step, total = int(progress.get("step") or 0), int(progress.get("total") or 0)
+    share = step / total if total else None
+    said = STAGES.get(str(progress.get("stage")), "Starting")
+    counted = f"{said}, step {step} of {total}" if progress.get("stage") == "sample" and total else said
+    eta = progress.get("eta_s")
+    left = f"about {markup.duration(float(eta))} left" if eta is not None else ""
+    picture = _preview(row.preview)
+    frame = f'<img class="draft" alt="Preview of the clip so far" src="{picture}">' if picture else _cast(row.job)
+    return f'<div class="frame busy">{frame}</div>', _bar(share, counted, left, escape(str(progress.get("note") or "")))
+
+
+def _done(row: Row) -> tuple[str, str]:
+    saved = row.saved or {}
+    clip, poster = Path(str(saved.get("clip", ""))), Path(str(saved.get("poster", "")))
+    if not clip.is_file():
+        words = "<h3>The clip is gone</h3><p>Its file was moved or deleted. Run the job again to remake it.</p>"
+        return f'<div class="frame empty"><div>{words}</div></div>', ""
+    return f'<div class="frame">{video(clip, poster, label=f"Clip {row.id}")}</div>', ""
+
+
+def _failed(row: Row) -> tuple[str, str]:
+    error = row.error or {}
+    said = [str(error.get(key, "")) for key in ("what", "why", "next_step")]
+    words = f"<h3>{escape(said[0])}</h3><p>{escape(said[1])}</p><p><b>{escape(said[2])}</b></p>"
+    return f'<div class="frame empty bad" role="alert"><div>{words}</div></div>', ""
+
+
+def _cancelled(row: Row) -> tuple[str, str]:
+    return '<div class="frame empty"><div><h3>Cancelled</h3><p>Nothing was kept.</p></div></div>', ""
+
+
+def _interrupted(row: Row) -> tuple[str, str]:
+    words = "<h3>Interrupted, run again?</h3><p>The worker stopped in the middle of this clip. The job itself is safe.</p>"
+    return f'<div class="frame empty bad" role="alert"><div>{words}</div></div>', ""
+
+
+_PARTS = {
+    "waiting": _waiting,
+    "running": _running,
+    "done": _done,
+    "failed": _failed,
+    "cancelled": _cancelled,
+    "interrupted": _interrupted,
+}
+
+
+def video(clip: Path, poster: Path, *, label: str) -> str:
+    """A clip that plays by itself in a loop, without sound, with its controls."""
+    still = f' poster="{markup.file_url(poster)}"' if poster.is_file() else ""
+    return (
+        f'<video src="{markup.file_url(clip)}"{still} controls loop autoplay muted playsinline '
+        f'aria-label="{escape(label)}"></video>'
+    )
+
+
+def _bar(share: float | None, said: str, left: str = "", more: str = "") -> str:
+    percent = round(100 * share) if share is not None else None
+    values = f' aria-valuenow="{percent}"' if percent is not None else ""
+    width = f' style="width:{percent}%"' if percent is not None else ""
+    return (
+        f'<div class="bar{"" if percent is not None else " unknown"}" role="progressbar" aria-label="{escape(said)}" '
+        f'aria-valuemin="0" aria-valuemax="100"{values}><i{width}></i></div>'
+        f'<p class="step"><span>{escape(said)}{" · " + more if more else ""}</span><span>{escape(left)}</span></p>'
+    )
+
+
+def _cast(job: GenerateJob | None) -> str:
+    """The subjects' own pictures while there is nothing else to look at."""
+    if job is None:
+        return ""
+    shown = [(place, subject, thumb(subject)) for place, subject in enumerate(job.subjects)]
+    return "".join(
+        f'<figure{markup.colour(place)}><img alt="" src="{url}"><figcaption>@{escape(subject.name)}</figcaption></figure>'
+        for place, subject, url in shown
+        if url
+    )
+
+
+@lru_cache(maxsize=128)  # the stage is painted at every step, its subjects do not change
+def thumb(subject: Subject) -> str:
+    """A subject's first picture, small, as the model sees it; nothing when it cannot be read."""
+    try:
+        pixels = prepared(subject.pictures[0], role=subject.role, cut_out=subject.cut_out)
+    except StudioError:
+        return ""  # the form says beside the subject what is wrong with its picture
+    return markup.data_url(pixels, side=128)
+
+
+def _preview(path: Path | None) -> str:
+    """The preview picture inside the page; a worker may be writing the next one at this very moment."""
+    if path is None:
+        return ""
+    try:
+        with Image.open(path) as image:
+            return markup.data_url(np.asarray(image.convert("RGB")))
+    except OSError:
+        return ""
+
+
+# --- facts and actions -----------------------------------------------------------------------------------------------
+
+
+def _facts(row: Row) -> str:
+    if row.job is None:
+        return ""
+    job = row.job
+    preset = _preset(job)
+    facts = [f"{job.width} x {job.height}", f"{job.num_frames} frames", f"{job.sampling.num_inference_steps} steps"]
+    if is_draft(job, preset):
+        facts.append("draft")
+    if row.state == "done" and row.started and row.finished:
+        facts.append(f"made in {markup.duration(row.finished - row.started)}")
+    return "".join(f'<span class="fact">{escape(fact)}</span>' for fact in facts)
+
+
+def _actions(row: Row) -> str:
+    act = markup.button
+    buttons: list[str] = []
+    if row.state in ("waiting", "running"):
+        buttons = [act("Cancel", "cancel", row=row.id)]
+    elif row.state == "done" and row.job:
+        if is_draft(row.job, _preset(row.job)):
+            buttons.append(act("Finish this one", "finish", kind="primary", row=row.id, title="Same seed, all steps"))
+        buttons.append(act("3 more seeds", "variants", row=row.id))
+        buttons.append(act("Keep this seed", "seed", row=row.id))
+        clip = Path(str((row.saved or {}).get("clip", "")))
+        if clip.is_file():
+            name = escape(clip.name)
+            buttons.append(f'<a class="btn" href="{markup.file_url(clip)}" download="{name}">Download</a>')
+    else:
+        buttons = [act("Run again", "again", kind="primary", row=row.id), act("Change settings", "reuse", row=row.id)]
+    return f'<div class="acts">{"".join(buttons)}</div>'
+
+
+def is_draft(job: GenerateJob, preset: Preset | None) -> bool:
+    """Whether the job takes fewer steps than its preset's own number."""
+    full = preset.sampling.num_inference_steps if preset else None
+    return bool(full and job.sampling.num_inference_steps and job.sampling.num_inference_steps < full)
+
+
+def finished(job: GenerateJob) -> GenerateJob:
+    """A draft's job with all of its preset's steps: same seed, same subjects.
+
+    Raises:
+        StudioError: its preset is not here.
+    """
+    steps = presets.load(job.preset).sampling.num_inference_steps
+    return job.model_copy(update={"sampling": job.sampling.model_copy(update={"num_inference_steps": steps})})
+
+
+def _preset(job: GenerateJob) -> Preset | None:
+    return presets.load(job.preset) if job.preset in presets.names() else None
+
+

@@ -1,0 +1,409 @@
+"""The Generate tab: who is in the clip, what happens, how it is drawn, and the clip itself.
+
+In:  a creator's words, pictures and numbers; a `Ticket` from another tab.
+Out: `GenerateJob`s in the queue. What is shown of them is read back from the queue, so a reload shows the same.
+Knows nothing of torch, of workers, or of how a clip is made.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from app import estimate, markup, stage
+from app.form import SEEDS, Cast, Form, Slot
+from app.queue import Row
+from app.studio import SANITY, Studio, first_example
+from app.tabs import cast as cast_panel
+from app.tabs.cast import CastPanel
+from app.tabs.wiring import CLICKS, Ticket, quiet
+from engine import presets
+from engine.job import read_job
+from engine.messages import StudioError
+from engine.presets import Preset
+
+FIELDS = [field.name for field in fields(Form)]
+# Which error stands beside which field of the form; everything else stands above the button.
+BESIDE = {
+    "prompt": "prompt",
+    "subjects": "subjects",
+    "preset": "preset",
+    "num_frames": "size",
+    "width": "size",
+    "height": "size",
+    "seed": "seed",
+    "sampling": "advanced",
+    "negative_prompt": "advanced",
+}
+PLACES = ("subjects", "prompt", "preset", "size", "seed", "advanced", "go")
+
+
+@dataclass(frozen=True)
+class GenerateTab:
+    """The tab's components; `form` in the order of `FIELDS`, `refused` in the order of `PLACES`."""
+
+    panel: CastPanel
+    form: dict[str, Any]
+    quality: gr.Radio
+    about: gr.HTML
+    length: gr.HTML
+    refused: dict[str, gr.HTML]
+    cost: gr.HTML
+    go: gr.Button
+    stop_editing: gr.Button
+    sanity: gr.Button
+    stage: gr.HTML
+    editing: gr.State
+
+    @property
+    def values(self) -> list[Any]:
+        """The form's components."""
+        return [self.form[name] for name in FIELDS]
+
+    @property
+    def filled(self) -> list[Any]:
+        """What `fill` returns."""
+        return [*self.panel.shown, *self.values, self.quality, self.about, self.length]
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+def layout(studio: Studio) -> GenerateTab:
+    """The form on the left, the stage on the right."""
+    preset = presets.load(presets.names()[0])
+    start = Form.fresh(preset)
+    refused: dict[str, gr.HTML] = {}
+    editing = gr.State(0)
+    with gr.Row(elem_id="generate", equal_height=False):
+        with gr.Column(elem_id="form", min_width=320):
+            gr.HTML("<h2>Cast</h2>", apply_default_css=False)
+            panel = cast_panel.layout()
+            refused["subjects"] = panel.refused
+            form: dict[str, Any] = {"prompt": _prompt()}
+            refused["prompt"] = _beside()
+            quality, about = _model(form, preset, refused)
+            length = _size(form, start, refused)
+            _advanced(form, start, refused)
+            cost, go, stop_editing, sanity = _go(form, refused)
+        with gr.Column(elem_id="stage-column", min_width=320):
+            shown = gr.HTML(stage.render([]), js_on_load=CLICKS, elem_id="stage", apply_default_css=False)
+    return GenerateTab(panel, form, quality, about, length, refused, cost, go, stop_editing, sanity, shown, editing)
+
+
+def _beside() -> gr.HTML:
+    """Where a field's error appears; takes no room while there is none."""
+    return gr.HTML("", elem_classes="beside", apply_default_css=False)
+
+
+def _prompt() -> gr.Textbox:
+    return gr.Textbox(
+        label="What happens",
+        placeholder="@fox chases @kite on a beach",
+        lines=3,
+        max_lines=8,
+        elem_id="prompt",
+    )
+
+
+def _model(form: dict[str, Any], preset: Preset, refused: dict[str, gr.HTML]) -> tuple[gr.Radio, gr.HTML]:
+    with gr.Row(elem_classes="pair"):
+        titles = [(presets.load(name).title, name) for name in presets.names()]
+        form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset", min_width=130)
+        quality = gr.Radio(_qualities(preset), value="standard", label="Quality", elem_id="quality", min_width=180)
+    about = gr.HTML(_about(preset), apply_default_css=False)
+    refused["preset"] = _beside()
+    return quality, about
+
+
+def _size(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) -> gr.HTML:
+    with gr.Row(elem_classes="numbers"):
+        form["num_frames"] = gr.Number(start.num_frames, label="Frames", precision=0, step=4, min_width=70)
+        form["width"] = gr.Number(start.width, label="Width", precision=0, step=8, min_width=70)
+        form["height"] = gr.Number(start.height, label="Height", precision=0, step=8, min_width=70)
+        form["seed"] = gr.Textbox("0", label="Seed", max_lines=1, min_width=90, elem_id="seed")
+    length = gr.HTML("", apply_default_css=False)
+    refused["size"] = _beside()
+    form["fresh_seed"] = gr.Checkbox(True, label="New seed each time", elem_id="fresh-seed")
+    refused["seed"] = _beside()
+    return length
+
+
+def _advanced(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) -> None:
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        with gr.Row(elem_classes="numbers"):
+            form["num_inference_steps"] = gr.Number(start.num_inference_steps, label="Steps", precision=0, min_width=70)
+            form["scheduler"] = gr.Dropdown(
+                [("Euler", "euler"), ("UniPC", "unipc")], value=start.scheduler, label="Solver", min_width=90
+            )
+            form["shift"] = gr.Number(start.shift, label="Shift", step=0.1, min_width=70)
+        modes = [("None", "none"), ("Joint", "joint"), ("Dual", "dual"), ("Chained", "chained")]
+        form["guidance"] = gr.Radio(modes, value=start.guidance, label="Guidance", elem_id="guidance")
+        with gr.Row(elem_classes="numbers"):
+            shown = _scales(start.guidance)
+            for name, label in (
+                ("guidance_scale", "Guidance scale"),
+                ("subject_scale", "Subject scale"),
+                ("text_scale", "Text scale"),
+            ):
+                form[name] = gr.Number(getattr(start, name), label=label, step=0.1, visible=shown[name], min_width=90)
+        form["negative_prompt"] = gr.Textbox(start.negative_prompt, label="Stay away from", max_lines=3)
+        refused["advanced"] = _beside()
+
+
+def _go(form: dict[str, Any], refused: dict[str, gr.HTML]) -> tuple[gr.HTML, gr.Button, gr.Button, gr.Button]:
+    with gr.Column(elem_id="go-bar"):
+        refused["go"] = _beside()
+        cost = gr.HTML("", elem_id="cost", apply_default_css=False)
+        with gr.Row():
+            form["count"] = gr.Radio([1, 2, 3, 4], value=1, label="Clips", elem_id="count", min_width=150, scale=0)
+            go = gr.Button("Make clip", variant="primary", elem_id="go", min_width=120, scale=1)
+        stop_editing = gr.Button("Leave the job as it is", size="sm", visible=False)
+        sanity = gr.Button("Sanity check", size="sm", visible=SANITY.is_file(), elem_id="sanity")
+    return cost, go, stop_editing, sanity
+
+
+# --- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def _qualities(preset: Preset) -> list[tuple[str, str]]:
+    full = preset.sampling.num_inference_steps
+    return [(f"Draft, {preset.draft_steps} steps", "draft"), (f"Standard, {full} steps", "standard")]
+
+
+def _about(preset: Preset) -> str:
+    return f'<p class="about">{escape(preset.about)}</p>'
+
+
+def _length(form: Form) -> str:
+    preset = presets.load(form.preset)
+    return f'<p class="about">{(form.num_frames or 0) / preset.fps:.1f} s at {preset.fps} frames a second</p>'
+
+
+def _scales(guidance: str | None) -> dict[str, bool]:
+    """Which guidance weights the chosen mode reads."""
+    several = guidance in ("dual", "chained")
+    return {"guidance_scale": guidance == "joint", "subject_scale": several, "text_scale": several}
+
+
+def _quality_of(form: Form) -> str | None:
+    preset = presets.load(form.preset)
+    steps = {preset.draft_steps: "draft", preset.sampling.num_inference_steps: "standard"}
+    return steps.get(form.num_inference_steps)
+
+
+def refusals(error: StudioError | None) -> list[str]:
+    """The error beside its field and nothing beside the others, in the order of `PLACES`."""
+    place = BESIDE.get(error.field, "go") if error else ""
+    return [markup.refusal(error) if name == place else "" for name in PLACES]
+
+
+def cost_line(studio: Studio, form: Form) -> str:
+    """Time, memory and disk of these values, before anybody presses Go."""
+    try:
+        costs = estimate.clip_costs(form.priced(), studio.queue.rows(states=["done"], limit=40), studio.settings.outputs)
+    except StudioError as error:
+        return f'<p class="cost">{escape(error.next_step)}</p>'
+    many = f" for {form.count}" if form.count > 1 else ""
+    basis = "from your own clips" if costs.learnt else "first guess"
+    low = " low" if costs.disk_is_low else ""
+    return (
+        f'<p class="cost"><span title="{basis}"><b>{markup.duration(costs.seconds * form.count)}</b>{many}</span>'
+        f"<span><b>{markup.size(costs.memory_mb * 1e6)}</b> memory</span>"
+        f'<span class="disk{low}"><b>{markup.size(costs.clip_bytes * form.count)}</b> disk, '
+        f"{markup.size(costs.free_bytes)} free</span></p>"
+    )
+
+
+def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
+    """Put a form and its cast on the page, in the order of `GenerateTab.filled`."""
+    preset = presets.load(form.preset)
+    scales = _scales(form.guidance)
+    values = [
+        gr.Number(value=getattr(form, name), visible=scales[name]) if name in scales else getattr(form, name)
+        for name in FIELDS
+    ]
+    quality = gr.Radio(_qualities(preset), value=_quality_of(form))
+    return [*cast_panel.paint(studio, cast, form.preset), *values, quality, _about(preset), _length(form)]
+
+
+def paint_stage(rows: Sequence[Row]) -> str:
+    """The stage for the queue as it stands."""
+    shown = stage.on_stage(rows)
+    ids = {row.id for row in shown}
+    return stage.render(shown, waiting=sum(row.state == "waiting" and row.id not in ids for row in rows))
+
+
+def opening(studio: Studio) -> tuple[Form, Cast]:
+    """What a page shows when it opens: the latest job again, or an example for a newcomer."""
+    latest = max(studio.queue.rows(), key=lambda row: row.created, default=None)
+    if latest is not None and latest.job is not None and latest.job.preset in presets.names():
+        job = latest.job
+        return replace(Form.of(job), fresh_seed=True), Cast(tuple(Slot.of(subject) for subject in job.subjects))
+    return first_example()
+
+
+# --- handlers --------------------------------------------------------------------------------------------------------
+
+
+def submit(studio: Studio, form: Form, cast: Cast, editing: int) -> str:
+    """Values -> jobs -> queue. Returns what the button may say.
+
+    Raises:
+        StudioError: with the field that does not fit; nothing was queued then.
+    """
+    seed = form.first_seed()
+    jobs = [form.job(cast, seed=(seed + number) % SEEDS if number else seed) for number in range(form.count)]
+    if editing:
+        studio.queue.edit(editing, jobs[0])
+        return f"Job {editing} is updated."
+    group = uuid.uuid4().hex if len(jobs) > 1 else ""
+    for job in jobs:
+        studio.queue.add(job, group=group)
+    return ""
+
+
+def more_seeds(studio: Studio, row: Row) -> None:
+    """Three more clips like this one, with the next seeds, side by side with it."""
+    if row.job is None:
+        return
+    group = row.group or f"{stage.LIKE}{row.id}"
+    highest = max(other.job.seed for other in studio.queue.rows() if other.job and (other.id == row.id or other.group == group))
+    for number in range(1, stage.MOST):
+        studio.queue.add(row.job.model_copy(update={"seed": highest + number}), group=group)
+
+
+def act(studio: Studio, what: str, row: Row) -> Ticket | None:
+    """A button below a clip. Returns a ticket when the form should change."""
+    queue = studio.queue
+    if what == "cancel":
+        queue.cancel(row.id)
+    elif what == "again":
+        queue.run_again(row.id)
+    elif what == "variants":
+        more_seeds(studio, row)
+    elif what == "finish" and row.job is not None:
+        queue.add(stage.finished(row.job))
+    elif what in ("reuse", "seed") and row.job is not None:
+        return Ticket.of(row.job)
+    return None
+
+
+def opened(ticket: Ticket) -> tuple[Form, Cast]:
+    """The form and cast of a ticket's document.
+
+    Raises:
+        StudioError: it cannot be read, or does not fit this studio.
+    """
+    job = read_job(ticket.document)
+    return Form.of(job), Cast(tuple(Slot.of(subject) for subject in job.subjects))
+
+
+# --- wiring ----------------------------------------------------------------------------------------------------------
+
+
+def wire(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) -> list[Any]:
+    """Connect the tab. Returns the events after which the whole page should look again at the queue."""
+    cast_panel.wire(tab.panel, studio, preset=tab.form["preset"], prompt=tab.form["prompt"])
+    _wire_form(tab, studio)
+    _wire_open(tab, studio, ticket, load)
+    return [*_wire_go(tab, studio), _wire_stage(tab, studio, ticket)]
+
+
+def _wire_form(tab: GenerateTab, studio: Studio) -> None:
+    def price(*values: Any) -> list[str]:
+        form = Form(*values)
+        return [cost_line(studio, form), _length(form)]
+
+    def take_preset(name: str, prompt: str, cast: Cast) -> list[Any]:
+        return fill(studio, Form.fresh(presets.load(name), prompt=prompt), cast)
+
+    def take_quality(quality: str, name: str) -> int | None:
+        preset = presets.load(name)
+        return preset.draft_steps if quality == "draft" else preset.sampling.num_inference_steps
+
+    def take_guidance(mode: str) -> list[Any]:
+        return [gr.Number(visible=shown) for shown in _scales(mode).values()]
+
+    form, panel = tab.form, tab.panel
+    priced = [form[name] for name in FIELDS if name not in ("prompt", "seed", "fresh_seed", "negative_prompt")]
+    gr.on(
+        [part.change for part in priced],
+        price,
+        tab.values,
+        [tab.cost, tab.length],
+        **quiet(trigger_mode="always_last"),
+    )
+    form["preset"].input(take_preset, [form["preset"], form["prompt"], panel.cast], tab.filled, **quiet())
+    tab.quality.input(take_quality, [tab.quality, form["preset"]], form["num_inference_steps"], **quiet())
+    scales = [form[name] for name in _scales(None)]
+    form["guidance"].input(take_guidance, form["guidance"], scales, **quiet())
+
+
+def _wire_go(tab: GenerateTab, studio: Studio) -> list[Any]:
+    places = [tab.refused[name] for name in PLACES]
+
+    def pressed(editing: int, cast: Cast, *given: Any) -> list[Any]:
+        edits, values = given[: len(tab.panel.fields)], given[len(tab.panel.fields) :]
+        cast = cast_panel.edited(cast, *edits)
+        try:
+            said = submit(studio, Form(*values), cast, editing)
+        except StudioError as error:
+            return [*refusals(error), editing, gr.skip(), gr.skip()]
+        return [*refusals(None)[:-1], markup.note(said), 0, *_button(0)]
+
+    def leave() -> list[Any]:
+        return [0, *_button(0)]
+
+    def check_sanity() -> None:
+        studio.queue.add(read_job(SANITY.read_text(encoding="utf-8")), group=stage.SANITY)
+
+    inputs = [tab.editing, tab.panel.cast, *tab.panel.fields, *tab.values]
+    buttons = [tab.editing, tab.go, tab.stop_editing]
+    go = tab.go.click(pressed, inputs, [*places, *buttons], **quiet())
+    tab.stop_editing.click(leave, None, buttons, **quiet())
+    return [go, tab.sanity.click(check_sanity, None, None, **quiet())]
+
+
+def _button(editing: int) -> list[Any]:
+    return [gr.Button(f"Update job {editing}" if editing else "Make clip"), gr.Button(visible=bool(editing))]
+
+
+def _wire_stage(tab: GenerateTab, studio: Studio, ticket: gr.State) -> Any:
+    def pressed(evt: gr.EventData) -> list[Any]:
+        try:
+            found = act(studio, evt.act, studio.queue.get(int(evt.row)))
+        except StudioError as error:
+            return [markup.refusal(error), gr.skip()]
+        return ["", found or gr.skip()]
+
+    return tab.stage.click(pressed, None, [tab.refused["go"], ticket], **quiet())
+
+
+def _wire_open(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) -> None:
+    places = [tab.refused[name] for name in PLACES]
+    outputs = [*tab.filled, *places, tab.editing, tab.go, tab.stop_editing]
+
+    def take(found: Ticket) -> list[Any]:
+        try:
+            filled = fill(studio, *opened(found))
+        except StudioError as error:
+            return [*(gr.skip() for _ in tab.filled), *refusals(replace_field(error)), 0, *_button(0)]
+        return [*filled, *refusals(None), found.row, *_button(found.row)]
+
+    def start() -> list[Any]:
+        form, cast = opening(studio)
+        return [*fill(studio, form, cast), cost_line(studio, form)]
+
+    ticket.change(take, ticket, outputs, **quiet())
+    load(start, None, [*tab.filled, tab.cost], **quiet())
+
+
+def replace_field(error: StudioError) -> StudioError:
+    """The same error above the button: the field it names holds another document's value at this moment."""
+    return StudioError(error.what, error.why, error.next_step)
