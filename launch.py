@@ -298,12 +298,13 @@ class Step:
         while not self.over.wait(0.5 if self.terminal else 10.0):
             elapsed = time.monotonic() - self.began
             parts = [self.title]
-            if self.total and self.done:
+            fetching = self.total and self.done and self.note != "unpacking"
+            if fetching:
                 parts.append(f"{min(self.done, self.total)} of {self.total}")
             if self.note:
                 parts.append(self.note)
             parts.append(clock(elapsed))
-            if self.total and self.done > 4 and self.note != "unpacking":
+            if fetching and self.done > 4:
                 parts.append(f"about {clock(elapsed / self.done * max(0, self.total - self.done))} left")
             self._show(", ".join(parts), "\r" if self.terminal else "\n")
 

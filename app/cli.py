@@ -205,7 +205,7 @@ def generate(arguments: list[str]) -> int:
 def generate_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python launch.py generate",
-        description="Make one clip here and now. A document, or a clip made here, sets everything; options override it.",
+        description="Make one clip here and now. A document or a clip made here sets everything; options win.",
         epilog='example: python launch.py generate --subject fox=fox.png --prompt "@fox runs" --seed 7 --out fox.mp4',
         allow_abbrev=False,
     )

@@ -133,9 +133,11 @@ def tiny_studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_wheel(wheels, "toy", "2.0", "SAYS = 'toy 2.0'\n")
     (home / "app").mkdir()
     (home / "app" / "__init__.py").touch()
-    (home / "app" / "cli.py").write_text("import sys, toy, torch\nprint(toy.SAYS, sys.argv[1:])\nsys.exit(7)\n")
+    (home / "app" / "cli.py").write_text(
+        "import sys, toy, torch\nprint(toy.SAYS, sys.argv[1:])\nsys.exit(7)\n", encoding="utf-8"
+    )
     (home / "launch.py").write_bytes((ROOT / "launch.py").read_bytes())
-    (home / "requirements.txt").write_text("# a lock\ntoy==1.0\n")
+    (home / "requirements.txt").write_text("# a lock\ntoy==1.0\n", encoding="utf-8")
     return home
 
 
@@ -160,17 +162,17 @@ def test_the_launcher_installs_once_and_again_only_when_the_lock_changed(tiny_st
     assert (second.returncode, second.stdout, second.stderr) == (7, "toy 1.0 []\n", "")
     assert log.stat().st_mtime_ns == before
 
-    (tiny_studio / "requirements.txt").write_text("# a lock\ntoy==2.0\n")
+    (tiny_studio / "requirements.txt").write_text("# a lock\ntoy==2.0\n", encoding="utf-8")
     assert start(tiny_studio).stdout == "toy 2.0 []\n"
 
-    (tiny_studio / "requirements.txt").write_text("# a lock\ntoy==3.0\n")
+    (tiny_studio / "requirements.txt").write_text("# a lock\ntoy==3.0\n", encoding="utf-8")
     failed = start(tiny_studio)
     assert failed.returncode == 1
     assert "No matching distribution found for toy==3.0" in failed.stderr
     assert str(log) in failed.stderr.splitlines()[-1]
     assert "Traceback" not in failed.stderr
 
-    (tiny_studio / "requirements.txt").write_text("# a lock\ntoy==2.0\n")
+    (tiny_studio / "requirements.txt").write_text("# a lock\ntoy==2.0\n", encoding="utf-8")
     assert "[3/4]" in start(tiny_studio).stderr  # the failed one left no stamp, so this one is looked at again
 
 
