@@ -1,0 +1,395 @@
+"""Reference pictures: from whatever a person has to what the model reads.
+
+In:  picture files of every common kind, right or broken; the pictures of a job.
+Out: upright RGB; a subject cut out on white at the model's size; a job that carries its own small pictures.
+Knows nothing of torch, of the page, or of models: a preset is asked for one number, its `reference_size`.
+
+Everything here gives the same pixels for the same file, on every machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from engine.job import GenerateJob, Picture, Subject
+from engine.messages import StudioError
+from engine.presets import Preset
+
+Pixels = NDArray[np.uint8]
+
+MAX_PIXELS = 50_000_000  # decoded at once: 200 MB as RGBA. Larger JPEGs are read reduced, larger others refused
+MAX_EMBEDDED = 1_000_000  # characters of base64 that all pictures of one document may take together
+FILL = 0.8  # of the square's side, by the subject's longest one: what the models are trained on
+# No EPS, PDF or PSD: Pillow reads those through other programs, or only in part.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "ICO")
+_PREPARED_SIDE = 2048  # the largest `reference_size` a preset can have
+
+
+def read(path: Path) -> Image.Image:
+    """A picture file as upright RGB, or RGBA where something of it is transparent; the first frame of an animation.
+
+    Camera colours become sRGB, sixteen bits become eight, CMYK becomes RGB. A JPEG of more than 50 megapixels is
+    decoded at half, a quarter or an eighth of its size.
+
+    Raises:
+        StudioError: field "subjects"; missing, empty, broken, too large, or not a picture at all.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = "No file is there." if not path.exists() else f"The system refuses it ({error.strerror})."
+        raise _refused(f"{path.name or path} cannot be read.", reason, "Choose a picture that is there.") from error
+    if not content:
+        raise _refused(f"{path.name} is empty.", "The file holds no bytes; a copy may have failed.", "Copy it again.")
+    if content[4:8] == b"ftyp" and content[8:11] in (b"hei", b"hev", b"mif"):
+        raise _refused(
+            f"{path.name} is a HEIC picture.", "This studio does not read Apple's format.", "Export it as JPEG or PNG."
+        )
+    return _decode(content, path.name, FORMATS)
+
+
+def cut_out(image: Image.Image) -> tuple[Pixels, Pixels]:
+    """Tell a subject from its background.
+
+    What is transparent is background. Otherwise, where most of the rim has one plain colour, what touches the rim in
+    that colour is. Otherwise GrabCut separates the middle from the rim. Where all of this finds no subject, or nothing
+    but subject, everything is kept.
+
+    Returns:
+        The picture (H, W, 3), and how much of every pixel belongs to the subject (H, W), 0 to 255.
+    """
+    rgb = np.asarray(image.convert("RGB"))
+    if "A" in image.getbands():
+        mask = np.asarray(image.getchannel("A"))
+        return rgb, mask
+    plain = _plain_background(rgb)
+    mask = _not_touching_the_rim(rgb, plain) if plain is not None else _grab_cut(rgb)
+    share = float((mask > 0).mean())
+    return rgb, mask if 0.005 < share < 0.995 else np.full_like(mask, 255)
+
+
+def prepare(picture: Picture, *, size: int, cut_out: bool, background: bool = False) -> Pixels:
+    """One reference picture as the model reads it.
+
+    Pixels that ride along in the document are taken as they are. Otherwise the file is read: a subject is cut out,
+    centred on white, its longest side 80 % of the square; with `cut_out` off, the whole picture is fitted into the
+    square on white; a background fills the square with the middle of the picture.
+
+    Returns:
+        (size, size, 3) uint8 RGB.
+
+    Raises:
+        StudioError: field "subjects"; the file or the embedded pixels cannot be read.
+    """
+    if picture.png:
+        return _embedded(picture, size)
+    image = read(Path(picture.path))
+    # Four times the wanted size is enough for any crop, and keeps a camera's 24 megapixels from costing seconds.
+    image.thumbnail((max(4 * size, 1024),) * 2, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if background:
+        return np.asarray(ImageOps.fit(_on_white(image), (size, size), Image.Resampling.LANCZOS))
+    if cut_out:
+        image, fill = _cropped_to_subject(image), FILL
+    else:
+        image, fill = _on_white(image), 1.0
+    scale = fill * size / max(image.size)
+    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return np.asarray(square)
+
+
+def prepare_subject(subject: Subject, *, size: int) -> list[Pixels]:
+    """Every picture of a subject through `prepare`, as its role and its cut-out switch say."""
+    is_background = subject.role == "background"
+    return [
+        prepare(picture, size=size, cut_out=subject.cut_out and not is_background, background=is_background)
+        for picture in subject.pictures
+    ]
+
+
+# --- pictures that travel inside a document --------------------------------------------------------------------------
+
+
+def pack(job: GenerateJob, preset: Preset) -> GenerateJob:
+    """The job with every picture's hash and the very pixels the model will see, so that it can be made anywhere.
+
+    All pictures together take at most 1 MB; where they would not fit, the largest are made smaller. A picture that
+    already carries its pixels keeps them.
+
+    Raises:
+        StudioError: field "subjects"; a picture cannot be read.
+    """
+    pixels = [prepare_subject(subject, size=preset.reference_size) for subject in job.subjects]
+    kept = [[picture.png for picture in subject.pictures] for subject in job.subjects]
+    texts = [
+        [text or _as_png(image) for text, image in zip(*both, strict=True)] for both in zip(kept, pixels, strict=True)
+    ]
+    while sum(len(text) for line in texts for text in line) > MAX_EMBEDDED:
+        s, p = max(
+            ((s, p) for s, line in enumerate(texts) for p in range(len(line))), key=lambda at: len(texts[at[0]][at[1]])
+        )
+        side = pixels[s][p].shape[0] * 7 // 8
+        smaller = Image.fromarray(pixels[s][p]).resize((side, side), Image.Resampling.LANCZOS)
+        pixels[s][p] = np.asarray(smaller)
+        texts[s][p] = _as_png(pixels[s][p])
+    subjects = []
+    for subject, line in zip(job.subjects, texts, strict=True):
+        pictures = tuple(
+            picture.model_copy(update={"png": text, "sha256": picture.sha256 or sha256(Path(picture.path))})
+            for picture, text in zip(subject.pictures, line, strict=True)
+        )
+        subjects.append(subject.model_copy(update={"pictures": pictures}))
+    return job.model_copy(update={"subjects": tuple(subjects)})
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes in hexadecimal; "" for a file that is not there any more."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def portable(job: GenerateJob) -> GenerateJob:
+    """The job without paths where the pixels ride along: what goes into a file that may be shown to others."""
+    return _with_paths(job, lambda picture: "" if picture.png else picture.path)
+
+
+def detached(job: GenerateJob, folders: Iterable[Path]) -> GenerateJob:
+    """A job that arrived inside a clip, without the paths that are none of its business.
+
+    A path is kept only where a file of these folders (subjects, uploads, outputs) is meant and is there. Nothing
+    outside them is ever touched, not even to see whether it exists: on Windows, asking for a network share logs in.
+
+    Raises:
+        StudioError: field "subjects"; a picture has neither pixels nor a path that may be opened.
+    """
+    allowed = [Path(os.path.abspath(folder)) for folder in folders]  # noqa: PTH100 - resolve() would touch the disk
+
+    def checked(picture: Picture) -> str:
+        if not picture.path:
+            return ""
+        path = Path(os.path.abspath(picture.path))  # noqa: PTH100
+        inside = any(
+            path.is_relative_to(folder) and path.resolve().is_relative_to(folder.resolve()) for folder in allowed
+        )
+        if inside and path.is_file():
+            return str(path)
+        if picture.png:
+            return ""
+        raise _refused(
+            f"The document names the picture {path.name!r}, which did not come with it.",
+            "Files of this machine are not opened because a document says so.",
+            "Add that picture to its subject again.",
+        )
+
+    return _with_paths(job, checked)
+
+
+def _with_paths(job: GenerateJob, path_of: Callable[[Picture], str]) -> GenerateJob:
+    subjects = tuple(
+        subject.model_copy(
+            update={
+                "pictures": tuple(picture.model_copy(update={"path": path_of(picture)}) for picture in subject.pictures)
+            }
+        )
+        for subject in job.subjects
+    )
+    return job.model_copy(update={"subjects": subjects})
+
+
+def _as_png(pixels: Pixels) -> str:
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG", optimize=True)
+    return base64.b64encode(encoded.getvalue()).decode("ascii")
+
+
+def _embedded(picture: Picture, size: int) -> Pixels:
+    name = "A picture inside the document"
+    try:
+        content = base64.b64decode(picture.png, validate=True)
+    except ValueError as error:
+        raise _refused(f"{name} is not base64.", "The document was changed or cut off.", "Add it again.") from error
+    image = _on_white(_decode(content, name, ("PNG",), most=_PREPARED_SIDE**2))
+    if image.size != (size, size):  # made for a preset of another size, or made smaller by `pack`
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _decode(content: bytes, name: str, formats: tuple[str, ...], most: int = MAX_PIXELS) -> Image.Image:
+    # What decoders remark on metadata is for programmers, and so is Pillow's own warning about large pictures: their
+    # size is looked at here, before anything is decoded.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(content), formats=formats)
+            _check_size(image, name, most)
+            image.load()
+        except Image.DecompressionBombError as error:
+            raise _too_large(name, "more than 178 million") from error
+        except UnidentifiedImageError as error:
+            raise _refused(
+                f"{name} is not a picture.",
+                "Its content is of another kind, whatever its name says.",
+                "Choose a PNG, JPEG, WebP, GIF, BMP or TIFF.",
+            ) from error
+        except StudioError:
+            raise
+        except Exception as error:  # a decoder meets broken bytes with whatever it stumbles over: OSError, SyntaxError,
+            # struct.error, zlib.error, IndexError ...
+            raise _refused(
+                f"{name} is broken or cut off.", f"Decoding stopped: {str(error)[:100]}.", "Copy or export it again."
+            ) from error
+        return _plain_mode(_to_srgb(ImageOps.exif_transpose(image)), name)
+
+
+def _check_size(image: Image.Image, name: str, most: int) -> None:
+    """Refuse a picture that would fill the memory, or have a JPEG decoder give a smaller one."""
+    wide, high = image.size
+    if wide * high > most and image.format in ("JPEG", "MPO"):
+        factor = next((factor for factor in (2, 4, 8) if wide * high <= most * factor**2), 8)
+        image.draft(None, (wide // factor, high // factor))
+    if image.width * image.height > most:
+        raise _too_large(name, f"{wide} x {high} = {round(wide * high / 1e6)} million", most)
+
+
+def _too_large(name: str, pixels: str, most: int = MAX_PIXELS) -> StudioError:
+    return _refused(
+        f"{name} has {pixels} pixels.",
+        f"Up to {most / 1e6:.0f} million are read, JPEG up to 178 million; a larger one could fill the memory.",
+        "Save it smaller; 2000 pixels across are plenty.",
+    )
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Camera and print colours as the screen's. A phone's wide colours would otherwise come out pale."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError):
+        # A damaged profile says nothing; the picture without it is what every browser would show.
+        return image
+
+
+def _plain_mode(image: Image.Image, name: str) -> Image.Image:
+    """RGB, or RGBA where something is transparent."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    least, most = image.getchannel("A").getextrema()
+    if most == 0:
+        raise _refused(
+            f"{name} is fully transparent.", "There is nothing to see on it.", "Choose a picture that shows something."
+        )
+    return image.convert("RGB") if least == 255 else image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Sixteen-bit, 32-bit and floating grey; Pillow's own conversion would cut everything above 255 to white."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    highest = float(values.max())
+    if image.mode.startswith("I;16"):
+        top = 65535.0
+    elif image.mode == "F" and highest <= 1.0:
+        top = 1.0
+    else:
+        top = 255.0 if highest <= 255 else max(65535.0, highest)
+    return Image.fromarray(np.rint(values.clip(0, top) / top * 255).astype(np.uint8)).convert("RGB")
+
+
+def _refused(what: str, why: str, next_step: str) -> StudioError:
+    return StudioError(what, why, next_step, field="subjects")
+
+
+# --- cutting out -----------------------------------------------------------------------------------------------------
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _cropped_to_subject(image: Image.Image) -> Image.Image:
+    """The subject on white, cropped to its box."""
+    rgb, mask = cut_out(image)
+    solid = mask > 127 if (mask > 127).any() else mask > 0
+    rows, columns = np.flatnonzero(solid.any(axis=1)), np.flatnonzero(solid.any(axis=0))
+    white = Image.new("RGB", image.size, "white")
+    white.paste(Image.fromarray(rgb), mask=Image.fromarray(mask))
+    return white.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+
+
+def _plain_background(rgb: Pixels) -> Pixels | None:
+    """The colour of the rim, (3,), where three quarters of it have one."""
+    rim = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    colour = np.median(rim, axis=0)
+    near = np.abs(rim - colour).max(axis=1) <= 16  # a JPEG of plain paper wavers by about 8
+    return colour.astype(np.uint8) if near.mean() >= 0.75 else None
+
+
+def _not_touching_the_rim(rgb: Pixels, colour: Pixels) -> Pixels:
+    """255 but where the background's colour can be walked to from the rim: a white eye stays."""
+    import cv2
+
+    near = np.asarray(np.abs(rgb.astype(np.int16) - colour).max(axis=2) <= 24, np.uint8)
+    _, labels = cv2.connectedComponents(near, connectivity=4)
+    outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    background = np.isin(labels, outside[outside > 0])
+    return _clean(np.where(background, 0, 255).astype(np.uint8))
+
+
+def _grab_cut(rgb: Pixels) -> Pixels:
+    """The middle told from the rim by colour, at 384 pixels: a second of work at most."""
+    import cv2
+
+    high, wide = rgb.shape[:2]
+    scale = min(1.0, 384 / max(high, wide))
+    shape = (max(1, round(wide * scale)), max(1, round(high * scale)))
+    small = np.asarray(cv2.resize(rgb, shape, interpolation=cv2.INTER_AREA), np.uint8)
+    h, w = small.shape[:2]
+    if min(h, w) < 16:
+        return np.full((high, wide), 255, np.uint8)
+    inset_x, inset_y = max(1, w // 32), max(1, h // 32)
+    labels = np.zeros((h, w), np.uint8)
+    cv2.setRNGSeed(0)  # its colour models start from random centres
+    box = (inset_x, inset_y, w - 2 * inset_x, h - 2 * inset_y)
+    cv2.grabCut(small, labels, box, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_RECT)
+    mask = _clean(np.where((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), 255, 0).astype(np.uint8))
+    return np.asarray(cv2.resize(mask, (wide, high), interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
+def _clean(mask: Pixels) -> Pixels:
+    """Without specks, and on large pictures with an edge one pixel further in, past the background's shine."""
+    import cv2
+
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask)
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    if count > 2:
+        specks = 1 + np.flatnonzero(areas < 0.01 * areas.max())
+        mask = np.where(np.isin(labels, specks), 0, mask).astype(np.uint8)
+    if min(mask.shape) >= 256:
+        return np.asarray(cv2.GaussianBlur(cv2.erode(mask, np.ones((3, 3), np.uint8)), (3, 3), 0), np.uint8)
+    return mask
