@@ -362,23 +362,41 @@ def _not_touching_the_rim(rgb: Pixels, colour: Pixels) -> Pixels:
 
 
 def _grab_cut(rgb: Pixels) -> Pixels:
-    """The middle told from the rim by colour, at 384 pixels: a second of work at most."""
+    """The middle told from the rim by colour, at 256 pixels: half a second of work at most."""
     import cv2
 
     high, wide = rgb.shape[:2]
-    scale = min(1.0, 384 / max(high, wide))
+    scale = min(1.0, 256 / max(high, wide))
     shape = (max(1, round(wide * scale)), max(1, round(high * scale)))
     small = np.asarray(cv2.resize(rgb, shape, interpolation=cv2.INTER_AREA), np.uint8)
-    h, w = small.shape[:2]
-    if min(h, w) < 16:
+    if min(shape) < 16:
         return np.full((high, wide), 255, np.uint8)
-    inset_x, inset_y = max(1, w // 32), max(1, h // 32)
-    labels = np.zeros((h, w), np.uint8)
+    labels = np.full(small.shape[:2], cv2.GC_PR_FGD, np.uint8)
+    flowing = _flowing_from_the_rim(small)
+    if flowing.mean() < 0.95:  # past that it has leaked into the subject, and tells nothing
+        labels[flowing] = cv2.GC_PR_BGD
+    inset = max(1, max(shape) // 32)
+    labels[:inset] = labels[-inset:] = labels[:, :inset] = labels[:, -inset:] = cv2.GC_BGD
     cv2.setRNGSeed(0)  # its colour models start from random centres
-    box = (inset_x, inset_y, w - 2 * inset_x, h - 2 * inset_y)
-    cv2.grabCut(small, labels, box, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_RECT)
+    cv2.grabCut(small, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
     mask = _clean(np.where((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), 255, 0).astype(np.uint8))
     return np.asarray(cv2.resize(mask, (wide, high), interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
+def _flowing_from_the_rim(rgb: Pixels) -> NDArray[np.bool_]:
+    """(H, W): what can be reached from the rim without crossing an edge. GrabCut alone takes the far end of a sky that
+    turns from blue to pink for a subject."""
+    import cv2
+
+    smooth = cv2.medianBlur(rgb, 5)
+    high, wide = rgb.shape[:2]
+    reached = np.zeros((high + 2, wide + 2), np.uint8)
+    rim = [(x, y) for y in (0, high - 1) for x in range(0, wide, 4)]
+    rim += [(x, y) for x in (0, wide - 1) for y in range(0, high, 4)]
+    for x, y in rim:
+        if not reached[y + 1, x + 1]:
+            cv2.floodFill(smooth, reached, (x, y), 0, (5,) * 3, (5,) * 3, 4 | cv2.FLOODFILL_MASK_ONLY | 255 << 8)
+    return reached[1:-1, 1:-1] > 0
 
 
 def _clean(mask: Pixels) -> Pixels:

@@ -254,11 +254,22 @@ def textured(side: int = 300) -> Image.Image:
     return image
 
 
+def sunset(side: int = 300) -> Image.Image:
+    """A creature before a sky whose colours change all the way across."""
+    y, x = np.mgrid[:side, :side] / side
+    sky = np.stack([120 + 80 * y, 140 + 60 * x, 100 + 50 * np.sin(10 * x)], axis=-1)
+    image = Image.fromarray((sky + np.random.default_rng(1).normal(0, 3, sky.shape)).astype(np.uint8))
+    cut = creature((0, 0, 0, 0), "RGBA", side)
+    image.paste(cut, (side // 5, side // 10), cut)
+    return image
+
+
 CASES: dict[str, Callable[[], Image.Image]] = {
     "white": lambda: creature((255, 255, 255)),
     "sand": lambda: creature(SAND),
     "transparent": lambda: creature((0, 0, 0, 0), "RGBA"),
     "leaves": textured,
+    "sunset": sunset,
 }
 
 
