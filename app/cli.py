@@ -30,6 +30,7 @@ verbs:
   doctor      look at this machine and say what is missing
   bench       measure what docs/measurements.md claims
   test        run the tests (what follows goes to pytest)
+  check, lock for developers: style and types; the pinned libraries
 
 `python launch.py VERB --help` tells more about each.
 """
@@ -254,6 +255,20 @@ def test(arguments: list[str]) -> int:
     return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment)
 
 
+def check(arguments: list[str]) -> int:
+    """For developers: formatting, lint and types as a commit needs them; `check types` runs one of them alone."""
+    tools = {
+        "format": ["ruff", "format", "--check"],
+        "lint": ["ruff", "check"],
+        "types": ["pyright", "--pythonpath", sys.executable],
+    }
+    unknown = [name for name in arguments if name not in tools]
+    if unknown:
+        raise Usage(f"There is no check {unknown[0]!r}. Checks are {', '.join(tools)}. Name some of them, or none.")
+    codes = [subprocess.call([sys.executable, "-m", *tools[name]], cwd=ROOT) for name in arguments or tools]
+    return max(codes)
+
+
 def lock(arguments: list[str]) -> int:
     """For developers: make requirements.txt from requirements.in and what is installed."""
     from app import lock as maker
@@ -267,6 +282,7 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
     "bench": bench,
     "test": test,
+    "check": check,
     "lock": lock,
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from engine import presets
+from engine import pictures, presets, video
 from engine.job import GenerateJob, make_job, read_job
 from engine.messages import Cancelled, Message, Progress, StudioError
 
@@ -38,7 +38,9 @@ def main(given: argparse.Namespace) -> int:
     """
     job = read_given(given)
     clip = check_out(given.out) if given.out else None
-    presets.resolve(job)
+    job, preset = presets.resolve(job)
+    presets.check_files(preset)
+    job = pictures.pack(job, preset)
     meter = Meter()
     meter.show("Starting the engine")
     from engine.run import run  # torch and the model classes: seconds, and only now
@@ -72,7 +74,7 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
     """
     values: dict[str, Any] = {}
     if given.document:
-        values = read_document(given.document).model_dump(exclude_none=True)
+        values = read_document(given.document, given.outputs).model_dump(exclude_none=True)
     elif given.prompt is None:
         raise StudioError(
             what="There is nothing to make.",
@@ -93,8 +95,8 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
     return make_job(**{**values, "subjects": tuple(subjects.values())})
 
 
-def read_document(path: Path) -> GenerateJob:
-    """The job inside a .json, or inside a clip.
+def read_document(path: Path, outputs: Path) -> GenerateJob:
+    """The job inside a .json, or inside a clip, which may open no file of this machine outside `outputs`.
 
     Raises:
         StudioError: no such file, or no job in it.
@@ -105,8 +107,6 @@ def read_document(path: Path) -> GenerateJob:
         )
     if path.suffix.lower() == ".json":
         return read_job(path.read_bytes())
-    from engine import video
-
     text = video.read_document(path)
     if text is None:
         raise StudioError(
@@ -114,7 +114,7 @@ def read_document(path: Path) -> GenerateJob:
             why="Only clips that this studio wrote hold their document, and sites that re-encode clips drop it.",
             next_step="Use the original file, or the .json beside it.",
         )
-    return read_job(text)
+    return pictures.detached(read_job(text), [outputs])
 
 
 def read_subject(text: str) -> tuple[str, list[dict[str, str]]]:
