@@ -57,7 +57,7 @@ class IdentityBlocks:
 
     def __init__(self, transformer: IdentityWanTransformer3DModel, encoded: Encoded, *, keep: bool = True) -> None:
         self._transformer = transformer
-        self._text = _texts(encoded)
+        self._text = _texts(encoded, transformer.dtype)
         subjects_alone = _without_vlm(encoded.references)
         references = {"full": encoded.references, "subjects": subjects_alone, "text": encoded.text_references}
         self._references: dict[str, References | None] = {}
@@ -93,7 +93,7 @@ class PlainText:
 
     def __init__(self, transformer: WanTransformer3DModel, encoded: Encoded) -> None:
         self._transformer = transformer
-        self._text = _texts(encoded)
+        self._text = _texts(encoded, transformer.dtype)
 
     def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
         """See `Conditioning`."""
@@ -113,8 +113,8 @@ def prepare(kind: str, transformer: WanTransformer3DModel, encoded: Encoded) -> 
     return IdentityBlocks(transformer, encoded)
 
 
-def _texts(encoded: Encoded) -> dict[str, Tensor]:
-    prompt, negative = encoded.prompt_embeds, encoded.negative_prompt_embeds
+def _texts(encoded: Encoded, dtype: torch.dtype) -> dict[str, Tensor]:
+    prompt, negative = encoded.prompt_embeds.to(dtype), encoded.negative_prompt_embeds.to(dtype)
     return {"none": negative, "subjects": negative, "text": prompt, "full": prompt}
 
 

@@ -1,15 +1,17 @@
 """Prompt and pictures in the model's terms: UMT5 states, VLM states, reference latents.
 
-In:  text, prepared pictures (uint8 squares on white), and the loaded encoders.
+In:  text, prepared pictures (uint8 squares on white), and the loaded encoders; or a whole job and a warm worker.
 Out: tensors on the encoder's device, fp32. Training calls the same functions on batches.
-Knows nothing of presets, of files, of the transformer or of sampling.
+Knows nothing of the transformer, of schedules or of clips.
 
 Shapes: B texts, L text tokens, T VLM tokens, P pictures, C latent channels, h x w latent pixels.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from engine.job import MENTION, Subject
+from engine import guidance
+from engine.conditioning import Encoded
+from engine.job import MENTION, GenerateJob, Subject
+from engine.load import Warm, fingerprint
+from engine.pictures import prepare_subject
+from engine.presets import Preset
+from engine.subject_tower import References
 
 MAX_TEXT_TOKENS = 512  # Wan's; a tokenizer with a smaller `model_max_length` lowers it
 PICTURE_TOKENS = 64  # most tokens of one picture in the VLM; more cost attention in every step and say little
@@ -220,3 +228,78 @@ def latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tens
     mean = torch.tensor(config.latents_mean, dtype=torch.float32, device=like.device).view(shape)
     std = torch.tensor(config.latents_std, dtype=torch.float32, device=like.device).view(shape)
     return mean, std
+
+
+# --- a whole job ----------------------------------------------------------------------------------------------------
+
+
+def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
+    """Everything a clip needs from its encoders, each thing encoded once and remembered by the hash of its content.
+
+    Args:
+        job: resolved, its pictures readable.
+        preset: names the encoders and how mentions are written.
+        warm: loads an encoder only when something is not remembered.
+
+    Raises:
+        StudioError: a picture or an encoder cannot be read.
+    """
+    prompt = render(job.prompt, job.subjects, preset.mention)
+    text, negative = (_text(words, preset, warm) for words in (prompt, job.negative_prompt or ""))
+    if preset.conditioning == "none":
+        return Encoded(text, negative)
+    # A weight of 0 leaves a subject out everywhere, also where the VLM would see it.
+    shown = [prepare_subject(s, size=preset.reference_size) if s.weight > 0 else [] for s in job.subjects]
+    states, mask = _vlm(prompt, shown, preset, warm)
+    references = _references(shown, [subject.weight for subject in job.subjects], preset, warm)
+    references = replace(references, vlm_states=states, vlm_mask=mask)
+    alone = None
+    if "text" in guidance.branches(job.sampling) and preset.components.vlm:
+        words, words_mask = _vlm(prompt, [], preset, warm)
+        alone = References(vlm_states=words, vlm_mask=words_mask)
+    return Encoded(text, negative, references, alone)
+
+
+def _text(text: str, preset: Preset, warm: Warm) -> Tensor:
+    key = ("text", fingerprint(preset.folder("text_encoder")), fingerprint(preset.folder("tokenizer")), text)
+    return warm.remembered(
+        key, lambda: text_states([text], warm.part("tokenizer", preset), warm.part("text_encoder", preset))
+    )
+
+
+def _vlm(
+    prompt: str, shown: Sequence[Sequence[Picture]], preset: Preset, warm: Warm
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if not preset.components.vlm:
+        return None, None
+    hashes = tuple(tuple(_hash(picture) for picture in subject) for subject in shown)
+    key = ("vlm", fingerprint(preset.folder("vlm")), fingerprint(preset.folder("vlm_tokenizer")), prompt, hashes)
+    return warm.remembered(
+        key, lambda: vlm_states([prompt], [shown], warm.part("vlm_tokenizer", preset), warm.part("vlm", preset))
+    )
+
+
+def _references(shown: Sequence[Sequence[Picture]], weights: Sequence[float], preset: Preset, warm: Warm) -> References:
+    """The pictures of all subjects as one padded batch of one clip."""
+    most = max((len(subject) for subject in shown), default=0)
+    if most == 0:
+        return References()
+    vae_files = fingerprint(preset.folder("vae"))
+
+    def latents(picture: Picture) -> Tensor:
+        key = ("picture", vae_files, _hash(picture))
+        return warm.remembered(key, lambda: picture_latents([picture], warm.part("vae", preset))[0])
+
+    rows = [[latents(picture) for picture in subject] for subject in shown]
+    nothing = torch.zeros_like(next(row[0] for row in rows if row))
+    padded = torch.stack([torch.stack(row + [nothing] * (most - len(row))) for row in rows])
+    there = torch.tensor([[number < len(row) for number in range(most)] for row in rows], device=padded.device)
+    return References(
+        latents=padded.unsqueeze(0),
+        mask=None if bool(there.all()) else there.unsqueeze(0),
+        weights=None if all(weight == 1 for weight in weights) else torch.tensor([weights], device=padded.device),
+    )
+
+
+def _hash(picture: Picture) -> str:
+    return hashlib.sha256(str(picture.shape).encode() + picture.tobytes()).hexdigest()

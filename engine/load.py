@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from engine.messages import StudioError
 from engine.model import IdentityWanTransformer3DModel
@@ -28,6 +29,8 @@ Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "vlm", "vlm_to
 ENCODERS: tuple[Part, ...] = ("text_encoder", "vlm")
 KEEP_ENCODERS_BYTES = 2 * 2**30  # larger encoders leave memory before sampling starts
 REMEMBERED_BYTES = 512 * 2**20  # encoded prompts and pictures that a warm worker keeps
+
+disable_progress_bar()  # a bar per component says nothing; the run says how far it is
 
 
 def device() -> torch.device:

@@ -1,0 +1,203 @@
+"""The whole story of a clip, from a document to a file that carries that document.
+
+In:  a job, and a `say` that hears how it goes and may stop it.
+Out: an mp4 with its document inside, the same document beside it, and a poster.
+Knows nothing of queues, pages or processes.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine import conditioning, decode, encode, memory, pictures, presets, sampling, video
+from engine.guidance import guided
+from engine.job import GenerateJob, write_job
+from engine.load import Warm
+from engine.messages import Message, Preview, Progress, Saved, StudioError
+
+__all__ = ["Warm", "run"]
+
+PREVIEWS = 6  # pictures of a clip in the making; each costs the decoding of its first 17 frames
+
+
+def run(
+    job: GenerateJob,
+    say: Callable[[Message], None],
+    *,
+    outputs: Path,
+    clip: Path | None = None,
+    warm: Warm | None = None,
+) -> Saved:
+    """Make one clip.
+
+    Args:
+        job: what to make; what it leaves out comes from its preset.
+        say: hears of every denoising step and every decoded latent frame, and of previews. What it raises
+            (`messages.Cancelled`) ends the run, and nothing of the clip is left behind.
+        outputs: folder of all clips; a day's clips lie in `<YYYY-MM-DD>/`.
+        clip: exactly this file instead.
+        warm: what to keep between two clips.
+
+    Returns:
+        Where everything is. The same job gives the same frames on the same machine.
+
+    Raises:
+        StudioError: the job does not fit, a file is missing or damaged, memory or disk ran out, or the clip broke.
+    """
+    began = time.monotonic()
+    warm = warm or Warm()
+    job, preset = presets.resolve(job)
+    presets.check_files(preset)
+    job = pictures.pack(job, preset)
+    target = clip or _free_name(outputs, job)
+    previews = _Previews(outputs / ".previews" / target.stem)
+
+    with memory.explained(job, preset), previews:
+        say(Progress("encode", 0, 1))
+        encoded = encode.job_states(job, preset, warm)
+        warm.make_room()
+
+        say(Progress("load", 0, 1))
+        transformer, vae = warm.part("transformer", preset), warm.part("vae", preset)
+        conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
+
+        def predict(latents: Tensor, sigma: float) -> Tensor:
+            return guided(job.sampling, lambda branch: conditions.predict(latents, sigma, branch))
+
+        solver = _solver(job)
+        pace = _Pace()
+
+        def on_step(step: sampling.Step) -> None:
+            say(Progress("sample", step.index + 1, step.total, eta_s=pace.left(step.index + 1, step.total)))
+            if previews.due(step.index, step.total):
+                picture = previews.write(decode.preview(step.x_0, vae), preset.display_scale)
+                say(Preview(step.index + 1, step.total, picture))
+            pace.go_on()
+
+        latents = sampling.denoise(_noise(job, transformer, vae), predict, solver, on_step)
+
+        document = write_job(pictures.portable(job))
+        size = (job.width or 0, job.height or 0)
+        with video.ClipWriter(
+            target, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
+        ) as writer:
+            for number, group in enumerate(decode.frames(latents, vae), start=1):
+                for frame in group:
+                    writer.write(frame)
+                say(Progress("decode", number, latents.shape[2]))
+
+    say(Progress("save", 0, 1))
+    return Saved(
+        clip=writer.path,
+        document=_write_beside(writer.path, document),
+        poster=video.write_poster(writer.path),
+        seconds=time.monotonic() - began,
+        num_frames=writer.frames,
+    )
+
+
+def _solver(job: GenerateJob) -> sampling.Solver:
+    settings = job.sampling
+    assert settings.scheduler and settings.num_inference_steps and settings.shift, "presets.resolve fills these in"
+    return sampling.SOLVERS[settings.scheduler](settings.num_inference_steps, settings.shift)
+
+
+def _noise(job: GenerateJob, transformer: Any, vae: Any) -> Tensor:
+    """Starting noise (1, C, F, h, w). Drawn on the CPU: every device then starts from the same."""
+    frames, height, width = job.num_frames or 1, job.height or 0, job.width or 0
+    config = vae.config
+    shape = (
+        1,
+        transformer.config.in_channels,
+        (frames - 1) // config.scale_factor_temporal + 1,
+        height // config.scale_factor_spatial,
+        width // config.scale_factor_spatial,
+    )
+    generator = torch.Generator("cpu").manual_seed(job.seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(transformer.device)
+
+
+# --- names, pace and previews ---------------------------------------------------------------------------------------
+
+
+def _free_name(outputs: Path, job: GenerateJob) -> Path:
+    """`<YYYY-MM-DD>/<HHMMSS>-<what>-s<seed>.mp4`, with a number behind it if such a clip is there."""
+    now = datetime.now()
+    words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:40].strip("-") or "clip"
+    stem = f"{now:%H%M%S}-{words}-s{job.seed}"
+    folder = outputs / f"{now:%Y-%m-%d}"
+    number, target = 1, folder / f"{stem}.mp4"
+    while target.exists():
+        number += 1
+        target = folder / f"{stem}-{number}.mp4"
+    return target
+
+
+def _write_beside(clip: Path, document: str) -> Path:
+    path = clip.with_suffix(".json")
+    try:
+        path.write_text(document, encoding="utf-8")
+    except OSError as error:
+        raise StudioError(
+            what=f"The clip is saved as {clip.name}, but its document beside it is not.",
+            why=f"The system refuses it ({error.strerror}).",
+            next_step="Make room on the disk; the same document is inside the clip, drop it on the page to read it.",
+        ) from error
+    return path
+
+
+class _Pace:
+    """How long the rest will take, by the last eight steps; the first ones warm up and are slower."""
+
+    def __init__(self) -> None:
+        self._took: deque[float] = deque(maxlen=8)
+        self._since = time.monotonic()
+
+    def left(self, done: int, total: int) -> float:
+        """A step has ended: seconds until the last one does."""
+        self._took.append(time.monotonic() - self._since)
+        return (total - done) * sum(self._took) / len(self._took)
+
+    def go_on(self) -> None:
+        """The next step begins; what came between two steps, such as a preview, is not counted as a step."""
+        self._since = time.monotonic()
+
+
+class _Previews:
+    """Pictures of a clip in the making, in a folder that goes when the run ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+
+    def __enter__(self) -> _Previews:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A page may be reading one of them, and Windows then keeps it; the next run of that name clears it.
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def due(self, index: int, total: int) -> bool:
+        """Evenly over the run, never after the last step, when the clip itself is next."""
+        every = max(1, round(total / PREVIEWS))
+        return index + 1 < total and (index + 1) % every == 0
+
+    def write(self, picture: Any, display_scale: int) -> Path:
+        """A new file each time: the one before may still be open in a reader."""
+        self._count += 1
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{self._count:02}.png"
+        image = Image.fromarray(picture)
+        image.resize((image.width * display_scale, image.height * display_scale), Image.Resampling.NEAREST).save(path)
+        return path
