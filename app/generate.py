@@ -8,6 +8,7 @@ Knows nothing of the page and of the queue. torch is imported once the job has p
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shutil
 import signal
@@ -43,6 +44,8 @@ def main(given: argparse.Namespace) -> int:
     job = pictures.pack(job, preset)
     meter = Meter()
     meter.show("Starting the engine")
+    # On some processors it recommends a package for 4-bit weights, in the middle of everybody's progress.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from engine.run import run  # torch and the model classes: seconds, and only now
 
     with Interrupt() as interrupt:
@@ -210,7 +213,7 @@ class Meter:
         if not (self.terminal or due):
             return
         parts = [STAGES.get(message.stage, message.stage)]
-        if message.total:
+        if message.total > 1:
             parts.append(f"{message.step} of {message.total}")
         if message.eta_s is not None:
             parts.append(f"about {clock(message.eta_s)} left")
