@@ -275,17 +275,18 @@ class Queue:
             row = db.execute("SELECT cancel FROM rows WHERE id = ?", (id,)).fetchone()
         return row is None or bool(row["cancel"])
 
-    def interrupt(self, worker: str | None = None) -> int:
+    def interrupt(self, worker: str | None = None, *, error: Failed | None = None) -> int:
         """Mark the running rows of a worker that died, or of all workers when none is named. Returns how many.
 
-        A row that was being cancelled when its worker died is cancelled: nobody waits for it.
+        `error` says what became of the worker. A row that was being cancelled when its worker died is cancelled:
+        nobody waits for it.
         """
         which, names = ("", ()) if worker is None else ("AND worker = ?", (worker,))
         with self._change() as db:
             return db.execute(
-                "UPDATE rows SET state = CASE WHEN cancel THEN 'cancelled' ELSE 'interrupted' END, finished = ? "
-                f"WHERE state = 'running' {which}",
-                (time.time(), *names),
+                "UPDATE rows SET state = CASE WHEN cancel THEN 'cancelled' ELSE 'interrupted' END, finished = ?, "
+                f"error = CASE WHEN cancel THEN NULL ELSE ? END WHERE state = 'running' {which}",
+                (time.time(), error and _json(error), *names),
             ).rowcount
 
     # --- the file ------------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""The one place for calls that differ between Windows and the rest.
+
+In:  paths.
+Out: a lock that ends with its process, whatever ends the process.
+Knows nothing of queues, workers or pages.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+# No console window may pop up beside the page on Windows; elsewhere there is no such flag.
+NO_WINDOW: dict[str, Any] = {"creationflags": 0x08000000} if sys.platform == "win32" else {}
+
+
+def try_lock(path: Path) -> IO[bytes] | None:
+    """Lock a file for this process alone, or return None when another process holds it.
+
+    The lock ends when the returned file is closed, or when the process ends in any way, kill -9 and power cuts
+    included: unlike a file with a process number in it, it cannot be left behind.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    handle = path.open("a+b")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody else has it; both systems say so with one of several error numbers
+        handle.close()
+        return None
+    return handle
