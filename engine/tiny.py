@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -23,7 +24,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from engine import presets
 from engine.model import IdentityWanTransformer3DModel
+from engine.presets import Components, Preset
 
 TEXT_DIM = 32
 TEXT_TOKENS = 64  # room for a short byte-level prompt; real Wan reads 512
@@ -32,8 +35,8 @@ LATENT_CHANNELS = 16
 VLM_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 
-def transformer(**changes: object) -> IdentityWanTransformer3DModel:
-    """Three Wan blocks, the first two with identity blocks."""
+def transformer(**changes: Any) -> IdentityWanTransformer3DModel:
+    """Three Wan blocks, the first two with identity blocks, untrained: it draws what Wan draws."""
     config = {
         "num_attention_heads": 2,
         "attention_head_dim": 24,
@@ -49,6 +52,14 @@ def transformer(**changes: object) -> IdentityWanTransformer3DModel:
         "vlm_dim": VLM_DIM,
     }
     return IdentityWanTransformer3DModel(**{**config, **changes}).eval()
+
+
+def stir(model: IdentityWanTransformer3DModel, size: float = 0.3) -> IdentityWanTransformer3DModel:
+    """Move stage 3's output projections off zero, as training would, so that subjects show."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("identity.to_out.weight"):
+            torch.nn.init.normal_(parameter, std=size)
+    return model
 
 
 def vae() -> AutoencoderKLWan:
@@ -156,7 +167,7 @@ def write_tiny(folder: Path, *, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         parts = {
-            "transformer": transformer(),
+            "transformer": stir(transformer()),
             "vae": vae(),
             "text_encoder": text_encoder(len(words)),
             "vlm": vlm(vlm_words),
@@ -166,6 +177,13 @@ def write_tiny(folder: Path, *, seed: int = 0) -> Path:
     words.save_pretrained(folder / "tokenizer")
     vlm_words.save_pretrained(folder / "vlm_tokenizer")
     return folder
+
+
+def preset_of(folder: Path) -> Preset:
+    """The toybox preset with these components in place of its own."""
+    toybox = presets.load("toybox")
+    parts = {part: str((folder / part).resolve()) for part in type(toybox.components).model_fields}
+    return toybox.model_copy(update={"components": Components(**parts)})
 
 
 if __name__ == "__main__":
