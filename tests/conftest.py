@@ -55,3 +55,22 @@ def chromium() -> str:
     if not found:
         pytest.skip("No Chromium here; install one, or set CHROMIUM to its path.")
     return found
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in place of the repository's own, whose toybox has random weights (4 MB, made once: 5 s)."""
+    from engine import tiny
+
+    root = tmp_path_factory.mktemp("root")
+    tiny.write_tiny(root / "assets" / "toybox", seed=0)
+    return root
+
+
+@pytest.fixture
+def tiny_toybox(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Presets find their files in `tiny_root` for this test."""
+    from engine import presets
+
+    monkeypatch.setattr(presets, "ROOT", tiny_root)
+    return tiny_root
