@@ -216,7 +216,7 @@ class Form:
             raise StudioError(
                 f"The seed is {text[:40]!r}.",
                 "A seed is a whole number from 0 up, at most 18 digits.",
-                "Write a number, or tick \"New each time\".",
+                'Write a number, or tick "New each time".',
                 field="seed",
             )
         return int(text)

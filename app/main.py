@@ -7,7 +7,6 @@ Knows nothing of torch: all of that lives in the worker's process, whose death t
 
 from __future__ import annotations
 
-import os
 import sys
 import webbrowser
 from html import escape
@@ -68,7 +67,7 @@ def _wire_looks(page: gr.Blocks, studio: Studio, shown: list[Any], changed: list
             return [gr.skip()] * (1 + len(shown))
         return [
             now,
-            generate.paint_stage(rows),
+            generate.paint_stage(rows, studio.queue.paused),
             gallery.render_grid(studio) if now[1] != seen[1] else gr.skip(),
             queue_tab.render_head(rows, studio.queue.paused),
             queue_tab.render_rows(rows),
@@ -114,7 +113,7 @@ def _news(rows: list[Row]) -> str:
         f'<div class="news" data-title="{escape(title)}" data-finished="{(latest.finished or 0) if latest else 0}" '
         f'data-headline="{said}" data-body="{escape(body)}">'
         f'<span class="light {"on" if running else ""}"></span><span>{escape(line)}</span>'
-        '<button type="button" class="btn" data-bell hidden>Tell me when done</button></div>'
+        '<button type="button" class="btn" data-bell hidden>Notify me</button></div>'
     )
 
 
@@ -177,15 +176,10 @@ def serve(settings: Settings) -> None:
     keeper.start()
     sys.stdout.write(f"{TITLE} is at {url}\nPress Ctrl-C to stop.\n")
     sys.stdout.flush()
-    if settings.inbrowser and has_screen():
+    if settings.inbrowser:
         webbrowser.open(url)
     try:
         page.block_thread()
     finally:
         keeper.stop()
         page.close()
-
-
-def has_screen() -> bool:
-    """Whether a browser could open here: always on Windows and macOS, on others where a display is announced."""
-    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -39,7 +39,15 @@ def refusal(error: StudioError | None) -> str:
     """An error beside its field, announced to screen readers; nothing when there is none."""
     if error is None:
         return ""
-    return f'<p class="refusal" role="alert">{escape(error.what)} {escape(error.why)} <b>{escape(error.next_step)}</b></p>'
+    return (
+        f'<p class="refusal" role="alert">{escape(error.what)} {escape(error.why)} <b>{escape(error.next_step)}</b></p>'
+    )
+
+
+def empty(title: str, words: str, *, kind: str = "") -> str:
+    """A dashed frame that says why there is nothing to see; both texts are our own HTML."""
+    alert = ' role="alert"' if kind == "bad" else ""
+    return f'<div class="frame empty {kind}"{alert}><div><h2>{title}</h2><p>{words}</p></div></div>'
 
 
 def note(text: str) -> str:

@@ -58,23 +58,24 @@ def _group(chosen: Row, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.id in (chosen.id, first) or (chosen.group and row.group == chosen.group)]
 
 
-def render(rows: Sequence[Row], *, waiting: int = 0) -> str:
-    """The whole stage. `waiting`: how many jobs stand behind what is shown."""
+def render(rows: Sequence[Row], *, waiting: int = 0, paused: bool = False) -> str:
+    """The whole stage. `waiting`: how many jobs stand behind what is shown; `paused`: whether the line stands still."""
     if not rows:
         return _empty()
     expected = _expected() if rows[-1].group == SANITY else ""
     rows = rows[-1:] if expected else rows
     cells = "".join(_cell(row, alone=len(rows) == 1) for row in rows) + expected
-    behind = f'<p class="behind">{waiting} more waiting in the queue</p>' if waiting else ""
-    return f'<div class="cells n{len(rows) + bool(expected)}">{cells}</div>{behind}'
+    behind = [f"{waiting} more waiting in the queue."] if waiting else []
+    if paused:
+        behind.append("The queue is paused: no further job starts.")
+    return f'<div class="cells n{len(rows) + bool(expected)}">{cells}</div><p class="behind">{" ".join(behind)}</p>'
 
 
 def _empty() -> str:
     return (
-        '<div class="cells n1"><section class="cell"><div class="frame empty"><div>'
-        "<h3>Your clip appears here</h3>"
-        "<p>Choose who is in it, write what they do, press <b>Make clip</b>.</p>"
-        "</div></div></section></div>"
+        '<div class="cells n1"><section class="cell">'
+        + markup.empty("Your clip appears here", "Choose who is in it, write what they do, press <b>Make clip</b>.")
+        + "</section></div>"
     )
 
 
@@ -93,7 +94,8 @@ def _cell(row: Row, *, alone: bool) -> str:
     seed = f'<span class="fact">seed <b>{job.seed}</b></span>' if job else ""
     return (
         f'<section class="cell {row.state}" data-row="{row.id}" aria-label="Clip {row.id}, {row.state}">'
-        f'{frame}<div class="under">{below}{prompt}<p class="facts">{seed}{_facts(row)}</p>{_actions(row)}</div></section>'
+        f'{frame}<div class="under">{below}{prompt}<p class="facts">{seed}{_facts(row, alone)}</p>'
+        f"{_actions(row, alone)}</div></section>"
     )
 
 
@@ -122,25 +124,24 @@ def _done(row: Row) -> tuple[str, str]:
     saved = row.saved or {}
     clip, poster = Path(str(saved.get("clip", ""))), Path(str(saved.get("poster", "")))
     if not clip.is_file():
-        words = "<h3>The clip is gone</h3><p>Its file was moved or deleted. Run the job again to remake it.</p>"
-        return f'<div class="frame empty"><div>{words}</div></div>', ""
+        words = "Its file was moved or deleted. Run the job again to remake it."
+        return markup.empty("The clip is gone", words), ""
     return f'<div class="frame">{video(clip, poster, label=f"Clip {row.id}")}</div>', ""
 
 
 def _failed(row: Row) -> tuple[str, str]:
     error = row.error or {}
     said = [str(error.get(key, "")) for key in ("what", "why", "next_step")]
-    words = f"<h3>{escape(said[0])}</h3><p>{escape(said[1])}</p><p><b>{escape(said[2])}</b></p>"
-    return f'<div class="frame empty bad" role="alert"><div>{words}</div></div>', ""
+    return markup.empty(escape(said[0]), f"{escape(said[1])} <b>{escape(said[2])}</b>", kind="bad"), ""
 
 
 def _cancelled(row: Row) -> tuple[str, str]:
-    return '<div class="frame empty"><div><h3>Cancelled</h3><p>Nothing was kept.</p></div></div>', ""
+    return markup.empty("Cancelled", "Nothing was kept."), ""
 
 
 def _interrupted(row: Row) -> tuple[str, str]:
-    words = "<h3>Interrupted, run again?</h3><p>The worker stopped in the middle of this clip. The job itself is safe.</p>"
-    return f'<div class="frame empty bad" role="alert"><div>{words}</div></div>', ""
+    said = escape(str((row.error or {}).get("what") or "The worker stopped in the middle of this clip."))
+    return markup.empty("Interrupted, run again?", f"{said} The job itself is safe.", kind="bad"), ""
 
 
 _PARTS = {
@@ -179,7 +180,8 @@ def _cast(job: GenerateJob | None) -> str:
         return ""
     shown = [(place, subject, thumb(subject)) for place, subject in enumerate(job.subjects)]
     return "".join(
-        f'<figure{markup.colour(place)}><img alt="" src="{url}"><figcaption>@{escape(subject.name)}</figcaption></figure>'
+        f'<figure{markup.colour(place)}><img alt="" src="{url}">'
+        f"<figcaption>@{escape(subject.name)}</figcaption></figure>"
         for place, subject, url in shown
         if url
     )
@@ -209,12 +211,14 @@ def _preview(path: Path | None) -> str:
 # --- facts and actions -----------------------------------------------------------------------------------------------
 
 
-def _facts(row: Row) -> str:
+def _facts(row: Row, alone: bool) -> str:
+    """Beside each other, clips differ by seed: what they share is left out there."""
     if row.job is None:
         return ""
     job = row.job
     preset = _preset(job)
     facts = [f"{job.width} x {job.height}", f"{job.num_frames} frames", f"{job.sampling.num_inference_steps} steps"]
+    facts = facts if alone else []
     if is_draft(job, preset):
         facts.append("draft")
     if row.state == "done" and row.started and row.finished:
@@ -222,7 +226,7 @@ def _facts(row: Row) -> str:
     return "".join(f'<span class="fact">{escape(fact)}</span>' for fact in facts)
 
 
-def _actions(row: Row) -> str:
+def _actions(row: Row, alone: bool) -> str:
     act = markup.button
     buttons: list[str] = []
     if row.state in ("waiting", "running"):
@@ -230,7 +234,8 @@ def _actions(row: Row) -> str:
     elif row.state == "done" and row.job:
         if is_draft(row.job, _preset(row.job)):
             buttons.append(act("Finish this one", "finish", kind="primary", row=row.id, title="Same seed, all steps"))
-        buttons.append(act("3 more seeds", "variants", row=row.id))
+        if alone:
+            buttons.append(act("3 more seeds", "variants", row=row.id))
         buttons.append(act("Keep this seed", "seed", row=row.id))
         clip = Path(str((row.saved or {}).get("clip", "")))
         if clip.is_file():
@@ -259,5 +264,3 @@ def finished(job: GenerateJob) -> GenerateJob:
 
 def _preset(job: GenerateJob) -> Preset | None:
     return presets.load(job.preset) if job.preset in presets.names() else None
-
-

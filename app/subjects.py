@@ -2,8 +2,10 @@
 
 In:  a subject with its pictures.
 Out: the same subject, later, on any tab.
-Knows nothing of Gradio or of torch. One folder per subject: `<data>/subjects/<name>/{subject.json, 1.png, ...}`; a saved
-subject stands on its own, so the files it came from may go.
+Knows nothing of Gradio or of torch.
+
+One folder per subject: `<data>/subjects/<name>/{subject.json, 1.png, ...}`. A saved subject stands on its own, so the
+files it came from may go.
 """
 
 from __future__ import annotations
@@ -82,7 +84,9 @@ class Subjects:
                 field="subjects",
             ) from None
         # Only the file's name counts: a subject.json from elsewhere cannot point outside its own folder.
-        found = [picture.model_copy(update={"path": str(home / Path(picture.path).name)}) for picture in subject.pictures]
+        found = [
+            picture.model_copy(update={"path": str(home / Path(picture.path).name)}) for picture in subject.pictures
+        ]
         return subject.model_copy(update={"pictures": tuple(found)})
 
     def delete(self, name: str) -> None:
@@ -93,7 +97,9 @@ class Subjects:
 
     def _home(self, name: str) -> Path:
         if not NAME.fullmatch(name):
-            raise StudioError(f"{name[:40]!r} is no subject's name.", "It cannot be mentioned.", "Choose one of the list.")
+            raise StudioError(
+                f"{name[:40]!r} is no subject's name.", "It cannot be mentioned.", "Choose one of the list."
+            )
         return self.folder / name
 
 

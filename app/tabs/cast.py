@@ -23,7 +23,7 @@ from engine import presets
 from engine.job import NAME, Subject
 from engine.messages import StudioError
 
-ROLES = [("Thing or creature", "object"), ("Person", "person"), ("Background", "background")]
+ROLES = [("Thing", "object"), ("Person", "person"), ("Background", "background")]
 GLYPHS = {"person": "person", "object": "thing", "background": "background"}
 
 
@@ -164,7 +164,7 @@ def _preview(cast: Cast) -> str:
     for place in range(len(slot.pictures)):
         url = _shown(slot, place, side=256)
         image = f'<img alt="@{escape(slot.name)} as the model sees it" src="{url}">' if url else "<i>not readable</i>"
-        drop = markup.button("×", "drop", kind="tiny", title=f"Remove picture {place + 1}", place=place)
+        drop = markup.button("&times;", "drop", kind="tiny", title=f"Remove picture {place + 1}", place=place)
         figures.append(f"<figure>{image}{drop if len(slot.pictures) > 1 else ''}</figure>")
     return f'<div class="pictures p{len(figures)}">{"".join(figures)}</div>'
 
@@ -175,10 +175,10 @@ def _choices(studio: Studio) -> str:
     saved = [(name, studio.subjects.load(name)) for name in studio.subjects.names()]
     if saved:
         shown = "".join(_saved_choice(name, subject) for name, subject in saved)
-        parts.append(f'<h4>Saved</h4><div class="grid">{shown}</div>')
+        parts.append(f'<h3>Saved</h3><div class="grid">{shown}</div>')
     if samples():
         shown = "".join(_sample_choice(path) for path in samples())
-        parts.append(f'<h4>Samples</h4><div class="grid">{shown}</div>')
+        parts.append(f'<h3>Samples</h3><div class="grid">{shown}</div>')
     return "".join(parts)
 
 
@@ -191,7 +191,7 @@ def _saved_choice(name: str, subject: Subject) -> str:
     picture = _shown(Slot.of(subject), 0, side=128)
     image = f'<img alt="" src="{picture}">' if picture else "<i>?</i>"
     take = markup.button(f"{image}<span>@{escape(name)}</span>", "saved", kind="pick", name=name)
-    drop = markup.button("×", "forget", kind="tiny", title=f"Forget the saved subject @{name}", name=name)
+    drop = markup.button("&times;", "forget", kind="tiny", title=f"Forget the saved subject @{name}", name=name)
     return f'<div class="keep">{take}{drop}</div>'
 
 
@@ -282,7 +282,9 @@ def picked(studio: Studio, cast: Cast, act: str, name: str, preset: str) -> Cast
         return cast.add(Slot.of(studio.subjects.load(name)), most=most)
     found = next((path for path in samples() if path.stem == name), None)
     if found is None:
-        raise StudioError(f"There is no sample {name[:40]!r}.", "It may have been moved.", "Choose another.", field="subjects")
+        raise StudioError(
+            f"There is no sample {name[:40]!r}.", "It may have been moved.", "Choose another.", field="subjects"
+        )
     return cast.add(sample_slot(found), most=most)
 
 

@@ -86,10 +86,13 @@ def render_grid(studio: Studio, view: View | None = None) -> str:
     """All clips, newest first."""
     clips = library.clips(studio.settings.outputs)
     if not clips:
-        words = "<h3>No clips yet</h3><p>What you make in Generate stays here, through refresh and restart.</p>"
-        return f'<div class="frame empty"><div>{words}</div></div>'
+        return markup.empty("No clips yet", "What you make in Generate stays here, through refresh and restart.")
     chosen = {view.open, view.other} - {""} if view else set()
-    more = f'<p class="behind">{len(clips) - SHOWN} older clips are in the outputs folder.</p>' if len(clips) > SHOWN else ""
+    more = (
+        f'<p class="behind">{len(clips) - SHOWN} older clips are in the outputs folder.</p>'
+        if len(clips) > SHOWN
+        else ""
+    )
     return f'<div class="posters">{"".join(_poster(clip, clip.id in chosen) for clip in clips[:SHOWN])}</div>{more}'
 
 
@@ -169,8 +172,12 @@ def _table(job: GenerateJob | None) -> str:
         return "<p>This clip carries no document that this studio can read.</p>"
     sampling = job.sampling
     title = presets.load(job.preset).title if job.preset in presets.names() else job.preset
-    weights = {"joint": [sampling.guidance_scale]}.get(sampling.guidance or "", [sampling.subject_scale, sampling.text_scale])
-    guidance = f"{sampling.guidance}, {' and '.join(str(w) for w in weights)}" if sampling.guidance != "none" else "none"
+    weights = {"joint": [sampling.guidance_scale]}.get(
+        sampling.guidance or "", [sampling.subject_scale, sampling.text_scale]
+    )
+    guidance = (
+        f"{sampling.guidance}, {' and '.join(str(w) for w in weights)}" if sampling.guidance != "none" else "none"
+    )
     facts: dict[str, Any] = {
         "Seed": job.seed,
         "Model": title,
@@ -228,7 +235,8 @@ def export(clip: Clip, kind: str) -> Path:
 def _link(path: Path) -> str:
     name = escape(path.name)
     size = markup.size(path.stat().st_size)
-    return f'<p class="note" role="status">Ready: <a href="{markup.file_url(path)}" download="{name}">{name}</a>, {size}</p>'
+    link = f'<a href="{markup.file_url(path)}" download="{name}">{name}</a>'
+    return f'<p class="note" role="status">Ready: {link}, {size}</p>'
 
 
 # --- wiring ----------------------------------------------------------------------------------------------------------

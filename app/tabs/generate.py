@@ -87,9 +87,10 @@ def layout(studio: Studio) -> GenerateTab:
             refused["subjects"] = panel.refused
             form: dict[str, Any] = {"prompt": _prompt()}
             refused["prompt"] = _beside()
-            quality, about = _model(form, preset, refused)
+            quality = _model(form, preset, refused)
             length = _size(form, start, refused)
             _advanced(form, start, refused)
+            about = gr.HTML(_about(preset), apply_default_css=False)
             cost, go, stop_editing, sanity = _go(form, refused)
         with gr.Column(elem_id="stage-column", min_width=320):
             shown = gr.HTML(stage.render([]), js_on_load=CLICKS, elem_id="stage", apply_default_css=False)
@@ -105,20 +106,21 @@ def _prompt() -> gr.Textbox:
     return gr.Textbox(
         label="What happens",
         placeholder="@fox chases @kite on a beach",
-        lines=3,
+        lines=2,
         max_lines=8,
         elem_id="prompt",
     )
 
 
-def _model(form: dict[str, Any], preset: Preset, refused: dict[str, gr.HTML]) -> tuple[gr.Radio, gr.HTML]:
+def _model(form: dict[str, Any], preset: Preset, refused: dict[str, gr.HTML]) -> gr.Radio:
     with gr.Row(elem_classes="pair"):
         titles = [(presets.load(name).title, name) for name in presets.names()]
-        form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset", min_width=130)
-        quality = gr.Radio(_qualities(preset), value="standard", label="Quality", elem_id="quality", min_width=180)
-    about = gr.HTML(_about(preset), apply_default_css=False)
+        form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset", min_width=100, scale=2)
+        quality = gr.Radio(
+            _qualities(preset), value="standard", label="Quality", elem_id="quality", min_width=180, scale=5
+        )
     refused["preset"] = _beside()
-    return quality, about
+    return quality
 
 
 def _size(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) -> gr.HTML:
@@ -127,10 +129,11 @@ def _size(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) -> gr.
         form["width"] = gr.Number(start.width, label="Width", precision=0, step=8, min_width=70)
         form["height"] = gr.Number(start.height, label="Height", precision=0, step=8, min_width=70)
         form["seed"] = gr.Textbox("0", label="Seed", max_lines=1, min_width=90, elem_id="seed")
-    length = gr.HTML("", apply_default_css=False)
     refused["size"] = _beside()
-    form["fresh_seed"] = gr.Checkbox(True, label="New seed each time", elem_id="fresh-seed")
     refused["seed"] = _beside()
+    with gr.Row(elem_classes="pair"):
+        length = gr.HTML("", apply_default_css=False)
+        form["fresh_seed"] = gr.Checkbox(True, label="New seed each time", elem_id="fresh-seed", min_width=150)
     return length
 
 
@@ -161,7 +164,10 @@ def _go(form: dict[str, Any], refused: dict[str, gr.HTML]) -> tuple[gr.HTML, gr.
         refused["go"] = _beside()
         cost = gr.HTML("", elem_id="cost", apply_default_css=False)
         with gr.Row():
-            form["count"] = gr.Radio([1, 2, 3, 4], value=1, label="Clips", elem_id="count", min_width=150, scale=0)
+            counts = [("1 clip", 1), *((str(count), count) for count in range(2, stage.MOST + 1))]
+            form["count"] = gr.Radio(
+                counts, value=1, label="Clips, one seed each", elem_id="count", min_width=160, scale=0
+            )
             go = gr.Button("Make clip", variant="primary", elem_id="go", min_width=120, scale=1)
         stop_editing = gr.Button("Leave the job as it is", size="sm", visible=False)
         sanity = gr.Button("Sanity check", size="sm", visible=SANITY.is_file(), elem_id="sanity")
@@ -173,7 +179,7 @@ def _go(form: dict[str, Any], refused: dict[str, gr.HTML]) -> tuple[gr.HTML, gr.
 
 def _qualities(preset: Preset) -> list[tuple[str, str]]:
     full = preset.sampling.num_inference_steps
-    return [(f"Draft, {preset.draft_steps} steps", "draft"), (f"Standard, {full} steps", "standard")]
+    return [(f"Draft · {preset.draft_steps} steps", "draft"), (f"Standard · {full} steps", "standard")]
 
 
 def _about(preset: Preset) -> str:
@@ -206,7 +212,9 @@ def refusals(error: StudioError | None) -> list[str]:
 def cost_line(studio: Studio, form: Form) -> str:
     """Time, memory and disk of these values, before anybody presses Go."""
     try:
-        costs = estimate.clip_costs(form.priced(), studio.queue.rows(states=["done"], limit=40), studio.settings.outputs)
+        costs = estimate.clip_costs(
+            form.priced(), studio.queue.rows(states=["done"], limit=40), studio.settings.outputs
+        )
     except StudioError as error:
         return f'<p class="cost">{escape(error.next_step)}</p>'
     many = f" for {form.count}" if form.count > 1 else ""
@@ -232,11 +240,12 @@ def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
     return [*cast_panel.paint(studio, cast, form.preset), *values, quality, _about(preset), _length(form)]
 
 
-def paint_stage(rows: Sequence[Row]) -> str:
+def paint_stage(rows: Sequence[Row], paused: bool) -> str:
     """The stage for the queue as it stands."""
     shown = stage.on_stage(rows)
     ids = {row.id for row in shown}
-    return stage.render(shown, waiting=sum(row.state == "waiting" and row.id not in ids for row in rows))
+    behind = sum(row.state == "waiting" and row.id not in ids for row in rows)
+    return stage.render(shown, waiting=behind, paused=paused)
 
 
 def opening(studio: Studio) -> tuple[Form, Cast]:
@@ -251,8 +260,8 @@ def opening(studio: Studio) -> tuple[Form, Cast]:
 # --- handlers --------------------------------------------------------------------------------------------------------
 
 
-def submit(studio: Studio, form: Form, cast: Cast, editing: int) -> str:
-    """Values -> jobs -> queue. Returns what the button may say.
+def submit(studio: Studio, form: Form, cast: Cast, editing: int) -> tuple[str, int]:
+    """Values -> jobs -> queue. Returns a word of confirmation and the (first) seed.
 
     Raises:
         StudioError: with the field that does not fit; nothing was queued then.
@@ -261,11 +270,11 @@ def submit(studio: Studio, form: Form, cast: Cast, editing: int) -> str:
     jobs = [form.job(cast, seed=(seed + number) % SEEDS if number else seed) for number in range(form.count)]
     if editing:
         studio.queue.edit(editing, jobs[0])
-        return f"Job {editing} is updated."
+        return f"Job {editing} is updated.", seed
     group = uuid.uuid4().hex if len(jobs) > 1 else ""
     for job in jobs:
         studio.queue.add(job, group=group)
-    return ""
+    return "", seed
 
 
 def more_seeds(studio: Studio, row: Row) -> None:
@@ -273,7 +282,9 @@ def more_seeds(studio: Studio, row: Row) -> None:
     if row.job is None:
         return
     group = row.group or f"{stage.LIKE}{row.id}"
-    highest = max(other.job.seed for other in studio.queue.rows() if other.job and (other.id == row.id or other.group == group))
+    highest = max(
+        other.job.seed for other in studio.queue.rows() if other.job and (other.id == row.id or other.group == group)
+    )
     for number in range(1, stage.MOST):
         studio.queue.add(row.job.model_copy(update={"seed": highest + number}), group=group)
 
@@ -352,10 +363,10 @@ def _wire_go(tab: GenerateTab, studio: Studio) -> list[Any]:
         edits, values = given[: len(tab.panel.fields)], given[len(tab.panel.fields) :]
         cast = cast_panel.edited(cast, *edits)
         try:
-            said = submit(studio, Form(*values), cast, editing)
+            said, seed = submit(studio, Form(*values), cast, editing)
         except StudioError as error:
-            return [*refusals(error), editing, gr.skip(), gr.skip()]
-        return [*refusals(None)[:-1], markup.note(said), 0, *_button(0)]
+            return [*refusals(error), gr.skip(), editing, gr.skip(), gr.skip()]
+        return [*refusals(None)[:-1], markup.note(said), str(seed), 0, *_button(0)]
 
     def leave() -> list[Any]:
         return [0, *_button(0)]
@@ -365,7 +376,7 @@ def _wire_go(tab: GenerateTab, studio: Studio) -> list[Any]:
 
     inputs = [tab.editing, tab.panel.cast, *tab.panel.fields, *tab.values]
     buttons = [tab.editing, tab.go, tab.stop_editing]
-    go = tab.go.click(pressed, inputs, [*places, *buttons], **quiet())
+    go = tab.go.click(pressed, inputs, [*places, tab.form["seed"], *buttons], **quiet())
     tab.stop_editing.click(leave, None, buttons, **quiet())
     return [go, tab.sanity.click(check_sanity, None, None, **quiet())]
 

@@ -68,13 +68,15 @@ def render_head(rows: Sequence[Row], paused: bool) -> str:
     switch = markup.button("Resume", "resume", kind="primary") if paused else markup.button("Pause the queue", "pause")
     ended = any(row.state in ("done", "failed", "cancelled", "interrupted") for row in rows)
     clear = markup.button("Clear ended jobs", "clear", title="Forget ended jobs; their clips stay") if ended else ""
-    return f'<div class="queue-head"><h2>Queue</h2><p>{" · ".join(parts)}</p><div class="acts">{switch}{clear}</div></div>'
+    return (
+        f'<div class="queue-head"><h2>Queue</h2><p>{" · ".join(parts)}</p><div class="acts">{switch}{clear}</div></div>'
+    )
 
 
 def render_rows(rows: Sequence[Row]) -> str:
     """One card per job, in the order in which they will be made, then what has ended."""
     if not rows:
-        return '<div class="frame empty"><div><h3>The queue is empty</h3><p>Jobs you make in Generate line up here.</p></div></div>'
+        return markup.empty("The queue is empty", "Jobs you make in Generate line up here.")
     waiting = sum(row.state == "waiting" for row in rows)
     return f'<ol class="rows">{"".join(_card(row, waiting) for row in rows[:SHOWN])}</ol>'
 
@@ -92,7 +94,7 @@ def _card(row: Row, waiting: int) -> str:
     )
     error = f'<p class="refusal">{escape(_error(row))}</p>' if row.error else ""
     return (
-        f'<li class="row {row.state}"><span class="number">{row.id}</span><div class="faces">{faces}</div>'
+        f'<li class="job {row.state}"><span class="number">{row.id}</span><div class="faces">{faces}</div>'
         f'<div class="what"><p class="said">{prompt}</p><p class="facts">{facts}</p>{error}</div>'
         f'<div class="state"><b>{_state(row)}</b><small>{_when(row)}</small></div>'
         f'<div class="acts">{_buttons(row, waiting)}</div></li>'

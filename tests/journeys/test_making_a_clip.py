@@ -1,0 +1,107 @@
+"""A newcomer's first minutes: choose two subjects, say what they do, press the button, see the clip."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from engine import presets, video
+from engine.job import read_job
+from tests.journeys.conftest import Server, Watched, open_page, quick, wait_for
+
+pytestmark = pytest.mark.browser
+
+
+def test_two_samples_and_a_sentence_become_a_clip_by_clicks(page: Page, server: Server) -> None:
+    for _ in range(2):  # the example's own two subjects go, so that every step is done by hand
+        page.locator("#cast [data-act=choose]").first.click()
+        page.locator("#remove-subject").click()
+    expect(page.locator("#cast [data-act=choose]")).to_have_count(0)
+    for name in ("rocket", "rabbit"):
+        page.locator("#cast [data-act=add]").click()
+        page.locator(f"#choices [data-act=sample][data-name={name}]").click()
+        expect(page.locator("#cast")).to_contain_text(f"@{name}")
+    page.locator("#prompt textarea").fill("on the moon, ")
+    page.locator("#chips [data-mention=rabbit]").click()
+    page.locator("#prompt textarea").press_sequentially("chases ")
+    page.locator("#chips [data-mention=rocket]").click()
+    expect(page.locator("#prompt textarea")).to_have_value(re.compile("@rabbit chases @rocket"))
+    quick(page)
+    page.locator("#go").click()
+    expect(page.locator("#stage video")).to_be_visible()
+
+    row = wait_for(lambda: server.row("done"), "the clip")
+    assert row.job is not None and row.saved is not None
+    assert [subject.name for subject in row.job.subjects] == ["rocket", "rabbit"]
+    assert read_job(video.read_document(row.saved["clip"]) or "").seed == row.job.seed
+    expect(page.locator("#stage")).to_contain_text(str(row.job.seed))
+
+
+def test_a_draft_is_finished_with_all_steps_and_the_same_seed(page: Page, server: Server) -> None:
+    quick(page, steps=2)
+    page.locator("#go").click()
+    page.locator("#stage [data-act=finish]").click()
+    more = wait_for(
+        lambda: [row for row in server.queue.rows() if row.state in ("waiting", "running")], "the full clip"
+    )
+    first = server.row("done")
+    assert first is not None and first.job is not None and more[0].job is not None
+    full = presets.load(first.job.preset).sampling.num_inference_steps
+    assert (more[0].job.seed, more[0].job.sampling.num_inference_steps) == (first.job.seed, full)
+    assert more[0].job.subjects == first.job.subjects
+
+
+def test_four_seeds_stand_side_by_side(page: Page, server: Server) -> None:
+    quick(page, steps=1)
+    page.locator("#count").get_by_text("4", exact=True).click()
+    page.locator("#go").click()
+    expect(page.locator("#stage .cell")).to_have_count(4)
+    rows = server.queue.rows()
+    assert len({row.group for row in rows}) == 1
+    assert len({row.job.seed for row in rows if row.job}) == 4
+    server.queue.pause()
+
+
+def test_a_reload_in_mid_run_shows_the_run(page: Page, server: Server) -> None:
+    quick(page, steps=100)
+    page.locator("#go").click()
+    expect(page.locator("#stage .cell.running")).to_be_visible()
+    open_page(page, server)
+    expect(page.locator("#stage .cell.running [role=progressbar]")).to_be_visible()
+    expect(page.locator("#stage")).to_contain_text("step")
+
+
+def test_cancel_stops_the_run_and_keeps_nothing(page: Page, server: Server) -> None:
+    quick(page, steps=100)
+    page.locator("#go").click()
+    expect(page.locator("#stage")).to_contain_text(re.compile(r"step \d+ of 100"))
+    page.locator("#stage [data-act=cancel]").click()
+    expect(page.locator("#stage")).to_contain_text("Cancelled")
+    row = wait_for(lambda: server.row("cancelled"), "the row to be cancelled")
+    assert row.saved is None
+
+
+def test_the_cost_is_shown_before_the_button_is_pressed_and_follows_the_values(page: Page) -> None:
+    before = page.locator("#cost").inner_text()
+    page.get_by_label("Frames", exact=True).fill("33")
+    expect(page.locator("#cost")).not_to_have_text(before)
+    assert re.search(r"\d.*memory.*disk.*free", page.locator("#cost").inner_text(), re.DOTALL)
+
+
+def test_nothing_jumps_when_a_run_begins_and_ends(page: Page, watched: Watched) -> None:
+    """The stage keeps its place and the button stays under the mouse at 1280 x 720."""
+
+    def places() -> list[float]:
+        boxes = [page.locator(name).bounding_box() for name in ("#stage .frame", "#go", "#prompt")]
+        return [round(box[side]) for box in boxes if box for side in ("x", "y", "width", "height")]
+
+    quick(page, steps=1)
+    page.evaluate("window.scrollTo(0, 0)")
+    before = places()
+    page.locator("#go").click()
+    expect(page.locator("#stage [role=progressbar]")).to_be_visible()
+    assert places() == before
+    expect(page.locator("#stage video")).to_be_visible()
+    assert places() == before
