@@ -83,9 +83,15 @@ def refusal(python: tuple[int, ...], system: str, machine: str) -> Sorry | None:
 def better_python() -> str:
     """What to type instead, when a Python that fits is already here."""
     for name in ("python3.12", "python3.13", "python3.11"):
-        if shutil.which(name):
+        if works(name):
             return f"Type: {name} launch.py"
     return "Install Python 3.12 from python.org and start launch.py with it."
+
+
+def works(python: str) -> bool:
+    """Whether this name starts a Python; a version manager may answer to names of Pythons it does not have."""
+    program = shutil.which(python)
+    return program is not None and subprocess.run([program, "-c", ""], capture_output=True, check=False).returncode == 0
 
 
 def asks_for_help(arguments: list[str]) -> bool:
@@ -166,6 +172,14 @@ def venv_python() -> Path:
     return VENV / "Scripts" / "python.exe" if os.name == "nt" else VENV / "bin" / "python"
 
 
+def has_pip() -> bool:
+    """Whether .venv is whole: it lacks pip when its making was cut off, and runs no more when its Python went away."""
+    if not venv_python().exists():
+        return False
+    question = [str(venv_python()), "-m", "pip", "--version"]
+    return subprocess.run(question, capture_output=True, check=False).returncode == 0
+
+
 # --- installing ------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +192,7 @@ def install() -> None:
     began = time.monotonic()
     say(f"Setting up the studio in {VENV} (once; later starts skip this). Details: {LOG}")
     try:
-        if VENV.exists() and not venv_python().exists():
+        if VENV.exists() and not has_pip():
             shutil.rmtree(VENV)
         VENV.mkdir(exist_ok=True)
         STAMP.unlink(missing_ok=True)
@@ -215,7 +229,8 @@ class Step:
     """
 
     def __init__(self, number: int, title: str, *, total: int = 0) -> None:
-        self.title = f"[{number}/{STEPS}] {title}"
+        self.number = number
+        self.title = title
         self.total = total
         self.done = 0
         self.note = ""
@@ -232,7 +247,7 @@ class Step:
         self.over.set()
         self.painter.join()
         ending = "done" if error is None else "failed"
-        self._show(f"{self.title}: {ending} after {clock(time.monotonic() - self.began)}", "\n")
+        self._show(f"[{self.number}/{STEPS}] {self.title}: {ending} after {clock(time.monotonic() - self.began)}", "\n")
 
     def pip_first_of(self, plans: tuple[tuple[str, ...], ...]) -> None:
         """Install by the first of these argument lists that pip can satisfy.
@@ -259,7 +274,7 @@ class Step:
             with LOG.open("rb") as log:
                 log.seek(start)
                 why, next_step = diagnose(log.read().decode("utf-8", "replace"))
-            raise Sorry(f"The set-up stopped at {self.title.lower()}.", why, f"{next_step} Details: {LOG}")
+            raise Sorry(f"The set-up stopped at step {self.number}, {self.title}.", why, f"{next_step} Details: {LOG}")
 
     def _execute(self, command: list[str]) -> int:
         with LOG.open("a", encoding="utf-8") as log:
@@ -297,7 +312,7 @@ class Step:
     def _paint(self) -> None:
         while not self.over.wait(0.5 if self.terminal else 10.0):
             elapsed = time.monotonic() - self.began
-            parts = [self.title]
+            parts = [f"[{self.number}/{STEPS}] {self.title}"]
             fetching = self.total and self.done and self.note != "unpacking"
             if fetching:
                 parts.append(f"{min(self.done, self.total)} of {self.total}")

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -174,6 +175,11 @@ def test_the_launcher_installs_once_and_again_only_when_the_lock_changed(tiny_st
 
     (tiny_studio / "requirements.txt").write_text("# a lock\ntoy==2.0\n", encoding="utf-8")
     assert "[3/4]" in start(tiny_studio).stderr  # the failed one left no stamp, so this one is looked at again
+
+    site = next((tiny_studio / ".venv").rglob("site-packages"))
+    shutil.rmtree(site / "pip")  # as if the very first start had been cut off
+    (tiny_studio / ".venv" / "installed.txt").unlink()
+    assert start(tiny_studio).stdout == "toy 2.0 []\n"
 
 
 def test_the_stamp_covers_the_lock_and_the_version_of_torch():
