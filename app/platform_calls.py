@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-# No console window may pop up beside the page on Windows; elsewhere there is no such flag.
-NO_WINDOW: dict[str, Any] = {"creationflags": 0x08000000} if sys.platform == "win32" else {}
+# For subprocess's `creationflags`: no console window may pop up beside the page. Elsewhere there is no such flag.
+NO_WINDOW = 0x08000000 if sys.platform == "win32" else 0
 
 
 def try_lock(path: Path) -> IO[bytes] | None:

@@ -40,7 +40,7 @@ Engine = Callable[[GenerateJob, Callable[[Message], None]], Saved]
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_S = 0.2  # between two looks at an empty queue; a look costs .3 ms and writes nothing
 REPORT_S = 0.25  # at most four progress reports a second reach the disk; a new stage always does
-GRACE_S = 3.0  # what a run has for cleaning up when the page has gone
+GRACE_S = 2.0  # what a run has for cleaning up when the page has gone
 STEADY_S = 60.0  # a child that lived this long and then died was no fault of its start
 LOG_BYTES = 2**20
 
@@ -90,7 +90,7 @@ class WorkerKeeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the worker and wait until it is gone. What it was making becomes interrupted, what waits goes on waiting."""
+        """End the worker and wait until it is gone. What it was making becomes interrupted; the line stays."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
@@ -132,7 +132,9 @@ class WorkerKeeper:
         command += ["--queue", str(self._queue_file), "--outputs", str(self._outputs), "--name", name]
         command += ["--run", self._run] if self._run else []
         with _log_file(self._queue_file.parent).open("ab") as said:
-            return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=said, stderr=said, **NO_WINDOW)
+            return subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=said, stderr=said, creationflags=NO_WINDOW
+            )
 
     def _wait_for_end(self, child: subprocess.Popen[bytes]) -> None:
         while child.poll() is None and not self._stopping.wait(0.1):
@@ -298,7 +300,7 @@ class Worker:
         said = (str(error).splitlines() or [""])[0][:200]
         return Failed(
             "The run stopped with an error that the studio did not foresee.",
-            f"{type(error).__name__}: {said}" if said else f"{type(error).__name__}.",
+            f"{type(error).__name__}: {said.rstrip('.')}." if said else f"{type(error).__name__}.",
             f"Run it again; if it stays, report it with {path}.",
         )
 

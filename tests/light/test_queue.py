@@ -166,11 +166,12 @@ def test_a_dead_workers_rows_are_interrupted_and_nobody_elses(queue: Queue) -> N
     ids = [queue.add(a_job(name)) for name in "abc"]
     queue.take("one")
     queue.take("two")
-    assert queue.interrupt("one") == 1
+    assert queue.interrupt("one", error=Failed("Gone.", "Killed.", "Again.")) == 1
+    assert (queue.get(ids[0]).error or {})["what"] == "Gone."
     assert [queue.get(id).state for id in ids] == ["interrupted", "running", "waiting"]
     queue.cancel(ids[1])
-    assert queue.interrupt() == 1
-    assert queue.get(ids[1]).state == "cancelled"
+    assert queue.interrupt(error=Failed("Gone.", "Killed.", "Again.")) == 1
+    assert (queue.get(ids[1]).state, queue.get(ids[1]).error) == ("cancelled", None)
 
 
 def test_a_paused_queue_starts_nothing_and_stays_paused_for_the_next_studio(queue: Queue) -> None:

@@ -1,0 +1,233 @@
+"""The worker and its keeper, with real processes and real kills: the page lives, the queue stays whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import pytest
+
+from app.platform_calls import try_lock
+from app.queue import Queue, Row
+from app.worker import WorkerKeeper
+from engine import video
+from engine.job import GenerateJob, make_job, read_job
+from engine.messages import StudioError
+
+ROOT = Path(__file__).resolve().parents[2]
+T = TypeVar("T")
+SMALL = "tests.light.small_engine:run"
+
+
+class House:
+    """A data folder with its queue, the outputs folder, and a keeper that is stopped at the end."""
+
+    def __init__(self, folder: Path, run: str = SMALL) -> None:
+        self.data, self.outputs = folder / "data", folder / "outputs"
+        self.queue = Queue(self.data / "queue.db")
+        self.keeper = WorkerKeeper(self.queue.path, self.outputs, run=run)
+
+    def until(self, id: int, *states: str, patience_s: float = 20.0) -> Row:
+        """The row, once it is in one of these states."""
+        return self.once(lambda: row if (row := self.queue.get(id)).state in states else None, patience_s)
+
+    def once(self, look: Callable[[], T | None], patience_s: float = 20.0) -> T:
+        """What `look` gives as soon as it gives something."""
+        end = time.monotonic() + patience_s
+        while not (found := look()):
+            assert time.monotonic() < end, f"waited {patience_s} s in vain; {self.queue.rows()}\n{self.last_words()}"
+            time.sleep(0.02)
+        return found
+
+    def last_words(self) -> str:
+        path = self.data / "logs" / "worker.log"
+        return path.read_text(encoding="utf-8") if path.is_file() else "the worker never spoke"
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path)
+    yield house
+    house.keeper.stop()
+
+
+def a_job(prompt: str = "a square walks", steps: int = 2, seed: int = 0) -> GenerateJob:
+    return make_job(prompt=prompt, seed=seed, sampling={"num_inference_steps": steps})
+
+
+def test_the_line_is_made_in_order_and_every_clip_carries_its_document(house: House) -> None:
+    ids = [house.queue.add(a_job(seed=seed)) for seed in (3, 4)]
+    house.keeper.start()
+    rows = [house.until(id, "done") for id in ids]
+    assert (rows[0].finished or 0) <= (rows[1].started or 0)
+    for row in rows:
+        assert row.saved is not None
+        document = video.read_document(Path(row.saved["clip"]))
+        assert document is not None and read_job(document) == row.job
+
+
+def test_however_a_run_ends_its_row_says_so_and_the_line_goes_on(house: House) -> None:
+    prompts = ["refused by the guard", "unforeseen weather", "memory is short", "a square walks"]
+    refused, unforeseen, memory, good = (house.queue.add(a_job(prompt)) for prompt in prompts)
+    house.keeper.start()
+    house.until(good, "done")
+    errors = [house.queue.get(id).error or {} for id in (refused, unforeseen, memory)]
+    assert [house.queue.get(id).state for id in (refused, unforeseen, memory)] == ["failed"] * 3
+    assert (errors[0]["what"], errors[0]["next_step"]) == ("The clip came out black.", "Use fewer steps.")
+    trace = house.data / "logs" / f"job-{unforeseen}.log"
+    assert errors[1]["why"] == "ZeroDivisionError: no such luck." and str(trace) in errors[1]["next_step"]
+    assert "small_engine.py" in trace.read_text(encoding="utf-8")
+    assert "out of memory" in errors[2]["what"] and "fewer frames" in errors[2]["next_step"]
+
+
+def test_a_worker_that_crashes_or_is_killed_in_mid_step_takes_only_its_row_along(house: House) -> None:
+    jobs = [a_job("crash and burn"), a_job(steps=100), a_job(seed=1)]
+    crashed, killed, after = (house.queue.add(job) for job in jobs)
+    house.keeper.start()
+    house.until(crashed, "interrupted")
+    house.once(lambda: house.queue.get(killed).progress)
+    pid = house.keeper.pid
+    psutil.Process(pid).kill()
+    row = house.until(killed, "interrupted")
+    house.until(after, "done")
+    assert house.keeper.alive and house.keeper.pid != pid
+    assert row.job == jobs[1] and row.error is not None and "stopped in the middle" in row.error["what"]
+    house.queue.edit(house.queue.run_again(killed), a_job(steps=1))
+    house.until(killed, "done")
+
+
+def test_a_cancelled_run_stops_within_a_step_and_leaves_no_file(house: House) -> None:
+    id, after = house.queue.add(a_job(steps=100)), house.queue.add(a_job(seed=1))
+    house.keeper.start()
+    house.once(lambda: house.queue.get(id).progress)
+    asked = time.time()
+    house.queue.cancel(id)
+    row = house.until(id, "cancelled")
+    assert (row.finished or 0) - asked < 1.0
+    house.until(after, "done")
+    assert not list(house.outputs.rglob("*s0*"))
+
+
+def test_a_paused_line_starts_nothing(house: House) -> None:
+    house.queue.pause()
+    id = house.queue.add(a_job())
+    house.keeper.start()
+    house.once(lambda: house.keeper.alive)
+    time.sleep(1.0)
+    assert house.queue.get(id).state == "waiting"
+    house.queue.resume()
+    house.until(id, "done")
+
+
+def test_stopping_ends_the_worker_and_keeps_the_line(house: House) -> None:
+    running, waiting = house.queue.add(a_job(steps=100)), house.queue.add(a_job())
+    house.keeper.start()
+    house.once(lambda: house.queue.get(running).progress)
+    pid = house.keeper.pid
+    house.keeper.stop()
+    assert not psutil.pid_exists(pid or -1) and not house.keeper.alive
+    assert (house.queue.get(running).state, house.queue.get(waiting).state) == ("interrupted", "waiting")
+
+
+def test_a_second_studio_on_the_same_folder_is_refused_until_the_first_has_gone(house: House) -> None:
+    house.keeper.start()
+    second = WorkerKeeper(house.queue.path, house.outputs, run=SMALL)
+    with pytest.raises(StudioError, match="Another studio"):
+        second.start()
+    house.keeper.stop()
+    second.start()
+    second.stop()
+
+
+def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    script = (
+        "import sys, time; from pathlib import Path; from app.platform_calls import try_lock; "
+        "kept = try_lock(Path(sys.argv[1])); print('mine', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        assert try_lock(path) is None
+        holder.kill()
+    handle = try_lock(path)
+    assert handle is not None
+    handle.close()
+
+
+STUDIO = """
+import sys, time
+from pathlib import Path
+from app.worker import WorkerKeeper
+keeper = WorkerKeeper(Path(sys.argv[1]), Path(sys.argv[2]), run="tests.light.small_engine:run")
+keeper.start()
+while True:
+    print(keeper.pid or 0, flush=True)
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("kill_worker", [True, False], ids=["everything", "the page alone"])
+def test_killing_the_studio_loses_nothing_that_was_queued(house: House, kill_worker: bool) -> None:
+    # Without its page the worker has to go by itself, even in the middle of a step that never ends.
+    first = a_job("a square walks" if kill_worker else "stuck in a long step", steps=100)
+    ids = [house.queue.add(job) for job in (first, a_job(seed=1), a_job(seed=2))]
+    command = [sys.executable, "-c", STUDIO, str(house.queue.path), str(house.outputs)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as studio:
+        house.once(lambda: house.queue.get(ids[0]).progress)
+        worker = psutil.Process(studio.pid).children()[0]
+        studio.kill()
+        if kill_worker:
+            worker.kill()
+    worker.wait(10)
+    # What a power cut leaves in the file: one row still says running.
+    assert [house.queue.get(id).state for id in ids] == ["running", "waiting", "waiting"]
+    house.keeper.start()
+    row = house.until(ids[0], "interrupted")
+    assert row.job == first and row.error is not None and "closed in the middle" in row.error["what"]
+    for id in ids[1:]:
+        house.until(id, "done")
+    assert not [path for path in house.outputs.rglob("*") if video.PART in path.name]
+
+
+def test_an_engine_that_cannot_start_fails_one_row_and_pauses_the_rest(tmp_path: Path) -> None:
+    house = House(tmp_path, run="tests.light.no_such_engine:run")
+    first, second = house.queue.add(a_job()), house.queue.add(a_job())
+    house.keeper.start()
+    try:
+        error = house.until(first, "failed").error
+        assert error is not None and "engine cannot be started" in error["what"]
+        assert "no_such_engine" in error["why"] and "doctor" in error["next_step"]
+        assert house.queue.paused and house.queue.get(second).state == "waiting"
+    finally:
+        house.keeper.stop()
+
+
+def test_a_full_disk_while_saving_fails_the_row_and_leaves_no_part(house: House) -> None:
+    house.outputs.write_text("a file where the folder should be", encoding="utf-8")
+    id = house.queue.add(a_job())
+    house.keeper.start()
+    error = house.until(id, "failed").error
+    assert error is not None and "could not be written" in error["what"] and "file stands where" in error["why"]
+    house.outputs.unlink()
+    house.until(house.queue.run_again(id), "done")
+
+
+def test_a_worker_by_hand_needs_no_page(house: House) -> None:
+    id = house.queue.add(a_job())
+    command = [sys.executable, "-m", "app.worker", "--queue", str(house.queue.path), "--outputs", str(house.outputs)]
+    with subprocess.Popen([*command, "--run", SMALL], cwd=ROOT, stdin=subprocess.DEVNULL, env=os.environ) as worker:
+        house.until(id, "done")
+        worker.kill()
+
+
+def test_the_worker_module_is_light() -> None:
+    check = "import sys, app.worker, app.library; sys.exit(any(m in sys.modules for m in ('torch', 'gradio', 'cv2')))"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
