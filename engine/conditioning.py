@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from engine.guidance import Branch
+from engine.messages import StudioError
 from engine.model import IdentityWanTransformer3DModel
 from engine.subject_tower import IdentityCache, References
 
@@ -104,12 +105,18 @@ def prepare(kind: str, transformer: WanTransformer3DModel, encoded: Encoded) -> 
     """The conditioning that a preset names: "identity" or "none".
 
     Raises:
-        TypeError: "identity" with a transformer that has no identity blocks (engine.load refuses such files earlier).
+        StudioError: "identity" with a transformer that has no identity blocks. They could be added untrained, and
+            then every subject would be ignored.
     """
     if kind == "none":
         return PlainText(transformer, encoded)
     if not isinstance(transformer, IdentityWanTransformer3DModel):
-        raise TypeError(f"conditioning {kind!r} needs identity blocks, got {type(transformer).__name__}")
+        raise StudioError(
+            what="This model cannot take subjects.",
+            why="Its transformer is plain Wan, without trained identity blocks.",
+            next_step="Choose a preset whose model was trained for subjects.",
+            field="preset",
+        )
     return IdentityBlocks(transformer, encoded)
 
 

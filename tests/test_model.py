@@ -416,7 +416,7 @@ def test_subjects_cost_what_was_computed(full_size, subjects, cached, percent):
     assert added == pytest.approx(percent, abs=0.2)
 
 
-@pytest.mark.parametrize(("subjects", "percent"), [(1, 8.2), (2, 16.8), (3, 25.7), (4, 34.9)])
+@pytest.mark.parametrize(("subjects", "percent"), [(1, 8.2), (4, 34.9)])
 def test_concatenating_subjects_in_time_costs_more(full_size, subjects, percent):
     """Phantom's way: each subject is one more latent frame in every step."""
     added = 100 * (tflop(full_size, subjects=0, cached=False, extra_frames=subjects) / BASE_TFLOP - 1)

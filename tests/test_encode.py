@@ -1,0 +1,202 @@
+"""Prompts, pictures and clips in the model's terms, and latents back to frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import decode, encode, tiny
+from engine.job import GenerateJob, Subject, make_job
+from engine.load import Warm
+from engine.messages import StudioError
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def preset(folder):
+    return tiny.preset_of(folder)
+
+
+@pytest.fixture(scope="module")
+def warm() -> Warm:
+    return Warm(torch.device("cpu"))
+
+
+def _picture(seed: int, size: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def _saved(folder: Path, seed: int) -> dict[str, str]:
+    path = folder / f"{seed}.png"
+    Image.fromarray(_picture(seed)).save(path)
+    return {"path": str(path)}
+
+
+def _job(folder: Path, **changes) -> GenerateJob:
+    subjects = [
+        {"name": "fox", "pictures": [_saved(folder, 1)]},
+        {"name": "kite", "pictures": [_saved(folder, 2), _saved(folder, 3)]},
+    ]
+    values = {"prompt": "@fox chases @kite", "subjects": subjects, "sampling": {"guidance": "chained"}, **changes}
+    return make_job(**values)
+
+
+# --- mentions ---
+
+
+def _cast(*nouns: str) -> list[Subject]:
+    names = ("fox", "kite", "red_car")
+    return [Subject(name=n, noun=noun, pictures=({"path": "x"},)) for n, noun in zip(names, nouns, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written"),
+    [
+        ("@fox chases @kite on a beach", "subject 1, a fox, chases subject 2, a kite, on a beach"),
+        ("@kite over @fox", "subject 2, a kite, over subject 1, a fox"),
+        ("@fox, then @kite. @fox waves.", "subject 1, a fox, then subject 2, a kite. subject 1 waves."),
+        ("On a beach @Fox  waves", "On a beach subject 1, a fox, waves"),
+        ("@fox's hat and @kite", "subject 1, a fox's hat and subject 2, a kite"),
+    ],
+)
+def test_a_mention_becomes_its_slot_and_its_kind_once(prompt, written):
+    assert encode.render(prompt, _cast("", ""), "slot") == written
+
+
+def test_a_noun_takes_its_article_and_keeps_its_own():
+    cast = _cast("orange fox", "the old kite", "")
+    assert encode.render("@fox, @kite, @red_car", cast, "slot") == (
+        "subject 1, an orange fox, subject 2, the old kite, subject 3, a red car"
+    )
+
+
+def test_a_model_without_slots_reads_nouns():
+    cast = _cast("red fox", "kite")
+    assert encode.render("@fox sees @kite and @fox runs", cast, "noun") == "a red fox sees a kite and the red fox runs"
+
+
+# --- text and VLM ---
+
+
+def test_text_states_are_zero_behind_the_text_and_as_long_as_the_model_was_taught(warm, preset):
+    states = encode.text_states(["a fox", ""], warm.part("tokenizer", preset), warm.part("text_encoder", preset))
+    assert states.shape == (2, tiny.TEXT_TOKENS, tiny.TEXT_DIM)
+    written = states.abs().sum(-1) > 0
+    assert written.sum(1).tolist() == [6, 1]  # five letters and the end; the end alone
+
+
+def test_the_vlm_reads_a_batch_as_it_reads_each_alone(warm, preset):
+    words, vlm = warm.part("vlm_tokenizer", preset), warm.part("vlm", preset)
+    prompts = ["subject 1 runs", "subject 2 follows subject 1 for a while"]
+    shown = [[[_picture(1)], [_picture(2), _picture(3)]], []]
+    states, mask = encode.vlm_states(prompts, shown, words, vlm)
+    for row in range(2):
+        alone, there = encode.vlm_states(prompts[row : row + 1], shown[row : row + 1], words, vlm)
+        assert bool(there.all()) and mask[row].sum() == alone.shape[1]
+        torch.testing.assert_close(states[row, : alone.shape[1]], alone[0], rtol=0, atol=1e-4)
+
+
+def test_what_a_picture_shows_reaches_the_words_behind_it(warm, preset):
+    words, vlm = warm.part("vlm_tokenizer", preset), warm.part("vlm", preset)
+    one, other = (encode.vlm_states(["it runs"], [[[_picture(seed)]]], words, vlm)[0] for seed in (1, 2))
+    assert (one[0, -1] - other[0, -1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("size", [64, 128, 500])
+def test_a_picture_takes_at_most_64_tokens_of_the_vlm(warm, preset, size):
+    inputs = encode.vlm_inputs(
+        ["x"], [[[_picture(1, size)]]], warm.part("vlm_tokenizer", preset), warm.part("vlm", preset)
+    )
+    count = int(inputs["mm_token_type_ids"].sum())
+    assert 0 < count <= encode.PICTURE_TOKENS
+    assert count == 16 or size > 64
+
+
+# --- pictures and clips ---
+
+
+def test_a_picture_is_a_clip_of_one_frame_in_normalised_latents(warm, preset):
+    vae = warm.part("vae", preset)
+    picture = _picture(1)
+    latents = encode.picture_latents([picture], vae)
+    assert latents.shape == (1, tiny.LATENT_CHANNELS, 16, 16)
+    clip = encode.clip_latents(torch.from_numpy(picture)[None, None], vae)
+    assert torch.equal(clip[:, :, 0], latents)
+    vae.register_to_config(latents_mean=[1.0] * 16, latents_std=[2.0] * 16)
+    torch.testing.assert_close(encode.picture_latents([picture], vae), (latents - 1) / 2)
+    vae.register_to_config(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+
+
+@pytest.mark.parametrize("latent_frames", [1, 2, 5])
+def test_decoding_frame_by_frame_equals_decoding_at_once(warm, preset, latent_frames):
+    vae = warm.part("vae", preset)
+    latents = torch.randn(1, tiny.LATENT_CHANNELS, latent_frames, 6, 10)
+    groups = list(decode.frames(latents, vae))
+    assert [len(group) for group in groups] == [1] + [4] * (latent_frames - 1)
+    streamed = np.concatenate([np.stack(group) for group in groups])
+    with torch.no_grad():
+        whole = decode.to_levels(vae.decode(latents).sample[0])
+    assert np.array_equal(streamed, whole)
+
+
+def test_a_preview_shows_a_few_frames_side_by_side(warm, preset):
+    strip = decode.preview(torch.randn(1, tiny.LATENT_CHANNELS, 3, 8, 8), warm.part("vae", preset))
+    assert strip.shape == (32, 3 * 32, 3) and strip.dtype == np.uint8
+
+
+def test_a_frame_of_nan_is_an_error_not_a_black_frame(warm, preset):
+    latents = torch.full((1, tiny.LATENT_CHANNELS, 1, 8, 8), float("nan"))
+    with pytest.raises(StudioError, match="NaN"):
+        list(decode.frames(latents, warm.part("vae", preset)))
+
+
+# --- a whole job ---
+
+
+def test_a_job_is_read_with_padding_for_missing_pictures(tmp_path, warm, preset):
+    encoded = encode.job_states(_job(tmp_path), preset, warm)
+    references = encoded.references
+    assert references is not None and references.latents is not None and references.mask is not None
+    assert references.latents.shape == (1, 2, 2, tiny.LATENT_CHANNELS, 16, 16)
+    assert references.mask.tolist() == [[[True, False], [True, True]]] and references.weights is None
+    assert encoded.text_references is not None and encoded.text_references.latents is None
+    assert encoded.prompt_embeds.shape == encoded.negative_prompt_embeds.shape
+
+
+def test_nothing_is_encoded_twice(tmp_path, preset):
+    warm = Warm(torch.device("cpu"))
+    first = encode.job_states(_job(tmp_path), preset, warm)
+    loaded = dict(warm._parts)
+    for part in loaded:
+        warm._parts[part] = (loaded[part][0], None)  # an encoder that is asked again fails now
+    second = encode.job_states(_job(tmp_path, seed=5), preset, warm)
+    assert torch.equal(first.prompt_embeds, second.prompt_embeds)
+    assert first.references is not None and second.references is not None
+    assert torch.equal(first.references.latents, second.references.latents)
+    with pytest.raises(AttributeError):
+        encode.job_states(_job(tmp_path, prompt="@kite chases @fox"), preset, warm)
+
+
+def test_a_subject_of_no_weight_is_shown_to_nobody(tmp_path, warm, preset):
+    job = _job(tmp_path)
+    silent = job.model_copy(update={"subjects": (job.subjects[0].model_copy(update={"weight": 0.0}), job.subjects[1])})
+    encoded = encode.job_states(silent, preset, warm)
+    assert encoded.references is not None and encoded.references.mask is not None
+    assert encoded.references.mask.tolist() == [[[False, False], [True, True]]]
+    full = encode.job_states(job, preset, warm).references
+    assert full is not None and full.vlm_states is not None and encoded.references.vlm_states is not None
+    assert full.vlm_states.shape[1] - encoded.references.vlm_states.shape[1] == 16 + 2  # its picture and two marks

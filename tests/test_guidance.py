@@ -1,0 +1,68 @@
+"""Merging predictions: what scales of zero and one must give back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.guidance import branches, chain, guided, joint
+from engine.job import Sampling
+
+SHAPE = (1, 4, 2, 3, 3)
+
+
+@pytest.fixture
+def velocities() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: torch.randn(SHAPE) for name in ("none", "subjects", "text", "full")}
+
+
+def _settings(kind: str, joint_scale: float = 2.5, subjects: float = 5.0, text: float = 7.5) -> Sampling:
+    return Sampling(guidance=kind, guidance_scale=joint_scale, subject_scale=subjects, text_scale=text)
+
+
+@pytest.mark.parametrize("kind", ["none", "joint", "dual", "chained"])
+def test_scales_of_one_give_back_the_full_prediction(velocities, kind):
+    merged = guided(_settings(kind, 1, 1, 1), velocities.__getitem__)
+    torch.testing.assert_close(merged, velocities["full"])
+
+
+@pytest.mark.parametrize("kind", ["joint", "dual", "chained"])
+def test_scales_of_zero_give_back_the_prediction_without_conditions(velocities, kind):
+    assert torch.equal(guided(_settings(kind, 0, 0, 0), velocities.__getitem__), velocities["none"])
+
+
+def test_the_first_link_of_a_chain_stands_alone(velocities):
+    dual = guided(_settings("dual", subjects=1, text=0), velocities.__getitem__)
+    chained = guided(_settings("chained", subjects=0, text=1), velocities.__getitem__)
+    torch.testing.assert_close(dual, velocities["subjects"])
+    torch.testing.assert_close(chained, velocities["text"])
+
+
+@pytest.mark.parametrize("kind", ["dual", "chained"])
+def test_equal_scales_make_every_chain_the_joint_way(velocities, kind):
+    merged = guided(_settings(kind, subjects=2.5, text=2.5), velocities.__getitem__)
+    torch.testing.assert_close(merged, joint(velocities["none"], velocities["full"], 2.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        (_settings("none"), ("full",)),
+        (_settings("joint"), ("none", "full")),
+        (_settings("joint", joint_scale=1), ("full",)),
+        (_settings("dual"), ("none", "subjects", "full")),
+        (_settings("chained"), ("none", "text", "full")),
+    ],
+)
+def test_only_the_predictions_that_are_needed_are_made(velocities, settings, asked):
+    made = []
+    guided(settings, lambda branch: made.append(branch) or velocities[branch])
+    assert tuple(made) == asked == branches(settings)
+
+
+def test_velocities_of_different_shapes_are_refused(velocities):
+    with pytest.raises(ValueError, match="one shape"):
+        chain(velocities["none"], velocities["full"][:, :2], velocities["full"], 1, 1)
+    with pytest.raises(ValueError, match="one shape"):
+        joint(velocities["none"], velocities["full"][:, :2], 1)

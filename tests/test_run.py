@@ -1,0 +1,273 @@
+"""A clip from its document to its file, on tiny random weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from engine import memory, presets, tiny, video
+from engine.job import GenerateJob, make_job, read_job
+from engine.load import Warm
+from engine.messages import Cancelled, Message, Preview, Progress, Saved, StudioError
+from engine.model import IdentityWanTransformer3DModel
+from engine.run import run
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    return tiny.write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def toybox(weights, tmp_path, monkeypatch):
+    """The preset "toybox", on tiny weights."""
+    return _use(weights, tmp_path, monkeypatch)
+
+
+def _use(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> presets.Preset:
+    preset = tiny.preset_of(weights)
+    folder = tmp_path / "presets"
+    folder.mkdir(exist_ok=True)
+    (folder / "toybox.json").write_text(preset.model_dump_json(), encoding="utf-8")
+    monkeypatch.setattr(presets, "PRESETS", folder)
+    return preset
+
+
+@pytest.fixture(scope="module")
+def warm() -> Warm:
+    return Warm(torch.device("cpu"))
+
+
+def _drawn(folder: Path, name: str, colour: str) -> dict[str, str]:
+    picture = Image.new("RGB", (120, 120), "white")
+    ImageDraw.Draw(picture).ellipse((20, 40, 100, 90), fill=colour)
+    picture.save(folder / f"{name}.png")
+    return {"path": str(folder / f"{name}.png")}
+
+
+def _job(folder: Path, **changes) -> GenerateJob:
+    values = {
+        "prompt": "@fox chases @kite on a beach",
+        "subjects": [
+            {"name": "fox", "pictures": [_drawn(folder, "fox", "red")]},
+            {"name": "kite", "pictures": [_drawn(folder, "kite", "blue")]},
+        ],
+        "seed": 7,
+        "num_frames": 9,
+        "sampling": {"num_inference_steps": 3},
+        **changes,
+    }
+    return make_job(**values)
+
+
+class Listener:
+    """Remembers what was said; stops the run at a message it was told to wait for."""
+
+    def __init__(self, stop_at: Progress | None = None) -> None:
+        self.heard: list[Message] = []
+        self.stop_at = stop_at
+        self.pictures: list[np.ndarray] = []
+
+    def __call__(self, message: Message) -> None:
+        self.heard.append(message)
+        if isinstance(message, Preview):
+            self.pictures.append(np.asarray(Image.open(message.picture)))
+        stop = self.stop_at
+        if isinstance(message, Progress) and stop and (message.stage, message.step) == (stop.stage, stop.step):
+            raise Cancelled
+
+
+def _frames(saved: Saved) -> np.ndarray:
+    return video.read_frames(saved.clip, display_scale=4)
+
+
+def _make(job: GenerateJob, outputs: Path, warm: Warm, **more) -> np.ndarray:
+    return _frames(run(job, Listener(), outputs=outputs, warm=warm, **more))
+
+
+_PLAIN: list[np.ndarray] = []
+
+
+@pytest.fixture
+def plain_frames(toybox, tmp_path, warm) -> np.ndarray:
+    """The clip of the unchanged job, made once."""
+    if not _PLAIN:
+        _PLAIN.append(_make(_job(tmp_path), tmp_path / "plain", warm))
+    return _PLAIN[0]
+
+
+def test_the_same_job_gives_the_same_frames(toybox, tmp_path, plain_frames):
+    first = plain_frames
+    again = _make(_job(tmp_path), tmp_path / "b", Warm(torch.device("cpu")))
+    assert first.shape == (9, 64, 64, 3) and np.array_equal(first, again)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 8},
+        {"prompt": "@kite chases @fox on a beach"},
+        {"sampling": {"num_inference_steps": 4}},
+        {"sampling": {"num_inference_steps": 3, "guidance": "none"}},
+        {"sampling": {"num_inference_steps": 3, "scheduler": "unipc"}},
+        {"sampling": {"num_inference_steps": 3, "guidance": "dual", "subject_scale": 6.0}},
+        {"sampling": {"num_inference_steps": 3, "guidance": "chained", "subject_scale": 6.0}},
+    ],
+)
+def test_whatever_a_job_says_shows_in_its_frames(tmp_path, warm, plain_frames, changes):
+    assert not np.array_equal(plain_frames, _make(_job(tmp_path, **changes), tmp_path / "b", warm))
+
+
+def test_another_picture_or_weight_of_a_subject_gives_another_clip(tmp_path, warm, plain_frames):
+    fox, kite = _job(tmp_path).subjects
+    for changed in (
+        fox.model_copy(update={"weight": 0.3}),
+        make_job(prompt="@fox", subjects=[{"name": "fox", "pictures": [_drawn(tmp_path, "green", "green")]}]).subjects[
+            0
+        ],
+    ):
+        job = _job(tmp_path).model_copy(update={"subjects": (changed, kite)})
+        assert not np.array_equal(plain_frames, _make(job, tmp_path / "b", warm))
+
+
+def test_a_clip_remakes_itself_from_the_document_inside_it(toybox, tmp_path, warm):
+    saved = run(_job(tmp_path), Listener(), outputs=tmp_path / "a", warm=warm)
+    for picture in tmp_path.glob("*.png"):
+        picture.unlink()  # another machine has none of them
+    document = video.read_document(saved.clip)
+    assert document == saved.document.read_text(encoding="utf-8") and str(tmp_path) not in document
+    assert np.array_equal(_frames(saved), _make(read_job(document), tmp_path / "b", warm))
+
+
+def test_a_finished_clip_has_a_name_a_document_and_a_poster(toybox, tmp_path, warm):
+    job = _job(tmp_path)
+    first, second = (run(job, Listener(), outputs=tmp_path / "out", warm=warm) for _ in range(2))
+    assert first.clip.name.endswith("-fox-chases-kite-on-a-beach-s7.mp4") and first.num_frames == 9
+    assert first.clip != second.clip
+    assert {path.suffix for path in first.clip.parent.glob(f"{first.clip.stem}.*")} == {".mp4", ".json", ".webp"}
+    named = run(job, Listener(), outputs=tmp_path / "out", clip=tmp_path / "my clip.mp4", warm=warm)
+    assert named.clip == tmp_path / "my clip.mp4" and named.clip.is_file()
+
+
+def test_a_run_tells_every_step_every_latent_frame_and_some_previews(toybox, tmp_path, warm):
+    listener = Listener()
+    run(_job(tmp_path), listener, outputs=tmp_path / "out", warm=warm)
+    told = [(m.stage, m.step, m.total) for m in listener.heard if isinstance(m, Progress)]
+    assert [t for t in told if t[0] == "sample"] == [("sample", step, 3) for step in (1, 2, 3)]
+    assert [t for t in told if t[0] == "decode"] == [("decode", step, 3) for step in (1, 2, 3)]
+    assert [stage for stage, *_ in told if stage not in ("sample", "decode")] == ["encode", "load", "save"]
+    assert [picture.shape for picture in listener.pictures] == [(256, 768, 3)] * 2
+    last = [m for m in listener.heard if isinstance(m, Progress) and m.stage == "sample"][-1]
+    assert last.eta_s == 0 and not list((tmp_path / "out" / ".previews").iterdir())
+
+
+@pytest.mark.parametrize(("stage", "step"), [("encode", 0), ("sample", 2), ("decode", 2)])
+def test_a_cancelled_clip_leaves_nothing_behind(toybox, tmp_path, warm, stage, step):
+    listener = Listener(stop_at=Progress(stage, step, 0))
+    with pytest.raises(Cancelled):
+        run(_job(tmp_path), listener, outputs=tmp_path / "out", warm=warm)
+    last = listener.heard[-1]
+    assert isinstance(last, Progress) and (last.stage, last.step) == (stage, step)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_clip_needs_no_subject_and_takes_one_frame(toybox, tmp_path, warm):
+    frames = _make(_job(tmp_path, prompt="a beach", subjects=[], num_frames=1), tmp_path / "out", warm)
+    assert frames.shape == (1, 64, 64, 3)
+
+
+def test_another_size_is_made_at_that_size(toybox, tmp_path, warm):
+    assert _make(_job(tmp_path, width=48, height=72), tmp_path / "out", warm).shape == (9, 72, 48, 3)
+
+
+# --- damaged or unfitting weights ---
+
+
+def _copy(weights: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(weights, tmp_path / "weights"))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "vlm"])
+@pytest.mark.parametrize("fault", ["missing", "truncated", "empty", "not weights"])
+def test_a_damaged_file_is_named(weights, tmp_path, monkeypatch, part, fault):
+    folder = _copy(weights, tmp_path)
+    _use(folder, tmp_path, monkeypatch)
+    file = next((folder / part).glob("*.safetensors"))
+    if fault == "missing":
+        file.unlink()
+    else:
+        content = {"truncated": file.read_bytes()[:-100], "empty": b"", "not weights": b"<html>no such file</html>"}
+        file.write_bytes(content[fault])
+    with pytest.raises(StudioError) as error:
+        run(_job(tmp_path), Listener(), outputs=tmp_path / "out", warm=Warm(torch.device("cpu")))
+    assert part.replace("_", " ") in error.value.what and error.value.field == "preset"
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_half_a_checkpoint_is_refused_rather_than_filled_with_noise(weights, tmp_path, monkeypatch):
+    folder = _copy(weights, tmp_path)
+    _use(folder, tmp_path, monkeypatch)
+    model = IdentityWanTransformer3DModel.from_pretrained(folder / "transformer")
+    del model.subject_blocks[1]
+    model.save_pretrained(folder / "transformer")
+    with pytest.raises(StudioError, match=r"weights are missing.*subject_blocks\.1"):
+        run(_job(tmp_path), Listener(), outputs=tmp_path / "out", warm=Warm(torch.device("cpu")))
+
+
+def test_weights_in_any_other_format_are_not_opened(weights, tmp_path, monkeypatch):
+    folder = _copy(weights, tmp_path)
+    _use(folder, tmp_path, monkeypatch)
+    for file, other in (("transformer", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")):
+        old = next((folder / file).glob("*.safetensors"))
+        torch.save({"x": torch.zeros(1)}, folder / file / other)
+        old.unlink()
+        with pytest.raises(StudioError, match="cannot be loaded"):
+            Warm(torch.device("cpu")).part(file, presets.load("toybox"))
+
+
+def test_plain_wan_is_not_passed_off_as_a_model_for_subjects(weights, tmp_path, monkeypatch):
+    folder = _copy(weights, tmp_path)
+    preset = _use(folder, tmp_path, monkeypatch)
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    config = {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": tiny.TEXT_DIM, "freq_dim": 32}
+    shutil.rmtree(folder / "transformer")
+    WanTransformer3DModel(**config, ffn_dim=96, num_layers=2, rope_max_seq_len=64).save_pretrained(
+        folder / "transformer"
+    )
+    with pytest.raises(StudioError, match="cannot take subjects"):
+        run(_job(tmp_path), Listener(), outputs=tmp_path / "out", warm=Warm(torch.device("cpu")))
+    plain = preset.model_copy(update={"conditioning": "none", "mention": "noun"})
+    (presets.PRESETS / "toybox.json").write_text(plain.model_dump_json(), encoding="utf-8")
+    frames = _make(_job(tmp_path), tmp_path / "out", Warm(torch.device("cpu")))
+    assert frames.shape == (9, 64, 64, 3)
+
+
+def test_a_new_checkpoint_on_disk_is_the_one_that_is_used(weights, tmp_path, monkeypatch):
+    folder = _copy(weights, tmp_path)
+    _use(folder, tmp_path, monkeypatch)
+    warm = Warm(torch.device("cpu"))
+    before = _make(_job(tmp_path), tmp_path / "a", warm)
+    tiny.stir(IdentityWanTransformer3DModel.from_pretrained(folder / "transformer"), 2.0).save_pretrained(
+        folder / "transformer"
+    )
+    assert not np.array_equal(before, _make(_job(tmp_path), tmp_path / "b", warm))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_says_what_to_make_smaller(toybox, tmp_path, error):
+    job, preset = presets.resolve(_job(tmp_path, num_frames=81))
+    with pytest.raises(StudioError, match="choose 41 frames or 64 x 64"), memory.explained(job, preset):
+        raise error
+    with pytest.raises(RuntimeError, match="something else"), memory.explained(job, preset):
+        raise RuntimeError("something else")

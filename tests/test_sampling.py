@@ -1,0 +1,124 @@
+"""Noise levels, solvers and the loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from engine import sampling
+from engine.messages import Cancelled, StudioError
+
+SHAPE = (1, 4, 3, 6, 8)
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def _ignore(step: sampling.Step) -> None:
+    pass
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_noise_levels_fall_from_one_to_zero_by_wans_rule(shift):
+    levels = sampling.sigmas(50, shift)
+    assert levels[0] == 1 and levels[-1] == 0 and bool((levels.diff() < 0).all())
+    assert levels[25].item() == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=1e-6)
+    theirs = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    theirs.set_timesteps(sigmas=sampling.sigmas(50, shift)[:-1].tolist())
+    torch.testing.assert_close(theirs.sigmas.float(), levels)
+
+
+def test_noising_and_the_velocity_lead_back_to_the_clip():
+    x_0, noise = torch.randn(3, *SHAPE[1:]), torch.randn(3, *SHAPE[1:])
+    sigma = torch.tensor([0.0, 0.4, 1.0])
+    noisy, velocity = sampling.noised(x_0, noise, sigma)
+    assert torch.equal(noisy[0], x_0[0]) and torch.equal(noisy[2], noise[2])
+    torch.testing.assert_close(noisy - sigma.view(3, 1, 1, 1, 1) * velocity, x_0)
+
+
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_an_exact_velocity_is_followed_back_to_the_clip(name, steps):
+    x_0, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+    final = sampling.denoise(noise, lambda x, s: noise - x_0, sampling.SOLVERS[name](steps, 3.0), _ignore)
+    torch.testing.assert_close(final, x_0, rtol=0, atol=1e-4)
+
+
+def test_the_second_order_solver_needs_fewer_steps():
+    """Data of N(2, .5): the velocity at (x, sigma) is known in closed form, and so is where a noise ends."""
+
+    def velocity(x, sigma):
+        spread = (1 - sigma) ** 2 * 0.25 + sigma**2
+        expected = 2 + (1 - sigma) * 0.25 / spread * (x - (1 - sigma) * 2)  # of the clip, given x
+        return (x - expected) / max(sigma, 1e-6)
+
+    noise = torch.randn(SHAPE)
+
+    def error(name, steps):
+        final = sampling.denoise(noise, velocity, sampling.SOLVERS[name](steps, 1.0), _ignore)
+        return (final - (2 + 0.5 * noise)).abs().mean().item()
+
+    assert error("euler", 40) < 0.6 * error("euler", 20) < 0.3 * error("euler", 5)
+    assert error("unipc", 20) < 0.5 * error("euler", 20)
+
+
+def test_steps_are_made_in_full_precision():
+    """A model in bf16 must not drag the latents down with it: below one step, bf16 rounding is larger than the step."""
+    x_0, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+    half = (noise - x_0).bfloat16()
+    final = sampling.denoise(noise, lambda x, s: half, sampling.Euler(50, 3.0), _ignore)
+    assert final.dtype == torch.float32
+    rounded = noise.bfloat16()
+    for index in range(50):
+        rounded = sampling.Euler(50, 3.0).step(half, rounded, index)
+    assert (final - x_0).abs().mean() < 0.5 * (rounded.float() - x_0).abs().mean()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_prediction_stops_in_that_step_and_names_suspects(poison):
+    asked = []
+
+    def predict(x, sigma):
+        asked.append(sigma)
+        velocity = torch.randn(SHAPE)
+        if len(asked) == 3:
+            velocity[0, 1, 2, 3, 4] = poison
+        return velocity
+
+    with pytest.raises(StudioError, match=r"step 3 of 8.*guidance scale"):
+        sampling.denoise(torch.randn(SHAPE), predict, sampling.Euler(8, 3.0), _ignore)
+    assert len(asked) == 3
+
+
+def test_a_clip_of_one_flat_colour_is_stopped():
+    noise = torch.randn(SHAPE)
+    with pytest.raises(StudioError, match="one flat colour"):
+        sampling.denoise(noise, lambda x, s: x / s, sampling.Euler(4, 3.0), _ignore)
+
+
+def test_cancelling_ends_the_loop_within_one_step():
+    asked = []
+
+    def predict(x, sigma):
+        asked.append(sigma)
+        return torch.randn(SHAPE)
+
+    def on_step(step: sampling.Step) -> None:
+        if step.index == 1:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        sampling.denoise(torch.randn(SHAPE), predict, sampling.Euler(8, 3.0), on_step)
+    assert len(asked) == 2
+
+
+def test_every_step_is_told_with_the_clip_as_the_model_sees_it():
+    x_0, noise, told = torch.randn(SHAPE), torch.randn(SHAPE), []
+    sampling.denoise(noise, lambda x, s: noise - x_0, sampling.Euler(5, 3.0), told.append)
+    assert [step.index for step in told] == [0, 1, 2, 3, 4] and told[0].sigma == 1
+    for step in told:
+        torch.testing.assert_close(step.x_0, x_0, rtol=0, atol=1e-5)
