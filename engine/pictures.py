@@ -378,7 +378,7 @@ def _grab_cut(rgb: Pixels) -> Pixels:
     inset = max(1, max(shape) // 32)
     labels[:inset] = labels[-inset:] = labels[:, :inset] = labels[:, -inset:] = cv2.GC_BGD
     cv2.setRNGSeed(0)  # its colour models start from random centres
-    cv2.grabCut(small, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(small, labels, (0, 0, 1, 1), np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
     mask = _clean(np.where((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), 255, 0).astype(np.uint8))
     return np.asarray(cv2.resize(mask, (wide, high), interpolation=cv2.INTER_LINEAR), np.uint8)
 

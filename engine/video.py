@@ -42,8 +42,6 @@ POSTER_SIDE = 384  # longest side of a poster, pixels
 # What a dropped file may be. Playlists (HLS, concat, DASH) are not on it: they make ffmpeg open other files and hosts.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg"
 _SAFE_INPUT = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _FORMATS]
-# No console window may pop up beside a page on Windows; elsewhere there is no such flag.
-_NO_WINDOW: dict[str, Any] = {"creationflags": 0x08000000} if sys.platform == "win32" else {}
 
 
 class ClipWriter:
@@ -393,8 +391,9 @@ def sweep(folder: Path, *, older_than_s: float = 86_400.0) -> int:
 # --- ffmpeg and the file system --------------------------------------------------------------------------------------
 
 # SIGXFSZ stays ignored in the child, as Python has it: at a size limit ffmpeg then says "File too large" and ends in
-# order, instead of dying without a word. Windows knows neither the signal nor the argument's effect.
-_POPEN: dict[str, Any] = {"restore_signals": False, **_NO_WINDOW}
+# order, instead of dying without a word.
+# No console window may pop up beside a page on Windows; elsewhere there is no such flag.
+_POPEN: dict[str, Any] = {"restore_signals": False, "creationflags": 0x08000000 if sys.platform == "win32" else 0}
 
 
 def _ffmpeg(*arguments: str, level: str = "error") -> list[str]:

@@ -130,7 +130,8 @@ def test_a_document_of_many_megabytes_is_refused(tmp_path: Path) -> None:
 
 def test_a_cancelled_clip_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(Cancelled), video.ClipWriter(tmp_path / "a.mp4", fps=8, size=(64, 64)) as writer:
-        writer.write(flat_art()[0])
+        while not names(tmp_path):  # until ffmpeg has begun its file
+            writer.write(flat_art()[0])
         raise Cancelled
     assert names(tmp_path) == []
 
