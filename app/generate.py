@@ -40,8 +40,8 @@ def main(given: argparse.Namespace) -> int:
     job = read_given(given)
     clip = check_out(given.out) if given.out else None
     job, preset = presets.resolve(job)
-    presets.check_files(preset)
     job = pictures.pack(job, preset)
+    presets.check_files(preset)
     meter = Meter()
     meter.show("Starting the engine")
     # On some processors it recommends a package for 4-bit weights, in the middle of everybody's progress.

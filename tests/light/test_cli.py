@@ -28,6 +28,8 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "unknown.json").write_text(json.dumps({**document, "colour": "red"}), encoding="utf-8")
     (tmp_path / "huge.json").write_text(json.dumps({**document, "num_frames": 10**30}), encoding="utf-8")
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    (tmp_path / "text.png").write_text("not a picture", encoding="utf-8")
+    (tmp_path / "empty.png").touch()
     (tmp_path / "text.mp4").write_text("not a clip", encoding="utf-8")
     (tmp_path / "a folder").mkdir()
     return tmp_path
@@ -56,6 +58,8 @@ REFUSED = {
     "a mention without a subject": ("generate --prompt @fox", "no such subject"),
     "a subject without a picture": ("generate --prompt @fox --subject fox", "fox=fox.png"),
     "a picture that is not there": ("generate --prompt @fox --subject fox=nothing.png", "There is no picture"),
+    "a text called png": ("generate --prompt @fox --subject fox=text.png", "text.png"),
+    "an empty picture": ("generate --prompt @fox --subject fox=empty.png", "empty.png is empty."),
     "four pictures of one subject": ("generate --prompt @fox --subject fox=" + ",".join(["fox.png"] * 4), "At most 3"),
     "nine subjects": (
         "generate --prompt "
@@ -82,17 +86,32 @@ REFUSED = {
 }
 
 
+@pytest.fixture
+def standing_here(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("IDCRAFTER_AUTH", raising=False)
+    return here
+
+
 @pytest.mark.parametrize(("line", "part"), REFUSED.values(), ids=REFUSED.keys())
-def test_bad_input_gets_one_line_and_no_traceback(line: str, part: str, here: Path):
-    answer = run(*line.split(), cwd=here)
-    assert answer.returncode in (1, 2)
-    assert answer.stdout == ""
-    [sentence] = answer.stderr.splitlines()
+def test_bad_input_gets_one_line_and_no_traceback(
+    line: str, part: str, standing_here: Path, capfd: pytest.CaptureFixture[str]
+):
+    before = sorted(standing_here.iterdir())
+    assert cli.main(line.split()) in (1, 2)
+    said = capfd.readouterr()
+    assert said.out == ""
+    [sentence] = said.err.splitlines()
     assert part in sentence
     assert sentence.endswith((".", "?")) and sentence.count(". ") >= 1  # it says more than what is wrong
-    assert sorted(path.name for path in here.iterdir()) == sorted(
-        ["a folder", "broken.json", "fox.png", "good.json", "huge.json", "newer.json", "text.mp4", "unknown.json"]
-    )
+    assert sorted(standing_here.iterdir()) == before
+
+
+@pytest.mark.parametrize("line", ["generate newer.json", "generat", "--share"])
+def test_the_same_holds_of_the_process_itself(line: str, here: Path):
+    answer = run(*line.split(), cwd=here)
+    assert answer.returncode in (1, 2)
+    assert (answer.stdout, len(answer.stderr.splitlines())) == ("", 1)
 
 
 def test_a_taken_port_is_refused_with_the_next_free_one(tmp_path: Path):
