@@ -96,7 +96,8 @@ def prepare(picture: Picture, *, size: int, cut_out: bool, background: bool = Fa
         return _embedded(picture, size)
     image = read(Path(picture.path))
     # Four times the wanted size is enough for any crop, and keeps a camera's 24 megapixels from costing seconds.
-    image.thumbnail((max(4 * size, 1024),) * 2, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    enough = max(4 * size, 1024)
+    image.thumbnail((enough, enough), Image.Resampling.LANCZOS, reducing_gap=3.0)
     if background:
         return np.asarray(ImageOps.fit(_on_white(image), (size, size), Image.Resampling.LANCZOS))
     if cut_out:
@@ -104,7 +105,8 @@ def prepare(picture: Picture, *, size: int, cut_out: bool, background: bool = Fa
     else:
         image, fill = _on_white(image), 1.0
     scale = fill * size / max(image.size)
-    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    small = image.resize(shape, Image.Resampling.LANCZOS)
     square = Image.new("RGB", (size, size), "white")
     square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
     return np.asarray(square)
