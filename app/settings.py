@@ -29,7 +29,7 @@ class Settings(Document):
     """Port of the page."""
     share: bool = False
     """Open a public address through Gradio's relay."""
-    auth: tuple[str, str] | None = Field(None, repr=False)
+    auth: tuple[str, str] | None = Field(default=None, repr=False)
     """Name and password that the page asks for."""
     inbrowser: bool = False
     """Open the page in a browser at the start."""

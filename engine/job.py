@@ -76,19 +76,19 @@ class Subject(Document):
 class Sampling(Document):
     """How one clip is drawn from noise. A field left out takes the preset's own value."""
 
-    num_inference_steps: int | None = Field(None, ge=1, le=100)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=100)
     """Denoising steps. Time grows with them; past 50 the picture hardly changes."""
     scheduler: Literal["euler", "unipc"] | None = None
     """Solver of the flow: Euler, or UniPC for presets trained with it."""
-    shift: float | None = Field(None, ge=0.1, le=20.0)
+    shift: float | None = Field(default=None, ge=0.1, le=20.0)
     """Shift of the noise schedule; larger spends more steps on layout."""
     guidance: Literal["none", "joint", "dual", "chained"] | None = None
     """How the predictions with and without conditions are merged."""
-    guidance_scale: float | None = Field(None, ge=0.0, le=20.0)
+    guidance_scale: float | None = Field(default=None, ge=0.0, le=20.0)
     """Joint guidance: one weight for prompt and subjects together."""
-    subject_scale: float | None = Field(None, ge=0.0, le=20.0)
+    subject_scale: float | None = Field(default=None, ge=0.0, le=20.0)
     """Dual and chained guidance: weight of the subjects."""
-    text_scale: float | None = Field(None, ge=0.0, le=20.0)
+    text_scale: float | None = Field(default=None, ge=0.0, le=20.0)
     """Dual and chained guidance: weight of the prompt."""
 
 
@@ -103,17 +103,17 @@ class GenerateJob(Document):
     """Which model and which defaults."""
     prompt: str = Field(max_length=4000)
     """What happens, mentioning every subject as @name."""
-    negative_prompt: str | None = Field(None, max_length=4000)
+    negative_prompt: str | None = Field(default=None, max_length=4000)
     """What to stay away from. Left out: the preset's own."""
     subjects: tuple[Subject, ...] = Field((), max_length=MAX_SUBJECTS)
     """Who and what is in it."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Starting noise; the same job gives the same frames on the same machine."""
-    num_frames: int | None = Field(None, ge=1, le=1025)
+    num_frames: int | None = Field(default=None, ge=1, le=1025)
     """Length in frames, 4k + 1 for Wan's video VAE. Left out: the preset's own."""
-    width: int | None = Field(None, ge=16, le=4096)
+    width: int | None = Field(default=None, ge=16, le=4096)
     """Width in pixels. Left out: the preset's own."""
-    height: int | None = Field(None, ge=16, le=4096)
+    height: int | None = Field(default=None, ge=16, le=4096)
     """Height in pixels. Left out: the preset's own."""
     sampling: Sampling = Sampling()
     """How the clip is drawn from noise."""
