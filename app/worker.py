@@ -224,7 +224,12 @@ class Worker:
     def work(self) -> None:
         """Until told to leave."""
         while not self.leaving.is_set():
-            row = self.queue.take(self.name)
+            try:
+                row = self.queue.take(self.name)
+            except StudioError as error:  # a full disk: rows go on waiting until there is room again
+                log.warning("%s", error)
+                self.leaving.wait(5.0)
+                continue
             if row is None:
                 self.leaving.wait(LOOK_S)
             else:
@@ -261,19 +266,24 @@ class Worker:
         Raises:
             Cancelled: the row is to stop, or the page has gone.
         """
-        if self.leaving.is_set() or self.queue.cancel_requested(id):
+        if self.leaving.is_set():
             raise Cancelled
-        if isinstance(message, Progress):
-            now = time.monotonic()
-            if message.stage == self._stage and now - self._reported_at < REPORT_S:
-                return
-            self._stage, self._reported_at = message.stage, now
-        if isinstance(message, Progress | Preview):
-            try:
+        try:
+            if self.queue.cancel_requested(id):
+                raise Cancelled
+            if isinstance(message, Preview) or (isinstance(message, Progress) and self._is_due(message)):
                 self.queue.report(id, message)
-            except StudioError as error:
-                # An hour of work is not thrown away because a progress bar could not be written.
-                log.warning("job %d: %s", id, error)
+        except StudioError as error:
+            # An hour of work is not thrown away because a progress bar could not be written.
+            log.warning("job %d: %s", id, error)
+
+    def _is_due(self, message: Progress) -> bool:
+        """Whether the last report is long enough ago, or was of another stage."""
+        now = time.monotonic()
+        if message.stage == self._stage and now - self._reported_at < REPORT_S:
+            return False
+        self._stage, self._reported_at = message.stage, now
+        return True
 
     def _no_engine(self, id: int) -> int:
         """Without an engine every row would fail within a second: one row says why, the others wait until it is mended.

@@ -338,3 +338,32 @@ def test_a_process_killed_while_adding_leaves_the_queue_whole(tmp_path: Path) ->
     db = sqlite3.connect(path)
     assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     db.close()
+
+
+FILL_THE_DISK = """
+import resource, sys
+from pathlib import Path
+from app.queue import Queue
+from engine.job import make_job
+from engine.messages import StudioError
+queue = Queue(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+while True:
+    try:
+        print(queue.add(make_job(prompt="x" * 3900)))
+    except StudioError as error:
+        print(error)
+        break
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files, which Windows does not have")
+def test_a_disk_that_is_full_refuses_by_a_sentence_and_keeps_every_row_before(tmp_path: Path) -> None:
+    path = tmp_path / "queue.db"
+    ran = subprocess.run(
+        [sys.executable, "-c", FILL_THE_DISK, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *added, said = ran.stdout.splitlines()
+    assert "The disk" in said and "Free some space" in said
+    assert [row.id for row in Queue(path).rows(limit=1000)] == [int(id) for id in added]
+    assert Queue(path).add(a_job()) == len(added) + 1  # there is room again
