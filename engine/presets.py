@@ -46,7 +46,7 @@ class Components(Document):
 
 
 class Cost(Document):
-    """What one clip costs, measured on the machine named in docs/measurements.md; corrected by this machine's own runs."""
+    """What one clip costs on the machine of docs/measurements.md; corrected by this machine's own runs."""
 
     weights_mb: int = Field(ge=0)
     """All weights together in memory."""
@@ -133,7 +133,10 @@ def load(name: str) -> Preset:
     except ValidationError as error:
         reason = rephrased(error)
         raise StudioError(
-            f"The preset {name} cannot be read.", f"{reason.what} {reason.why}", f"Mend presets/{name}.json.", field="preset"
+            what=f"The preset {name} cannot be read.",
+            why=f"{reason.what} {reason.why}",
+            next_step=f"Mend presets/{name}.json.",
+            field="preset",
         ) from None
 
 
