@@ -21,9 +21,6 @@ from torch import Tensor
 from engine.encode import latent_statistics
 from engine.messages import StudioError
 
-PREVIEW_LATENTS = 5  # latent frames of a preview: the first 17 frames
-PREVIEW_PICTURES = 3
-
 
 @torch.no_grad()
 def frames(latents_1CFhw: Tensor, vae: AutoencoderKLWan) -> Iterator[list[NDArray[np.uint8]]]:
@@ -71,8 +68,11 @@ def to_levels(decoded_3FHW: Tensor) -> NDArray[np.uint8]:
 
 
 def preview(x_0_1CFhw: Tensor, vae: AutoencoderKLWan) -> NDArray[np.uint8]:
-    """A few frames side by side, (H, n * W, 3), from the beginning of the clip as the model sees it so far."""
-    start = x_0_1CFhw[:, :, :PREVIEW_LATENTS]
-    ready = [frame for group in frames(start, vae) for frame in group]
-    chosen = np.linspace(0, len(ready) - 1, min(PREVIEW_PICTURES, len(ready))).round().astype(int)
-    return np.concatenate([ready[i] for i in chosen], axis=1)
+    """The first, the middle and the last moment side by side, (H, n * W, 3), as the model sees the clip so far.
+
+    Each latent frame is decoded as a still: a seventh of the clip's own decoding at 17 frames, less for longer ones,
+    and a little softer than the clip will be.
+    """
+    last = x_0_1CFhw.shape[2] - 1
+    moments = sorted({0, last // 2, last})
+    return np.concatenate([next(frames(x_0_1CFhw[:, :, i : i + 1], vae))[0] for i in moments], axis=1)

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +32,8 @@ from engine.messages import Message, Preview, Progress, Saved, StudioError
 
 __all__ = ["Warm", "run"]
 
-PREVIEWS = 6  # pictures of a clip in the making; each costs the decoding of its first 17 frames
+PREVIEW_SHARE = 10  # a preview waits ten times as long as the one before took: a tenth of the time at most
+PREVIEW_GAP_S = 0.5  # nobody looks more often
 
 
 def run(
@@ -61,6 +66,7 @@ def run(
     presets.check_files(preset)
     job = pictures.pack(job, preset)
     target = clip or _free_name(outputs, job)
+    _check_writable(target.parent)
     previews = _Previews(outputs / ".previews" / target.stem)
 
     with memory.explained(job, preset), previews:
@@ -80,8 +86,8 @@ def run(
 
         def on_step(step: sampling.Step) -> None:
             say(Progress("sample", step.index + 1, step.total, eta_s=pace.left(step.index + 1, step.total)))
-            if previews.due(step.index, step.total):
-                picture = previews.write(decode.preview(step.x_0, vae), preset.display_scale)
+            if previews.due(step.index + 1, step.total):
+                picture = previews.write(lambda: decode.preview(step.x_0, vae), preset.display_scale)
                 say(Preview(step.index + 1, step.total, picture))
             pace.go_on()
 
@@ -128,7 +134,7 @@ def _noise(job: GenerateJob, transformer: Any, vae: Any) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(transformer.device)
 
 
-# --- names, pace and previews ---------------------------------------------------------------------------------------
+# --- names, folders, pace and previews ------------------------------------------------------------------------------
 
 
 def _free_name(outputs: Path, job: GenerateJob) -> Path:
@@ -144,17 +150,35 @@ def _free_name(outputs: Path, job: GenerateJob) -> Path:
     return target
 
 
+def _check_writable(folder: Path) -> None:
+    """Find out now, not when the clip has been drawn, that it cannot be saved.
+
+    Raises:
+        StudioError: the folder cannot be made or written, or the disk is full.
+    """
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(4096))
+
+
 def _write_beside(clip: Path, document: str) -> Path:
     path = clip.with_suffix(".json")
-    try:
+    with _explained(clip.parent):
         path.write_text(document, encoding="utf-8")
+    return path
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StudioError(
-            what=f"The clip is saved as {clip.name}, but its document beside it is not.",
-            why=f"The system refuses it ({error.strerror}).",
-            next_step="Make room on the disk; the same document is inside the clip, drop it on the page to read it.",
+            what=f"The folder {folder} cannot be written.",
+            why=f"The system says: {error.strerror or error}.",
+            next_step="Make room on the disk, or choose another folder with --outputs.",
         ) from error
-    return path
 
 
 class _Pace:
@@ -180,6 +204,7 @@ class _Previews:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
+        self._next = 0.0  # the first one comes as soon as it may
 
     def __enter__(self) -> _Previews:
         return self
@@ -188,16 +213,20 @@ class _Previews:
         # A page may be reading one of them, and Windows then keeps it; the next run of that name clears it.
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def due(self, index: int, total: int) -> bool:
-        """Evenly over the run, never after the last step, when the clip itself is next."""
-        every = max(1, round(total / PREVIEWS))
-        return index + 1 < total and (index + 1) % every == 0
+    def due(self, step: int, total: int) -> bool:
+        """Not after the first step, which shows fog, nor after the last, when the clip itself is next."""
+        return 1 < step < total and time.monotonic() >= self._next
 
-    def write(self, picture: Any, display_scale: int) -> Path:
+    def write(self, draw: Callable[[], NDArray[np.uint8]], display_scale: int) -> Path:
         """A new file each time: the one before may still be open in a reader."""
+        began = time.monotonic()
         self._count += 1
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self._count:02}.png"
-        image = Image.fromarray(picture)
-        image.resize((image.width * display_scale, image.height * display_scale), Image.Resampling.NEAREST).save(path)
+        image = Image.fromarray(draw())
+        image = image.resize((image.width * display_scale, image.height * display_scale), Image.Resampling.NEAREST)
+        with _explained(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        took = time.monotonic() - began
+        self._next = time.monotonic() + max(PREVIEW_SHARE * took, PREVIEW_GAP_S)
         return path

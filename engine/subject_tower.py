@@ -66,9 +66,9 @@ class IdentityCache:
     num_subject_tokens: int
 
     def num_bytes(self) -> int:
-        """Memory of the keys and values of all layers, in bytes; tensors shared between layers count once."""
+        """Memory of the keys and values of all layers, in bytes."""
         tensors = [t for layer in self.layers for t in (layer.key, layer.value) if t is not None]
-        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def without_vlm(self) -> IdentityCache | None:
         """The same subjects without the VLM's tokens, sharing memory; None when there is no subject."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,17 @@ def test_decoding_frame_by_frame_equals_decoding_at_once(warm, preset, latent_fr
     with torch.no_grad():
         whole = decode.to_levels(vae.decode(latents).sample[0])
     assert np.array_equal(streamed, whole)
+
+
+def test_decoding_a_longer_clip_takes_no_more_memory(warm, preset):
+    vae = warm.part("vae", preset)
+    latents = torch.randn(1, tiny.LATENT_CHANNELS, 9, 4, 4)
+    alive = []
+    for _ in decode.frames(latents, vae):
+        tensors = {id(t): t for t in gc.get_objects() if type(t) is torch.Tensor}
+        alive.append(sum(t.numel() * t.element_size() for t in tensors.values()))
+        del tensors
+    assert alive[-1] == alive[2]  # the feature cache is full after the second group
 
 
 def test_a_preview_shows_a_few_frames_side_by_side(warm, preset):

@@ -166,7 +166,7 @@ def test_a_run_tells_every_step_every_latent_frame_and_some_previews(toybox, tmp
     assert [t for t in told if t[0] == "sample"] == [("sample", step, 3) for step in (1, 2, 3)]
     assert [t for t in told if t[0] == "decode"] == [("decode", step, 3) for step in (1, 2, 3)]
     assert [stage for stage, *_ in told if stage not in ("sample", "decode")] == ["encode", "load", "save"]
-    assert [picture.shape for picture in listener.pictures] == [(256, 768, 3)] * 2
+    assert [picture.shape for picture in listener.pictures] == [(256, 768, 3)]
     last = [m for m in listener.heard if isinstance(m, Progress) and m.stage == "sample"][-1]
     assert last.eta_s == 0 and not list((tmp_path / "out" / ".previews").iterdir())
 
@@ -188,6 +188,14 @@ def test_a_clip_needs_no_subject_and_takes_one_frame(toybox, tmp_path, warm):
 
 def test_another_size_is_made_at_that_size(toybox, tmp_path, warm):
     assert _make(_job(tmp_path, width=48, height=72), tmp_path / "out", warm).shape == (9, 72, 48, 3)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_drawn(toybox, tmp_path, warm):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    listener = Listener()
+    with pytest.raises(StudioError, match="cannot be written"):
+        run(_job(tmp_path), listener, outputs=tmp_path / "out", warm=warm)
+    assert not listener.heard
 
 
 # --- damaged or unfitting weights ---
