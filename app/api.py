@@ -63,10 +63,10 @@ def register(studio: Studio) -> None:
 
         return said(stop)
 
-    def clips() -> list[dict[str, Any]]:
-        """Finished clips, newest first: {"id", "path", "prompt", "seed", "created"}."""
+    def clips() -> dict[str, Any]:
+        """Finished clips, newest first: {"clips": [{"id", "path", "prompt", "seed", "created"}]}."""
         found = library.clips(studio.settings.outputs)
-        return [
+        shown = [
             {
                 "id": clip.id,
                 "path": str(clip.path),
@@ -76,6 +76,7 @@ def register(studio: Studio) -> None:
             }
             for clip in found
         ]
+        return {"clips": shown}  # not a bare list: Gradio would take its items for several outputs
 
     def estimate(document: str) -> dict[str, Any]:
         """What a clip would cost on this machine, without making it.
@@ -99,9 +100,9 @@ def register(studio: Studio) -> None:
 
         return said(count)
 
-    def presets() -> list[dict[str, Any]]:
-        """The models there are, with their sizes, lengths, most subjects and defaults."""
-        return [models.load(name).model_dump(exclude={"components"}) for name in models.names()]
+    def presets() -> dict[str, Any]:
+        """The models there are: {"presets": [...]}, each with its sizes, lengths, most subjects and defaults."""
+        return {"presets": [models.load(name).model_dump(exclude={"components"}) for name in models.names()]}
 
     for verb in (generate, status, cancel, clips, estimate, presets):
         gr.api(verb, api_name=verb.__name__)

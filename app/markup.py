@@ -74,7 +74,7 @@ def colour(place: int) -> str:
 
 
 def file_url(path: Path) -> str:
-    """Where the page fetches a file that it may see; changes with the file, so that a browser never shows an old one."""
+    """Where the page fetches a file it may see; changes with the file, so that a browser never shows an old one."""
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     return f"/gradio_api/file={quote(path.resolve().as_posix())}?v={stamp}"
 

@@ -20,7 +20,7 @@ from app import library, markup
 from app.library import Clip
 from app.stage import video
 from app.studio import Studio
-from app.tabs.wiring import CLICKS, Ticket, quiet, select
+from app.tabs.wiring import CLICKS, Ticket, select, sending
 from engine import presets
 from engine.job import GenerateJob
 from engine.messages import StudioError
@@ -263,7 +263,7 @@ def wire(tab: GalleryTab, studio: Studio, ticket: gr.State, tabs: gr.Tabs) -> Se
         return ["", found, select("generate"), None]
 
     outputs = [tab.view, tab.detail, tab.grid, tab.refused, ticket, tabs]
-    tab.grid.click(pressed, tab.view, outputs, **quiet())
-    tab.detail.click(pressed, tab.view, outputs, **quiet())
-    tab.drop.upload(dropped, tab.drop, [tab.refused, ticket, tabs, tab.drop], **quiet())
+    tab.grid.click(pressed, tab.view, outputs, **sending())
+    tab.detail.click(pressed, tab.view, outputs, **sending())
+    tab.drop.upload(dropped, tab.drop, [tab.refused, ticket, tabs, tab.drop], **sending())
     return []

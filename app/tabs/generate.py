@@ -21,7 +21,7 @@ from app.queue import Row
 from app.studio import SANITY, Studio, first_example
 from app.tabs import cast as cast_panel
 from app.tabs.cast import CastPanel
-from app.tabs.wiring import CLICKS, Ticket, quiet
+from app.tabs.wiring import CLICKS, Ticket, quiet, sending
 from engine import presets
 from engine.job import read_job
 from engine.messages import StudioError
@@ -393,7 +393,7 @@ def _wire_stage(tab: GenerateTab, studio: Studio, ticket: gr.State) -> Any:
             return [markup.refusal(error), gr.skip()]
         return ["", found or gr.skip()]
 
-    return tab.stage.click(pressed, None, [tab.refused["go"], ticket], **quiet())
+    return tab.stage.click(pressed, None, [tab.refused["go"], ticket], **sending())
 
 
 def _wire_open(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) -> None:

@@ -19,7 +19,7 @@ from app import markup
 from app.queue import Row
 from app.stage import STAGES, thumb
 from app.studio import Studio
-from app.tabs.wiring import CLICKS, Ticket, quiet, select
+from app.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from engine.job import Subject
 from engine.messages import StudioError
 
@@ -207,6 +207,6 @@ def wire(tab: QueueTab, studio: Studio, ticket: gr.State, tabs: gr.Tabs) -> list
         return ""
 
     return [
-        tab.rows.click(pressed, None, [tab.refused, ticket, tabs], **quiet()),
+        tab.rows.click(pressed, None, [tab.refused, ticket, tabs], **sending()),
         tab.head.click(held, None, tab.refused, **quiet()),
     ]

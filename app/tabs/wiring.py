@@ -32,6 +32,11 @@ def quiet(**more: Any) -> dict[str, Any]:
     return {"api_visibility": "private", "show_progress": "hidden", "queue": False, **more}
 
 
+def sending(**more: Any) -> dict[str, Any]:
+    """`quiet` for handlers that hand a `Ticket` on: Gradio tells of a changed `gr.State` through its queue alone."""
+    return quiet(queue=True, **more)
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A document on its way to the Generate tab; `row` is the waiting row it edits, 0 for a new clip."""

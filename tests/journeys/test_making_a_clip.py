@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -35,7 +36,7 @@ def test_two_samples_and_a_sentence_become_a_clip_by_clicks(page: Page, server: 
     row = wait_for(lambda: server.row("done"), "the clip")
     assert row.job is not None and row.saved is not None
     assert [subject.name for subject in row.job.subjects] == ["rocket", "rabbit"]
-    assert read_job(video.read_document(row.saved["clip"]) or "").seed == row.job.seed
+    assert read_job(video.read_document(Path(row.saved["clip"])) or "").seed == row.job.seed
     expect(page.locator("#stage")).to_contain_text(str(row.job.seed))
 
 
