@@ -265,10 +265,14 @@ def test_threads_adding_at_once_lose_nothing(queue: Queue) -> None:
 
 
 def take_all(path: Path, worker: str, gate: Barrier) -> None:
-    gate.wait(30)
     queue = Queue(path)
-    while row := queue.take(worker):
+    gate.wait(60)
+    first = queue.take(worker)
+    gate.wait(60)  # neither empties the line before the other has begun
+    row = first
+    while row is not None:
         queue.finish(row.id, a_clip(path.parent))
+        row = queue.take(worker)
 
 
 def test_two_processes_taking_at_once_share_the_rows_without_a_double(queue: Queue) -> None:
@@ -279,7 +283,7 @@ def test_two_processes_taking_at_once_share_the_rows_without_a_double(queue: Que
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
     rows = queue.rows()
     assert {row.id for row in rows} == ids

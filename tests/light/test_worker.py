@@ -15,7 +15,7 @@ import pytest
 
 from app.platform_calls import try_lock
 from app.queue import Queue, Row
-from app.worker import WorkerKeeper
+from app.worker import LOOK_S, WorkerKeeper
 from engine import video
 from engine.job import GenerateJob, make_job, read_job
 from engine.messages import StudioError
@@ -33,11 +33,11 @@ class House:
         self.queue = Queue(self.data / "queue.db")
         self.keeper = WorkerKeeper(self.queue.path, self.outputs, run=run)
 
-    def until(self, id: int, *states: str, patience_s: float = 20.0) -> Row:
+    def until(self, id: int, *states: str, patience_s: float = 60.0) -> Row:
         """The row, once it is in one of these states."""
         return self.once(lambda: row if (row := self.queue.get(id)).state in states else None, patience_s)
 
-    def once(self, look: Callable[[], T | None], patience_s: float = 20.0) -> T:
+    def once(self, look: Callable[[], T | None], patience_s: float = 60.0) -> T:
         """What `look` gives as soon as it gives something."""
         end = time.monotonic() + patience_s
         while not (found := look()):
@@ -52,7 +52,17 @@ class House:
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
+    """A house of its own, its keeper not started."""
     house = House(tmp_path)
+    yield house
+    house.keeper.stop()
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A house whose worker goes on from test to test: starting one takes half a second."""
+    house = House(tmp_path_factory.mktemp("busy"))
+    house.keeper.start()
     yield house
     house.keeper.stop()
 
@@ -61,10 +71,9 @@ def a_job(prompt: str = "a square walks", steps: int = 2, seed: int = 0) -> Gene
     return make_job(prompt=prompt, seed=seed, sampling={"num_inference_steps": steps})
 
 
-def test_the_line_is_made_in_order_and_every_clip_carries_its_document(house: House) -> None:
-    ids = [house.queue.add(a_job(seed=seed)) for seed in (3, 4)]
-    house.keeper.start()
-    rows = [house.until(id, "done") for id in ids]
+def test_the_line_is_made_in_order_and_every_clip_carries_its_document(busy: House) -> None:
+    ids = [busy.queue.add(a_job(seed=seed)) for seed in (3, 4)]
+    rows = [busy.until(id, "done") for id in ids]
     assert (rows[0].finished or 0) <= (rows[1].started or 0)
     for row in rows:
         assert row.saved is not None
@@ -72,75 +81,67 @@ def test_the_line_is_made_in_order_and_every_clip_carries_its_document(house: Ho
         assert document is not None and read_job(document) == row.job
 
 
-def test_however_a_run_ends_its_row_says_so_and_the_line_goes_on(house: House) -> None:
+def test_however_a_run_ends_its_row_says_so_and_the_line_goes_on(busy: House) -> None:
     prompts = ["refused by the guard", "unforeseen weather", "memory is short", "a square walks"]
-    refused, unforeseen, memory, good = (house.queue.add(a_job(prompt)) for prompt in prompts)
-    house.keeper.start()
-    house.until(good, "done")
-    errors = [house.queue.get(id).error or {} for id in (refused, unforeseen, memory)]
-    assert [house.queue.get(id).state for id in (refused, unforeseen, memory)] == ["failed"] * 3
+    refused, unforeseen, memory, good = (busy.queue.add(a_job(prompt)) for prompt in prompts)
+    busy.until(good, "done")
+    errors = [busy.queue.get(id).error or {} for id in (refused, unforeseen, memory)]
+    assert [busy.queue.get(id).state for id in (refused, unforeseen, memory)] == ["failed"] * 3
     assert (errors[0]["what"], errors[0]["next_step"]) == ("The clip came out black.", "Use fewer steps.")
-    trace = house.data / "logs" / f"job-{unforeseen}.log"
+    trace = busy.data / "logs" / f"job-{unforeseen}.log"
     assert errors[1]["why"] == "ZeroDivisionError: no such luck." and str(trace) in errors[1]["next_step"]
     assert "small_engine.py" in trace.read_text(encoding="utf-8")
     assert "out of memory" in errors[2]["what"] and "fewer frames" in errors[2]["next_step"]
 
 
-def test_a_worker_that_crashes_or_is_killed_in_mid_step_takes_only_its_row_along(house: House) -> None:
+def test_a_worker_that_crashes_or_is_killed_in_mid_step_takes_only_its_row_along(busy: House) -> None:
     jobs = [a_job("crash and burn"), a_job(steps=100), a_job(seed=1)]
-    crashed, killed, after = (house.queue.add(job) for job in jobs)
-    house.keeper.start()
-    house.until(crashed, "interrupted")
-    house.once(lambda: house.queue.get(killed).progress)
-    pid = house.keeper.pid
+    crashed, killed, after = (busy.queue.add(job) for job in jobs)
+    busy.until(crashed, "interrupted")
+    busy.once(lambda: busy.queue.get(killed).progress)
+    pid = busy.keeper.pid
     psutil.Process(pid).kill()
-    row = house.until(killed, "interrupted")
-    house.until(after, "done")
-    assert house.keeper.alive and house.keeper.pid != pid
+    row = busy.until(killed, "interrupted")
+    busy.until(after, "done")
+    assert busy.keeper.alive and busy.keeper.pid != pid
     assert row.job == jobs[1] and row.error is not None and "stopped in the middle" in row.error["what"]
-    house.queue.edit(house.queue.run_again(killed), a_job(steps=1))
-    house.until(killed, "done")
+    busy.queue.pause()  # or the worker would have it before it is edited
+    busy.queue.edit(busy.queue.run_again(killed), a_job(steps=1))
+    busy.queue.resume()
+    busy.until(killed, "done")
 
 
-def test_a_cancelled_run_stops_within_a_step_and_leaves_no_file(house: House) -> None:
-    id, after = house.queue.add(a_job(steps=100)), house.queue.add(a_job(seed=1))
-    house.keeper.start()
-    house.once(lambda: house.queue.get(id).progress)
+def test_a_cancelled_run_stops_within_a_step_and_leaves_no_file(busy: House) -> None:
+    id, after = busy.queue.add(a_job(steps=100, seed=555)), busy.queue.add(a_job(seed=1))
+    busy.once(lambda: busy.queue.get(id).progress)
     asked = time.time()
-    house.queue.cancel(id)
-    row = house.until(id, "cancelled")
-    assert (row.finished or 0) - asked < 1.0
-    house.until(after, "done")
-    assert not list(house.outputs.rglob("*s0*"))
+    busy.queue.cancel(id)
+    row = busy.until(id, "cancelled")
+    assert (row.finished or 0) - asked < 2.0  # all hundred steps take five seconds
+    busy.until(after, "done")
+    assert not list(busy.outputs.rglob("*s555*"))
 
 
-def test_a_paused_line_starts_nothing(house: House) -> None:
-    house.queue.pause()
-    id = house.queue.add(a_job())
-    house.keeper.start()
-    house.once(lambda: house.keeper.alive)
-    time.sleep(1.0)
-    assert house.queue.get(id).state == "waiting"
-    house.queue.resume()
-    house.until(id, "done")
+def test_a_paused_line_starts_nothing(busy: House) -> None:
+    busy.queue.pause()
+    id = busy.queue.add(a_job())
+    time.sleep(3 * LOOK_S)
+    assert busy.queue.get(id).state == "waiting"
+    busy.queue.resume()
+    busy.until(id, "done")
 
 
-def test_stopping_ends_the_worker_and_keeps_the_line(house: House) -> None:
+def test_one_studio_per_folder_and_stopping_it_keeps_the_line(house: House) -> None:
     running, waiting = house.queue.add(a_job(steps=100)), house.queue.add(a_job())
     house.keeper.start()
+    second = WorkerKeeper(house.queue.path, house.outputs, run=SMALL)
+    with pytest.raises(StudioError, match="Another studio"):
+        second.start()
     house.once(lambda: house.queue.get(running).progress)
     pid = house.keeper.pid
     house.keeper.stop()
     assert not psutil.pid_exists(pid or -1) and not house.keeper.alive
     assert (house.queue.get(running).state, house.queue.get(waiting).state) == ("interrupted", "waiting")
-
-
-def test_a_second_studio_on_the_same_folder_is_refused_until_the_first_has_gone(house: House) -> None:
-    house.keeper.start()
-    second = WorkerKeeper(house.queue.path, house.outputs, run=SMALL)
-    with pytest.raises(StudioError, match="Another studio"):
-        second.start()
-    house.keeper.stop()
     second.start()
     second.stop()
 
@@ -165,7 +166,7 @@ def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
 STUDIO = """
 import sys, time
 from pathlib import Path
-from app.worker import WorkerKeeper
+from app.worker import LOOK_S, WorkerKeeper
 keeper = WorkerKeeper(Path(sys.argv[1]), Path(sys.argv[2]), run="tests.light.small_engine:run")
 keeper.start()
 while True:
