@@ -374,6 +374,9 @@ def main(arguments: list[str] | None = None) -> None:
         threading.Thread(target=_leave_with_the_page, args=(worker,), daemon=True).start()
         video.sweep(given.outputs)
     worker.work()
+    # Everything that matters is on disk. Taking torch apart again would cost seconds in which the page cannot close.
+    logging.shutdown()
+    os._exit(0)
 
 
 if __name__ == "__main__":
