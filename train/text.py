@@ -27,12 +27,15 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from engine.encode import vlm_inputs
 from train import checkpoint, world
 from train.vae import learning_rate
+from train.world_captions import described, with_article
 
 TEXT_TOKENS = 64
-TEXT_STEPS, TEXT_BATCH = 1500, 48
-VLM_STEPS, VLM_BATCH = 2500, 16
+TEXT_STEPS, TEXT_BATCH = 700, 48
+VLM_STEPS, VLM_BATCH = 1600, 16
+VLM_ALONE = 0.7  # share of the updates on one subject: seeing comes first, telling subjects apart second
 VLM_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 
@@ -219,3 +222,73 @@ def _teach(
     keep()
     return step == total
 
+
+
+def shown(step: int, count: int, seed: int) -> tuple[list[str], list[list[list[np.ndarray]]], list[str]]:
+    """Prompts, pictures of every subject, and what there is to say about them: B of each."""
+    prompts, pictures, answers_ = [], [], []
+    for i in range(count):
+        rng = np.random.default_rng((seed, step, i))
+        alone = 1 if step < VLM_ALONE * VLM_STEPS else None
+        scene = world.make_scene(int(rng.integers(2**28)), num_subjects=alone)
+        prompts.append(world.caption(scene, False, rng))
+        pictures.append([[world.reference_picture(s, int(rng.integers(2**28)))[0]] for s in scene.subjects])
+        told = (f"subject {k} is {with_article(full_description(s))}." for k, s in enumerate(scene.subjects, start=1))
+        answers_.append(" ".join(told))
+    return prompts, pictures, answers_
+
+
+def full_description(subject: world.ToySubject) -> str:
+    """Everything a caption could say of a subject: 'striped red and blue fox with a green hat'."""
+    rng = np.random.default_rng(0)
+    return max((described(subject, rng) for _ in range(8)), key=len)
+
+
+def with_replies(
+    inputs: dict[str, Tensor], replies: list[str], tokenizer: PreTrainedTokenizerFast
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The assistant's replies behind the user's turns, and labels that are -100 everywhere but in the replies."""
+    rows, labels, end = [], [], tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for numbers, mask, reply in zip(inputs["input_ids"], inputs["attention_mask"], replies, strict=True):
+        asked = numbers[mask.bool()]
+        told = torch.tensor([*tokenizer(reply, add_special_tokens=False)["input_ids"], end])
+        rows.append(torch.cat([asked, told]))
+        labels.append(torch.cat([torch.full_like(asked, -100), told]))
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    lengths = torch.tensor([len(row) for row in rows])
+    kinds = nn.functional.pad(inputs["mm_token_type_ids"], (0, padded.shape[1] - inputs["input_ids"].shape[1]))
+    mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(1)).long()
+    return {**inputs, "input_ids": padded, "attention_mask": mask, "mm_token_type_ids": kinds}, wanted
+
+
+def train_vlm(state: Path, tokenizer: PreTrainedTokenizerFast, *, seconds: float) -> bool:
+    """Teach Qwen2.5-VL to describe every subject after reading pictures and prompt; True once done."""
+    vlm = new_vlm(tokenizer).train()
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        prompts, pictures, told = shown(step, VLM_BATCH * (2 if step < VLM_ALONE * VLM_STEPS else 1), 31)
+        inputs, labels = with_replies(vlm_inputs(prompts, pictures, tokenizer, vlm), told, tokenizer)
+        logits = vlm(**inputs).logits[:, :-1]
+        wanted = labels[:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)
+        counted = wanted != -100
+        right = (logits.argmax(-1) == wanted)[counted].float().mean().item()
+        return loss, {"right": right}
+
+    return _teach("vlm", vlm, loss_at, state, VLM_STEPS, 1e-3, seconds)
+
+
+def export(state: Path, folder: Path) -> None:
+    """Write both readers and both tokenizers in transformers' layout, half precision."""
+    for name in ("tokenizer", "vlm_tokenizer"):
+        load_tokenizer(state / name).save_pretrained(folder / name)
+    encoder = new_text_encoder(len(load_tokenizer(state / "tokenizer")))
+    vlm = new_vlm(load_tokenizer(state / "vlm_tokenizer"))
+    for name, module, prefix in (("text", encoder, "encoder."), ("vlm", vlm, "")):
+        saved = checkpoint.load(state / name)
+        if saved is None:
+            raise FileNotFoundError(f"no {name} has been trained in {state}")
+        weights = {key.removeprefix(prefix): t for key, t in saved[1]["model"].items() if key.startswith(prefix)}
+        module.load_state_dict(weights)
+        module.half().save_pretrained(folder / {"text": "text_encoder"}.get(name, name), safe_serialization=True)

@@ -12,10 +12,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "toybox"
 STATE = Path.home() / ".cache" / "idcrafter-studio" / "toybox"
+
+# 4.5M parameters, and 2.5M of identity blocks in five of eight layers (the paper: 20 of 30).
+WAN: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 96,
+    "freq_dim": 64,
+    "ffn_dim": 576,
+    "num_layers": 8,
+    "rope_max_seq_len": 128,
+}
+IDENTITY: dict[str, Any] = {"identity_layers": 5, "max_subjects": 4, "vlm_dim": 128}
+SHARDS = 120
+BASE_STEPS, IDENTITY_STEPS = 6000, 40_000
+COMPILED = False
 
 
 def vae(state: Path, seconds: float) -> bool:
@@ -40,7 +59,86 @@ def read_captions(state: Path, seconds: float) -> bool:
     return text.train_text_encoder(state / "text", text.load_tokenizer(state / "tokenizer"), seconds=seconds)
 
 
-STAGES = {"vae": vae, "tokenizers": tokenizers, "text": read_captions}
+def describe_pictures(state: Path, seconds: float) -> bool:
+    """Teach Qwen2.5-VL what pictures show."""
+    from train import text
+
+    return text.train_vlm(state / "vlm", text.load_tokenizer(state / "vlm_tokenizer"), seconds=seconds)
+
+
+def write_parts(state: Path, seconds: float) -> bool:
+    """Write the frozen parts (VAE, tokenizers, UMT5, Qwen2.5-VL) under `<state>/parts`, half precision."""
+    from train import text, vae
+
+    vae.export(state / "vae", state / "parts" / "vae")
+    text.export(state, state / "parts")
+    return True
+
+
+def cache(state: Path, seconds: float) -> bool:
+    """Draw and encode the training scenes."""
+    from safetensors.torch import save_file
+
+    from engine.encode import text_states
+    from train.data import Encoders, write_cache
+
+    encoders = Encoders.load(state / "parts")
+    null = state / "cache" / "null"
+    null.mkdir(parents=True, exist_ok=True)
+    save_file({"text": text_states([""], encoders.tokenizer, encoders.text_encoder)}, null / "text.safetensors")
+    return write_cache(state / "cache", encoders, shards=SHARDS, seconds=seconds)
+
+
+def run_of(state: Path, kind: str, **values: Any) -> Path:
+    """The run folder of a transformer stage, with its document written once."""
+    from train.sft import SftConfig
+
+    run = state / kind
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "run.json").exists():
+        config = SftConfig(kind=kind, cache=str(state / "cache"), **values)
+        (run / "run.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")
+    return run
+
+
+def base(state: Path, seconds: float) -> bool:
+    """Train the plain text-to-video base that every later run starts from."""
+    from train import sft
+
+    return sft.train(run_of(state, "base", architecture=WAN, steps=BASE_STEPS), seconds=seconds, compiled=COMPILED)
+
+
+def identity(state: Path, seconds: float) -> bool:
+    """Train the identity blocks, and the base with them."""
+    from train import sft
+
+    run = run_of(state, "identity", architecture={**WAN, **IDENTITY}, start=str(state / "base"), steps=IDENTITY_STEPS)
+    return sft.train(run, seconds=seconds, compiled=COMPILED)
+
+
+def export(state: Path, seconds: float) -> bool:
+    """Write assets/toybox: the frozen parts and the averaged transformer."""
+    import shutil
+
+    from train import sft
+
+    for part in (state / "parts").iterdir():
+        shutil.copytree(part, ASSETS / part.name, dirs_exist_ok=True)
+    sft.export(state / "identity", ASSETS / "transformer")
+    return True
+
+
+STAGES: dict[str, Callable[[Path, float], bool]] = {
+    "vae": vae,
+    "tokenizers": tokenizers,
+    "text": read_captions,
+    "vlm": describe_pictures,
+    "parts": write_parts,
+    "cache": cache,
+    "base": base,
+    "identity": identity,
+    "export": export,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
-STILL_STEPS, CLIP_STEPS = 2600, 1200
+STILL_STEPS, CLIP_STEPS = 2000, 800
 STILL_BATCH, CLIP_BATCH, CLIP_FRAMES, CLIP_CROP = 16, 4, 9, 48
 
 

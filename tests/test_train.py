@@ -1,0 +1,207 @@
+"""The recipe at tiny size: a still is a short clip, a cut run is a whole run, what is dropped is dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.model import IdentityWanTransformer3DModel
+from train import checkpoint, data, sft, vae, world
+
+WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
+    "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
+}  # fmt: skip
+IDENTITY = {**WAN, "identity_layers": 1, "max_subjects": 4, "vlm_dim": 6}
+
+
+def shard(kind: str, subjects: int, seed: int) -> dict[str, Tensor]:
+    frames = 3 if kind == "clip" else 1
+    g = torch.Generator().manual_seed(seed)
+    owner = torch.zeros(6, frames, 4, 4, dtype=torch.uint8)
+    owner[:, :, :2, :2] = 1
+    return {
+        "latents": torch.randn(6, 4, frames, 4, 4, generator=g).half(),
+        "owner": owner,
+        "text": torch.randn(6, 5, 8, generator=g).half(),
+        "references": torch.randn(6, subjects, 1, 4, 4, 4, generator=g).half(),
+        "vlm": torch.randn(6, 7 + seed, 6, generator=g).half(),
+        "vlm_mask": torch.ones(6, 7 + seed, dtype=torch.bool),
+    }
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    folder = tmp_path / "cache"
+    (folder / "null").mkdir(parents=True)
+    save_file({"text": torch.zeros(1, 5, 8)}, folder / "null" / "text.safetensors")
+    for number, (kind, subjects) in enumerate((("still", 1), ("still", 2), ("clip", 2), ("still", 2))):
+        save_file(shard(kind, subjects, number), folder / f"{kind}-{number:05d}.safetensors")
+    return folder
+
+
+def run_folder(folder: Path, cache: Path, **values: object) -> Path:
+    folder.mkdir()
+    config = sft.SftConfig(cache=str(cache), **{"kind": "identity", "architecture": IDENTITY, "steps": 8, **values})
+    (folder / "run.json").write_text(config.model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    saved = checkpoint.load(run)
+    assert saved is not None
+    return saved[1]["model"] | {f"ema/{key}": t for key, t in saved[1]["ema"].items()}
+
+
+def test_a_still_runs_through_flat_convolutions_with_the_same_result() -> None:
+    model = vae.new_vae().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))  # the older taps too
+        pixels = torch.rand(2, 3, 1, 32, 32) * 2 - 1
+        latents = model.encode(pixels).latent_dist.mean
+        frames = model.decode(latents).sample
+        with vae.stills(model):
+            assert torch.allclose(model.encode(pixels).latent_dist.mean, latents, atol=1e-5)
+            assert torch.allclose(model.decode(latents).sample, frames, atol=1e-5)
+        assert "forward" not in vars(model.encoder.conv_in)
+
+
+def test_a_new_vae_sees_a_still_clip_as_its_still() -> None:
+    model = vae.new_vae().eval()
+    still = torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    with torch.no_grad():
+        one = model.encode(still).latent_dist.mean
+        many = model.encode(still.expand(-1, -1, 9, -1, -1)).latent_dist.mean
+    assert torch.allclose(many, one.expand_as(many), atol=1e-5)
+
+
+def test_a_run_that_is_cut_and_goes_on_ends_with_the_same_weights(tmp_path: Path, cache: Path) -> None:
+    whole, cut = run_folder(tmp_path / "whole", cache), run_folder(tmp_path / "cut", cache)
+    assert sft.train(whole, seconds=60)
+    assert not sft.train(cut, seconds=60, updates=3)
+    assert sft.train(cut, seconds=60)
+    first, second = weights(whole), weights(cut)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:
+    config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=60, known_region=0)
+    model, dealt = sft.new_model(config), data.Cache(cache)
+    dealt.refresh()
+    batch, null = dealt.draw("still", 6, np.random.default_rng(0)), torch.zeros(1, 5, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = sft.loss_at(model, batch, config, null, step=0)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_identity_blocks_start_from_the_base_as_it_is(tmp_path: Path, cache: Path) -> None:
+    base = run_folder(tmp_path / "base", cache, kind="base", architecture=WAN, steps=3)
+    sft.train(base, seconds=60)
+    config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(base))
+    plain, upon = sft.new_model(sft.read_run(base)).eval(), sft.new_model(config).eval()
+    sft.load_average(plain, base)
+    batch = data.Batch(**{key: t.float() if t.is_floating_point() else t for key, t in shard("still", 2, 5).items()})
+    inputs = (batch.latents, torch.full((6,), 500.0), batch.text)
+    references = sft.References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
+    with torch.no_grad():
+        assert torch.equal(plain(*inputs).sample, upon(*inputs, references=references).sample)
+
+
+def test_an_exported_model_holds_the_averages_in_half_precision(tmp_path: Path, cache: Path) -> None:
+    run = run_folder(tmp_path / "run", cache)
+    sft.train(run, seconds=60)
+    sft.export(run, tmp_path / "model")
+    model = IdentityWanTransformer3DModel.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    saved = checkpoint.load(run)
+    assert saved is not None
+    for key, tensor in saved[1]["ema"].items():
+        assert torch.equal(model.get_parameter(key), tensor.half().float()), key
+
+
+def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None:
+    config = sft.SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
+    count = 4000
+    batch = data.Batch(
+        latents=torch.zeros(count, 1, 1, 1, 1), owner=torch.zeros(count, 1, 1, 1), text=torch.ones(count, 1, 1),
+        references=torch.zeros(count, 2, 1, 1, 1, 1), vlm=torch.zeros(count, 3, 1),
+        vlm_mask=torch.ones(count, 3, dtype=torch.bool),
+    )  # fmt: skip
+    text, references = sft.conditions(batch, config, torch.zeros(1, 1, 1), torch.Generator().manual_seed(0))
+    no_text, no_subjects = text.flatten() == 0, ~references.mask.flatten(1).any(1)
+    shares = [(no_text & ~no_subjects), (no_subjects & ~no_text), (no_text & no_subjects)]
+    assert all(abs(share.float().mean().item() - 0.1) < 0.02 for share in shares)
+    assert torch.equal(references.vlm_mask.any(1), ~(no_text | no_subjects))
+    assert torch.equal(references.mask.flatten(1).any(1), references.mask.flatten(1).all(1))
+
+
+class Ear(torch.nn.Module):
+    """Predicts zero and keeps what it was asked."""
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, **_: object) -> tuple[Tensor]:
+        self.latents, self.timestep = latents, timestep
+        return (torch.zeros_like(latents),)
+
+
+def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
+    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=1.0)
+    tensors = shard("clip", 2, 0)
+    tensors["owner"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    tensors["owner"][:, :, :2, :2] = 1
+    tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
+    batch, ear = data.Batch(**tensors), Ear()
+    before = sft.loss_at(ear, batch, config, torch.zeros(1, 5, 8), step=0)
+    inside = torch.zeros(6, 3, 8, 8, dtype=torch.bool)
+    inside[:, :, :4, :4] = True  # the subject's patch and one more on every side
+    asked = ear.timestep.unflatten(1, (3, 4, 4)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(asked > 0, inside)
+    outside = ~inside.unsqueeze(1).expand_as(batch.latents)
+    assert torch.equal(ear.latents[outside], batch.latents[outside])
+    assert not torch.equal(ear.latents[~outside], batch.latents[~outside])
+    tensors["latents"] = torch.where(outside, batch.latents + 3, batch.latents)
+    assert torch.equal(sft.loss_at(ear, data.Batch(**tensors), config, torch.zeros(1, 5, 8), step=0), before)
+
+
+def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:
+    dealt = data.Cache(cache)
+    assert dealt.refresh() == 4
+    assert dealt.refresh() == 4
+    rng = np.random.default_rng(0)
+    shapes = {tuple(dealt.draw("still", 5, rng).references.shape) for _ in range(40)}
+    assert shapes == {(5, 1, 1, 4, 4, 4), (5, 2, 1, 4, 4, 4)}
+    batch = dealt.draw("still", 8, rng)
+    assert len(batch) == 8 and batch.vlm.shape[:2] == batch.vlm_mask.shape
+    assert dealt.draw("clip", 3, rng).latents.shape == (3, 4, 3, 4, 4)
+
+
+def test_a_latent_cell_belongs_to_whoever_fills_most_of_it() -> None:
+    clip = world.render(world.make_scene(5, num_subjects=2), num_frames=17)
+    owner = data._owner_of_latents(clip.owner, frames=5, cells=16)
+    assert owner.shape == (5, 16, 16)
+    for i in range(5):
+        pixels = clip.owner[4 * i]
+        for y, x in np.argwhere(owner[i].numpy() > 0):
+            cell = pixels[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            assert int(owner[i, y, x]) in cell
+        assert set(np.unique(pixels)) - {0} == set(np.unique(owner[i].numpy())) - {0}
+
+
+def test_a_saved_state_replaces_the_one_before_only_when_it_is_whole(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {"model": {"a": torch.ones(2)}})
+    (tmp_path / "state.new.safetensors").write_bytes(b"half a file")
+    saved = checkpoint.load(tmp_path)
+    assert saved is not None and saved[0] == 1 and torch.equal(saved[1]["model"]["a"], torch.ones(2))
+    checkpoint.save(tmp_path, 2, {"model": {"a": torch.zeros(2)}}, {"loss": 0.5})
+    assert checkpoint.load(tmp_path)[0] == 2  # type: ignore[index]

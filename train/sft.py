@@ -1,0 +1,243 @@
+"""Supervised fine-tuning by rectified flow: a plain text-to-video base, or identity blocks upon it.
+
+In:  a run folder with `run.json` (an `SftConfig`) and a cache of latents (`train.data`).
+Out: the run folder's `state.safetensors` (weights, averages, moments) and `metrics.jsonl`; `export` writes a model folder.
+Knows nothing of pictures, prompts or the page.
+
+    python -m train.sft runs/identity --minutes 30
+
+Shapes: B samples, C latent channels, F latent frames, h x w latent pixels, N subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import WanTransformer3DModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from engine.job import Document
+from engine.model import IdentityWanTransformer3DModel
+from engine.sampling import noised, shifted
+from engine.subject_tower import References
+from train import checkpoint
+from train.data import Batch, Cache
+
+
+class SftConfig(Document):
+    """What one supervised run does."""
+
+    kind: Literal["base", "identity"]
+    """A plain Wan from words alone, or Wan with identity blocks."""
+    cache: str
+    """Folder of cached latents."""
+    start: str = ""
+    """Run folder whose averaged weights this one starts from; empty: from random weights."""
+    architecture: dict[str, Any]
+    """Arguments of the transformer's class."""
+    steps: int = Field(ge=1)
+    """Updates in all; the learning rate falls to zero over the last fifth."""
+    still_batch: int = Field(32, ge=1)
+    """Samples of an update on single frames."""
+    clip_batch: int = Field(8, ge=1)
+    """Samples of an update on clips."""
+    clip_every: int = Field(4, ge=1)
+    """Every n-th update takes clips: three quarters of the updates on single frames for n = 4."""
+    known_region: float = Field(0.2, ge=0, le=1)
+    """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
+    learning_rate: float = Field(8e-4, gt=0)
+    """Peak, after a warm-up of 200 updates."""
+    ema: float = Field(0.999, ge=0, lt=1)
+    """Decay of the averaged weights, which are the ones that are exported."""
+    drop_text: float = Field(0.1, ge=0, le=1)
+    """Share of samples without prompt and VLM."""
+    drop_subjects: float = Field(0.1, ge=0, le=1)
+    """Share of samples without subjects and VLM."""
+    drop_both: float = Field(0.1, ge=0, le=1)
+    """Share of samples with neither."""
+    subject_weight: float = Field(1.0, ge=0)
+    """Extra weight of the loss where a subject is."""
+    shift: float = Field(2.0, gt=0)
+    """Shift of the noise levels seen in training; more of them near noise, where layout and identity are decided."""
+    seed: int = 0
+    """Of weights, batches, noise and dropout."""
+
+
+# --- one step ----------------------------------------------------------------------------------------------------------
+
+
+def noise_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Logit-normal noise levels, shifted, (B,) in (0, 1)."""
+    return shifted(torch.sigmoid(torch.randn(count, generator=generator)), shift)
+
+
+def surroundings(owner: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
+    """Where a clip is to be made anew: one subject's patches over all frames, a patch wider on every side.
+
+    Args:
+        owner: (B, F, h, w), slots.
+
+    Returns:
+        (B, F, h / patch, w / patch), True inside.
+    """
+    slots = [int(rng.choice(np.unique(clip[clip > 0]))) if bool((clip > 0).any()) else 0 for clip in owner.numpy()]
+    held = (owner == torch.tensor(slots).view(-1, 1, 1, 1)).float()
+    coarse = nn.functional.max_pool2d(held, patch)
+    return nn.functional.max_pool2d(coarse, 3, stride=1, padding=1) > 0
+
+
+def conditions(batch: Batch, config: SftConfig, null_text: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    """UMT5 states and `References` of a batch after condition dropout: text .1, subjects .1, both .1."""
+    roll = torch.rand(len(batch), generator=generator)
+    no_text = roll < config.drop_text + config.drop_both
+    no_subjects = (roll >= config.drop_text) & (roll < config.drop_text + config.drop_both + config.drop_subjects)
+    text = torch.where(no_text.view(-1, 1, 1), null_text, batch.text)
+    if config.kind == "base":
+        return text, None
+    there = (~no_subjects).view(-1, 1, 1).expand(batch.references.shape[:3])
+    heard = batch.vlm_mask & ~(no_text | no_subjects).unsqueeze(1)
+    return text, References(batch.references, there, vlm_states=batch.vlm, vlm_mask=heard)
+
+
+def loss_at(model: nn.Module, batch: Batch, config: SftConfig, null_text: Tensor, step: int) -> Tensor:
+    """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made."""
+    rng = np.random.default_rng((config.seed, step, 1))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    t = noise_levels(len(batch), config.shift, generator)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    noisy, target = noised(batch.latents, noise, t)
+    text, references = conditions(batch, config, null_text, generator)
+    patch = 2
+    weight = 1 + config.subject_weight * (batch.owner > 0).float().unsqueeze(1)
+    timestep = t * 1000
+    if batch.latents.shape[2] > 1 and rng.random() < config.known_region:
+        made = surroundings(batch.owner, patch, rng)
+        timestep = (timestep.view(-1, 1, 1, 1) * made).flatten(1)
+        wide = made.float().repeat_interleave(patch, -1).repeat_interleave(patch, -2).unsqueeze(1)
+        noisy = torch.where(wide > 0, noisy, batch.latents)
+        weight = weight * wide
+    extra = {} if references is None else {"references": references}
+    predicted = model(noisy, timestep, text, return_dict=False, **extra)[0]
+    return ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def new_model(config: SftConfig) -> WanTransformer3DModel:
+    """Random weights, or the averaged weights of the run it starts from with untrained identity blocks."""
+    torch.manual_seed(config.seed)
+    kind = IdentityWanTransformer3DModel if config.kind == "identity" else WanTransformer3DModel
+    if not config.start:
+        return kind(**config.architecture)
+    started = read_run(Path(config.start))
+    source = new_model(started)
+    load_average(source, Path(config.start))
+    if config.kind == started.kind:
+        return source
+    known = set(started.architecture)
+    extra = {key: value for key, value in config.architecture.items() if key not in known}
+    return IdentityWanTransformer3DModel.from_plain_wan(source, **extra)
+
+
+def load_average(model: nn.Module, run: Path) -> int:
+    """Put a run's averaged weights into a model; returns their step."""
+    saved = checkpoint.load(run)
+    if saved is None:
+        raise FileNotFoundError(f"nothing has been trained in {run}")
+    step, groups, _ = saved
+    model.load_state_dict(groups["ema"], strict=False)
+    return step
+
+
+def read_run(run: Path) -> SftConfig:
+    """The document of a run folder."""
+    return SftConfig.model_validate_json((run / "run.json").read_text(encoding="utf-8"))
+
+
+def learning_rate(step: int, config: SftConfig) -> float:
+    """Warm-up over 200 updates, flat, linear to zero over the last fifth."""
+    return config.learning_rate * min(1.0, (step + 1) / 200, max(0.01, (config.steps - step) / (0.2 * config.steps)))
+
+
+def train(run: Path, *, seconds: float, updates: int | None = None, compiled: bool = False) -> bool:
+    """Go on with a run for at most `seconds` (and `updates`, when given); True once all its updates are done."""
+    config = read_run(run)
+    model = new_model(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    ema = checkpoint.Ema(model, config.ema)
+    step = 0
+    if saved := checkpoint.load(run):
+        step, groups, _ = saved
+        model.load_state_dict(groups["model"], strict=False)
+        ema.restore(groups["ema"], step)
+        checkpoint.restore_optimizer(optimizer, groups["optimizer"])
+    cache = Cache(Path(config.cache))
+    cache.refresh()
+    null_text = _null_text(Path(config.cache))
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    last = config.steps if updates is None else min(config.steps, step + updates)
+    meter, began, kept = checkpoint.Meter(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def keep() -> None:
+        weights = dict(model.named_parameters())
+        checkpoint.save(
+            run, step, {"model": weights, "ema": ema.tensors, "optimizer": checkpoint.optimizer_tensors(optimizer)}
+        )
+
+    while step < last and time.monotonic() - began < seconds:
+        rng = np.random.default_rng((config.seed, step))
+        kind = "clip" if step % config.clip_every == config.clip_every - 1 else "still"
+        batch = cache.draw(kind, config.clip_batch if kind == "clip" else config.still_batch, rng)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        loss = loss_at(forward, batch, config, null_text, step)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+        step += 1
+        meter.tick(step, {kind: loss.item(), "norm": float(norm)})
+        if time.monotonic() - kept > 180:
+            keep()
+            cache.refresh()
+            kept = time.monotonic()
+    keep()
+    return step == config.steps
+
+
+def _null_text(cache: Path) -> Tensor:
+    """UMT5's states of the empty prompt, written beside the shards: (1, L, text_dim)."""
+    from safetensors.torch import load_file
+
+    return load_file(cache / "null" / "text.safetensors")["text"].float()
+
+
+def export(run: Path, folder: Path) -> None:
+    """Write the averaged weights as a model folder in half precision, shards of at most 15 MB."""
+    config = read_run(run)
+    model = new_model(config)
+    load_average(model, run)
+    model.half().save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when the run is complete, 3 when time ran out first."""
+    parser = argparse.ArgumentParser(prog="python -m train.sft", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder with run.json")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after this long; the next call goes on")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler, a minute once")
+    options = parser.parse_args(argv)
+    return 0 if train(options.run, seconds=options.minutes * 60, compiled=options.compile) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
