@@ -64,12 +64,13 @@ def register(studio: Studio) -> None:
         return said(stop)
 
     def clips() -> dict[str, Any]:
-        """Finished clips, newest first: {"clips": [{"id", "path", "prompt", "seed", "created"}]}."""
+        """Finished clips, newest first: {"clips": [{"id", "clip", "prompt", "seed", "created"}]}."""
         found = library.clips(studio.settings.outputs)
+        # "clip" and not "path": Gradio's clients take {"path": ...} for a file and fetch it.
         shown = [
             {
                 "id": clip.id,
-                "path": str(clip.path),
+                "clip": str(clip.path),
                 "prompt": clip.job.prompt if clip.job else "",
                 "seed": clip.job.seed if clip.job else None,
                 "created": clip.created,

@@ -89,7 +89,10 @@ _TELL = "watch('value', () => window.studio?.tell(element)); window.studio?.tell
 
 
 def _brand() -> str:
-    return f'<h1 class="brand"><img alt="" src="/pwa_icon/192">{TITLE}</h1>'
+    first, _, rest = TITLE.partition(" ")
+    return (
+        f'<h1 class="brand"><img alt="" src="/pwa_icon/192"><span>{first}<span class="wide"> {rest}</span></span></h1>'
+    )
 
 
 def _news(rows: list[Row]) -> str:

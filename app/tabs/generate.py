@@ -344,7 +344,7 @@ def _wire_form(tab: GenerateTab, studio: Studio) -> None:
     form, panel = tab.form, tab.panel
     priced = [form[name] for name in FIELDS if name not in ("prompt", "seed", "fresh_seed", "negative_prompt")]
     gr.on(
-        [part.change for part in priced],
+        [*(part.change for part in priced), tab.go.click],  # each clip since then has taught it something
         price,
         tab.values,
         [tab.cost, tab.length],

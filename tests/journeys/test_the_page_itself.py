@@ -127,7 +127,7 @@ def test_a_program_makes_a_clip_and_follows_it(client: Client, server: Server) -
     row = client.predict(document=document(), api_name="/generate")
     state = wait_for(lambda: ended(client, row), "the clip")
     assert state["state"] == "done" and state["seed"] == 5
-    assert state["saved"]["clip"] in [clip["path"] for clip in client.predict(api_name="/clips")["clips"]]
+    assert state["saved"]["clip"] in [clip["clip"] for clip in client.predict(api_name="/clips")["clips"]]
 
 
 def ended(client: Client, row: int) -> dict | None:
