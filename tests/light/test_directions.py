@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def modules(room: str) -> list[str]:
     return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 
-def imports(module: str) -> set[str]:
+@cache
+def imports(module: str) -> frozenset[str]:
     """Every module named by an import statement, wherever it stands; type-checking blocks included."""
     path = ROOT.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -35,7 +37,7 @@ def imports(module: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    return frozenset(found)
 
 
 def reaches(module: str, libraries: set[str]) -> bool:
@@ -62,6 +64,12 @@ PAGE = [module for module in LIGHT if reaches(module, {"gradio"})]  # 4 s an imp
 def test_imports_only_point_downhill(module: str):
     uphill = {name for name in imports(module) if name.split(".")[0] in {*ROOMS, "launch", "tests"}}
     assert {name for name in uphill if name.split(".")[0] not in ROOMS[module.split(".")[0]]} == set()
+
+
+@pytest.mark.parametrize("module", [m for m in ALL if m.startswith("app") and m not in HEAVY_IN_APP])
+def test_only_the_worker_and_its_kin_reach_for_the_engine(module: str):
+    """Not even inside a function: whoever needs torch does so in a process or a verb of its own."""
+    assert {name for name in imports(module) if not name.startswith("app") and reaches(name, HEAVY)} == set()
 
 
 def test_the_rooms_hold_what_the_page_needs_in_the_light_ring():
