@@ -191,7 +191,7 @@ def test_another_size_is_made_at_that_size(toybox, tmp_path, warm):
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_drawn(toybox, tmp_path, warm):
-    (tmp_path / "out").write_text("a file where the folder should be")
+    (tmp_path / "out").write_text("a file where the folder should be", encoding="utf-8")
     listener = Listener()
     with pytest.raises(StudioError, match="cannot be written"):
         run(_job(tmp_path), listener, outputs=tmp_path / "out", warm=warm)
