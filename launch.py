@@ -374,9 +374,9 @@ CURES = (
 
 def hand_over(python: Path, arguments: list[str]) -> int:
     """Become `python -m app.cli`, in the folder the person is in; on Windows wait for it and pass its exit code on."""
-    command = [str(python), "-m", "app.cli", *arguments]
-    # The studio is found wherever the person stands, and no folder of theirs called "app" is taken for ours.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
+    # The studio is found wherever the person stands; -P: no folder of theirs called "app" is taken for ours.
+    command = [str(python), "-P", "-m", "app.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     sys.stderr.flush()
     if os.name == "posix":
         os.execve(command[0], command, environment)

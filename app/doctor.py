@@ -180,7 +180,7 @@ def torch_and_device() -> Iterator[Finding]:
 def ask_probe() -> dict[str, Any] | str:
     """What `app.probe` found, or the reason why it could not say."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "app.probe"]
+    command = [sys.executable, "-P", "-m", "app.probe"]
     try:
         answer = subprocess.run(
             command, capture_output=True, encoding="utf-8", timeout=300, env=environment, check=False

@@ -19,6 +19,5 @@ def test_a_torch_that_does_not_load_is_one_sentence_with_a_cure(tmp_path: Path, 
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "probe.py").write_text("raise OSError('libtorch is broken')\n", encoding="utf-8")
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     [finding] = doctor.torch_and_device()
     assert finding.level == "FAIL" and "libtorch is broken" in finding.says and finding.cure

@@ -126,9 +126,9 @@ def write_wheel(folder: Path, name: str, version: str, code: str) -> None:
 @pytest.fixture(scope="module")
 def tiny_studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """launch.py beside a command line that prints its arguments, and an index that is a folder."""
-    home = tmp_path_factory.mktemp("a studio")  # with a blank in its name, as on many a Windows machine
+    home = tmp_path_factory.mktemp("downloads") / "a studio"  # with a blank in its name, as on many a Windows machine
     wheels = home / "wheels"
-    wheels.mkdir()
+    wheels.mkdir(parents=True)
     write_wheel(wheels, "torch", "2.13.0+cpu", "__version__ = '2.13.0+cpu'\n")
     write_wheel(wheels, "toy", "1.0", "SAYS = 'toy 1.0'\n")
     write_wheel(wheels, "toy", "2.0", "SAYS = 'toy 2.0'\n")
@@ -137,6 +137,9 @@ def tiny_studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "app" / "cli.py").write_text(
         "import sys, toy, torch\nprint(toy.SAYS, sys.argv[1:])\nsys.exit(7)\n", encoding="utf-8"
     )
+    elsewhere = home.parent / "app"  # a folder of the person's own, where they stand
+    elsewhere.mkdir()
+    (elsewhere / "__init__.py").write_text("raise SystemExit('not the studio')", encoding="utf-8")
     (home / "launch.py").write_bytes((ROOT / "launch.py").read_bytes())
     (home / "requirements.txt").write_text("# a lock\ntoy==1.0\n", encoding="utf-8")
     return home
