@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +92,21 @@ def test_a_run_that_is_cut_and_goes_on_ends_with_the_same_weights(tmp_path: Path
     first, second = weights(whole), weights(cut)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run_and_agree_on_its_weights(tmp_path: Path, cache: Path) -> None:
+    run = run_folder(tmp_path / "team", cache, steps=4)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, "-m", "train.sft", str(run)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    saved = checkpoint.load(run)
+    assert saved is not None and saved[0] == 4
+    alone = run_folder(tmp_path / "alone", cache, steps=4)
+    sft.train(alone, seconds=60)
+    first, second = weights(run), weights(alone)
+    assert any(not torch.equal(first[key], second[key]) for key in first)  # the other one's batches count too
 
 
 def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:

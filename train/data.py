@@ -155,7 +155,7 @@ def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float
         if time.monotonic() > until:
             return False
         fresh = path.with_suffix(".new")
-        save_file(make_shard(number, encoders), fresh)
+        save_file({key: tensor.contiguous() for key, tensor in make_shard(number, encoders).items()}, fresh)
         fresh.replace(path)
         have += 1
         meter.tick(have, {})

@@ -12,6 +12,7 @@ Shapes: B samples, C latent channels, F latent frames, h x w latent pixels, N su
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from pydantic import Field
 from torch import Tensor, nn
@@ -168,50 +170,88 @@ def learning_rate(step: int, config: SftConfig) -> float:
 
 
 def train(run: Path, *, seconds: float, updates: int | None = None, compiled: bool = False) -> bool:
-    """Go on with a run for at most `seconds` (and `updates`, when given); True once all its updates are done."""
-    config = read_run(run)
+    """Go on with a run for at most `seconds` (and `updates`, when given); True once all its updates are done.
+
+    Under torchrun every process draws batches of its own and the gradients are averaged.
+    """
+    config, team = read_run(run), Team()
     model = new_model(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     ema = checkpoint.Ema(model, config.ema)
-    step = 0
-    if saved := checkpoint.load(run):
-        step, groups, _ = saved
-        model.load_state_dict(groups["model"], strict=False)
-        ema.restore(groups["ema"], step)
-        checkpoint.restore_optimizer(optimizer, groups["optimizer"])
+    step = resume(run, model, ema, optimizer)
     cache = Cache(Path(config.cache))
     cache.refresh()
     null_text = _null_text(Path(config.cache))
     forward = torch.compile(model, dynamic=False) if compiled else model
     last = config.steps if updates is None else min(config.steps, step + updates)
     meter, began, kept = checkpoint.Meter(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
-    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def keep() -> None:
-        weights = dict(model.named_parameters())
-        checkpoint.save(
-            run, step, {"model": weights, "ema": ema.tensors, "optimizer": checkpoint.optimizer_tensors(optimizer)}
-        )
+        groups = {"model": dict(model.named_parameters()), "ema": ema.tensors}
+        checkpoint.save(run, step, {**groups, "optimizer": checkpoint.optimizer_tensors(optimizer)})
 
-    while step < last and time.monotonic() - began < seconds:
-        rng = np.random.default_rng((config.seed, step))
+    stop = False
+    while step < last and not stop:
+        draw = step * team.size + team.rank
         kind = "clip" if step % config.clip_every == config.clip_every - 1 else "still"
-        batch = cache.draw(kind, config.clip_batch if kind == "clip" else config.still_batch, rng)
+        size = config.clip_batch if kind == "clip" else config.still_batch
+        batch = cache.draw(kind, size, np.random.default_rng((config.seed, draw)))
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        loss = loss_at(forward, batch, config, null_text, step)
+        loss = loss_at(forward, batch, config, null_text, draw)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        stop = team.average_gradients(model, stop=time.monotonic() - began > seconds)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         step += 1
-        meter.tick(step, {kind: loss.item(), "norm": float(norm)})
+        if team.rank == 0:
+            meter.tick(step, {kind: loss.item(), "norm": float(norm)})
         if time.monotonic() - kept > 180:
-            keep()
+            if team.rank == 0:
+                keep()
             cache.refresh()
             kept = time.monotonic()
-    keep()
+    if team.rank == 0:
+        keep()
     return step == config.steps
+
+
+def resume(run: Path, model: nn.Module, ema: checkpoint.Ema, optimizer: torch.optim.Optimizer) -> int:
+    """Put back the run's last save; the step it belongs to, 0 when there is none."""
+    saved = checkpoint.load(run)
+    if saved is None:
+        return 0
+    step, groups, _ = saved
+    model.load_state_dict(groups["model"], strict=False)
+    ema.restore(groups["ema"], step)
+    checkpoint.restore_optimizer(optimizer, groups["optimizer"])
+    return step
+
+
+class Team:
+    """The processes of one run: one alone, or as many as torchrun started, talking over gloo or nccl."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def average_gradients(self, model: nn.Module, *, stop: bool) -> bool:
+        """Average all gradients over the team; True when anyone of it wants to stop."""
+        if self.size == 1:
+            return stop
+        # A batch of one subject leaves stage 2 without gradients; the others' may have some, so zeros stand in.
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([float(stop)])])
+        dist.all_reduce(flat)
+        parts = flat[:-1].div_(self.size).split([g.numel() for g in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return bool(flat[-1] > 0)
 
 
 def _null_text(cache: Path) -> Tensor:
