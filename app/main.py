@@ -171,17 +171,17 @@ def serve(settings: Settings) -> None:
     """Show the page and keep a worker beside it until somebody presses Ctrl-C.
 
     Raises:
-        StudioError: the port is taken, or the folders cannot be written.
+        StudioError: the port is taken, another studio keeps this queue, or the folders cannot be written.
     """
     page = build(settings)
-    url = launch(page, settings)
     keeper = WorkerKeeper(settings.data / "queue.db", settings.outputs)
-    keeper.start()
-    sys.stdout.write(f"{TITLE} is at {url}\nPress Ctrl-C to stop.\n")
-    sys.stdout.flush()
-    if settings.inbrowser:
-        webbrowser.open(url)
     try:
+        url = launch(page, settings)
+        keeper.start()  # after the page: importing torch beside it would make the page wait
+        sys.stdout.write(f"{TITLE} is at {url}\nPress Ctrl-C to stop.\n")
+        sys.stdout.flush()
+        if settings.inbrowser:
+            webbrowser.open(url)
         page.block_thread()
     finally:
         keeper.stop()
