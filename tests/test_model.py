@@ -224,6 +224,19 @@ def test_a_branch_without_the_vlm_is_a_view_of_the_cache(trained):
     assert trained.encode_identity(References(vlm_states=references.vlm_states)).without_vlm() is None
 
 
+def test_the_view_without_the_vlm_also_fits_a_mixed_batch(trained):
+    """One clip with both subjects, one with the second, one with nobody but the VLM, one with nothing at all."""
+    inputs = tuple(t.repeat(4, *[1] * (t.ndim - 1)) for t in _inputs())
+    there = torch.tensor([[1, 1], [0, 1], [0, 0], [0, 0]]).bool().unsqueeze(-1)
+    heard = torch.tensor([True, False, True, False])[:, None].expand(4, 5)
+    full = dataclasses.replace(_subjects(2, batch=4), mask=there, vlm_mask=heard)
+    view = trained.encode_identity(full).without_vlm()
+    alone = dataclasses.replace(full, vlm_states=None, vlm_mask=None)
+    seen, wanted = (_run(trained, inputs, **case) for case in ({"identity": view}, {"references": alone}))
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=2e-5)
+    assert torch.equal(seen[2:], _run(trained, inputs)[2:])
+
+
 def test_the_cache_knows_its_size(trained):
     cache = trained.encode_identity(_subjects(3))
     keys = 3 * 2 * 3 + 5
