@@ -76,6 +76,14 @@ class IdentityCache:
             return None
         return replace(self, layers=tuple(_first_keys(layer, self.num_subject_tokens) for layer in self.layers))
 
+    def repeat_interleave(self, times: int) -> IdentityCache:
+        """Each clip's subjects `times` in a row, for a batch that holds every clip that often."""
+
+        def repeated(layer: LayerIdentity) -> LayerIdentity:
+            return LayerIdentity(*(None if t is None else t.repeat_interleave(times, 0) for t in layer))
+
+        return replace(self, layers=tuple(repeated(layer) for layer in self.layers))
+
 
 def _first_keys(layer: LayerIdentity, count: int) -> LayerIdentity:
     value = None if layer.value is None else layer.value[:, :count]

@@ -165,6 +165,22 @@ def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None
     assert torch.equal(references.mask.flatten(1).any(1), references.mask.flatten(1).all(1))
 
 
+def test_noise_levels_that_share_their_subjects_cost_what_they_cost_apart(cache: Path) -> None:
+    config = sft.SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1, noises=3, drop_both=0)
+    model, dealt = sft.new_model(config), data.Cache(cache)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    dealt.refresh()
+    batch = dealt.draw("still", 4, np.random.default_rng(0))
+    references = sft.References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
+    thrice = sft.References(*(None if t is None else t.repeat_interleave(3, 0) for t in vars(references).values()))
+    inputs = [t.repeat_interleave(3, 0) for t in (batch.latents, torch.full((4,), 300.0), batch.text)]
+    with torch.no_grad():
+        shared = model(*inputs, identity=model.encode_identity(references).repeat_interleave(3)).sample
+        apart = model(*inputs, references=thrice).sample
+    assert torch.allclose(shared, apart, atol=1e-5)
+
+
 class Ear(torch.nn.Module):
     """Predicts zero and keeps what it was asked."""
 
@@ -174,7 +190,7 @@ class Ear(torch.nn.Module):
 
 
 def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
-    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=1.0)
+    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, noises=1, known_region=1.0)
     tensors = shard("clip", 2, 0)
     tensors["owner"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     tensors["owner"][:, :, :2, :2] = 1

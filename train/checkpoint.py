@@ -19,10 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
-def save(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], notes: Mapping[str, Any] | None = None) -> None:
+def save(
+    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], notes: Mapping[str, Any] | None = None
+) -> None:
     """Write groups of named tensors and the step they belong to; the previous save stays until the new one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {f"{group}/{name}": t.detach().contiguous().clone() for group, named in groups.items() for name, t in named.items()}
+    flat = {
+        f"{group}/{name}": t.detach().contiguous().clone()
+        for group, named in groups.items()
+        for name, t in named.items()
+    }
     metadata = {"step": str(step), "notes": json.dumps(dict(notes or {}))}
     fresh = folder / "state.new.safetensors"
     save_file(flat, fresh, metadata=metadata)
@@ -47,7 +53,9 @@ def load(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's moments and step counts, one entry per parameter index."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

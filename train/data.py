@@ -116,7 +116,9 @@ def make_shard(number: int, encoders: Encoders) -> dict[str, Tensor]:
         flat = [p for row in references for subject in row for p in subject]
         pages = [encode.picture_latents(flat[i : i + 32], vae) for i in range(0, len(flat), 32)]
         step = 4 if kind == "clip" else 32
-        frames = [torch.from_numpy(np.stack([c.frames for c in clips[i : i + step]])) for i in range(0, len(clips), step)]
+        frames = [
+            torch.from_numpy(np.stack([c.frames for c in clips[i : i + step]])) for i in range(0, len(clips), step)
+        ]
         latents = torch.cat([encode.clip_latents(part, vae) for part in frames])
     shape = (len(clips), subjects, pictures)
     cells = latents.shape[-1]
@@ -180,11 +182,14 @@ class Cache:
             self.read.add(path.name)
         return len(self.read)
 
-    def draw(self, kind: str, size: int, rng: np.random.Generator) -> Batch:
-        """A random batch of one shape, in fp32: bucket by its share of samples, rows evenly from up to four shards."""
+    def draw(self, kind: str, size: int, rng: np.random.Generator, shape: np.random.Generator | None = None) -> Batch:
+        """A random batch of one shape, in fp32: bucket by its share of samples, rows evenly from up to four shards.
+
+        `shape` decides the bucket, `rng` all else; left out, `rng` decides both.
+        """
         buckets = list(self.buckets[kind].values())
         weights = np.array([sum(map(len, shards)) for shards in buckets], float)
-        shards = buckets[int(rng.choice(len(buckets), p=weights / weights.sum()))]
+        shards = buckets[int((shape or rng).choice(len(buckets), p=weights / weights.sum()))]
         chosen = [shards[int(i)] for i in rng.integers(0, len(shards), min(4, size))]
         shares = [size // len(chosen) + (i < size % len(chosen)) for i in range(len(chosen))]
         parts = [_rows(shard, rng.integers(0, len(shard), share)) for shard, share in zip(chosen, shares, strict=True)]

@@ -33,6 +33,9 @@ from train import checkpoint
 from train.data import Batch, Cache
 
 
+PATCH = 2  # latent pixels along a token's side, Wan's patch_size
+
+
 class SftConfig(Document):
     """What one supervised run does."""
 
@@ -46,12 +49,14 @@ class SftConfig(Document):
     """Arguments of the transformer's class."""
     steps: int = Field(ge=1)
     """Updates in all; the learning rate falls to zero over the last fifth."""
-    still_batch: int = Field(32, ge=1)
-    """Samples of an update on single frames."""
-    clip_batch: int = Field(8, ge=1)
-    """Samples of an update on clips."""
+    still_batch: int = Field(12, ge=1)
+    """Samples of an update on single frames, each with all its noise levels."""
+    clip_batch: int = Field(3, ge=1)
+    """Samples of an update on clips, each with all its noise levels."""
     clip_every: int = Field(4, ge=1)
     """Every n-th update takes clips: three quarters of the updates on single frames for n = 4."""
+    noises: int = Field(4, ge=1)
+    """Noise levels drawn for each sample of an update; its subjects are read once for all of them."""
     known_region: float = Field(0.2, ge=0, le=1)
     """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
     learning_rate: float = Field(8e-4, gt=0)
@@ -109,24 +114,28 @@ def conditions(batch: Batch, config: SftConfig, null_text: Tensor, generator: to
 
 
 def loss_at(model: nn.Module, batch: Batch, config: SftConfig, null_text: Tensor, step: int) -> Tensor:
-    """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made."""
+    """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
+
+    Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
+    """
     rng = np.random.default_rng((config.seed, step, 1))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    t = noise_levels(len(batch), config.shift, generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    noisy, target = noised(batch.latents, noise, t)
     text, references = conditions(batch, config, null_text, generator)
-    patch = 2
-    weight = 1 + config.subject_weight * (batch.owner > 0).float().unsqueeze(1)
+    identity = None if references is None else model.encode_identity(references)
+
+    clean, owner, text = (each.repeat_interleave(config.noises, 0) for each in (batch.latents, batch.owner, text))
+    t = noise_levels(len(clean), config.shift, generator)
+    noisy, target = noised(clean, torch.randn(clean.shape, generator=generator), t)
+    weight = 1 + config.subject_weight * (owner > 0).float().unsqueeze(1)
     timestep = t * 1000
-    if batch.latents.shape[2] > 1 and rng.random() < config.known_region:
-        made = surroundings(batch.owner, patch, rng)
+    if clean.shape[2] > 1 and rng.random() < config.known_region:
+        made = surroundings(owner, PATCH, rng)
         timestep = (timestep.view(-1, 1, 1, 1) * made).flatten(1)
-        wide = made.float().repeat_interleave(patch, -1).repeat_interleave(patch, -2).unsqueeze(1)
-        noisy = torch.where(wide > 0, noisy, batch.latents)
+        wide = made.float().repeat_interleave(PATCH, -1).repeat_interleave(PATCH, -2).unsqueeze(1)
+        noisy = torch.where(wide > 0, noisy, clean)
         weight = weight * wide
-    extra = {} if references is None else {"references": references}
-    predicted = model(noisy, timestep, text, return_dict=False, **extra)[0]
+    subjects = {} if identity is None else {"identity": identity.repeat_interleave(config.noises)}
+    predicted = model(noisy, timestep, text, return_dict=False, **subjects)[0]
     return ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
 
 
@@ -169,7 +178,7 @@ def learning_rate(step: int, config: SftConfig) -> float:
     return config.learning_rate * min(1.0, (step + 1) / 200, max(0.01, (config.steps - step) / (0.2 * config.steps)))
 
 
-def train(run: Path, *, seconds: float, updates: int | None = None, compiled: bool = False) -> bool:
+def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     """Go on with a run for at most `seconds` (and `updates`, when given); True once all its updates are done.
 
     Under torchrun every process draws batches of its own and the gradients are averaged.
@@ -182,7 +191,6 @@ def train(run: Path, *, seconds: float, updates: int | None = None, compiled: bo
     cache = Cache(Path(config.cache))
     cache.refresh()
     null_text = _null_text(Path(config.cache))
-    forward = torch.compile(model, dynamic=False) if compiled else model
     last = config.steps if updates is None else min(config.steps, step + updates)
     meter, began, kept = checkpoint.Meter(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
 
@@ -195,9 +203,10 @@ def train(run: Path, *, seconds: float, updates: int | None = None, compiled: bo
         draw = step * team.size + team.rank
         kind = "clip" if step % config.clip_every == config.clip_every - 1 else "still"
         size = config.clip_batch if kind == "clip" else config.still_batch
-        batch = cache.draw(kind, size, np.random.default_rng((config.seed, draw)))
+        shape = np.random.default_rng((config.seed, step, 2))  # one for the team: who gets four subjects is waited for
+        batch = cache.draw(kind, size, np.random.default_rng((config.seed, draw)), shape)
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        loss = loss_at(forward, batch, config, null_text, draw)
+        loss = loss_at(model, batch, config, null_text, draw)
         loss.backward()
         stop = team.average_gradients(model, stop=time.monotonic() - began > seconds)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -274,9 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.sft", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder with run.json")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this long; the next call goes on")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler, a minute once")
     options = parser.parse_args(argv)
-    return 0 if train(options.run, seconds=options.minutes * 60, compiled=options.compile) else 3
+    return 0 if train(options.run, seconds=options.minutes * 60) else 3
 
 
 if __name__ == "__main__":

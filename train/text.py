@@ -191,9 +191,7 @@ def new_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGener
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _teach(
-    name: str, module: nn.Module, loss_at: Any, state: Path, total: int, peak: float, seconds: float
-) -> bool:
+def _teach(name: str, module: nn.Module, loss_at: Any, state: Path, total: int, peak: float, seconds: float) -> bool:
     """The loop both readers share: AdamW, warm-up, linear decay, saved every two minutes."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     step = 0
@@ -205,7 +203,9 @@ def _teach(
     last = began
 
     def keep() -> None:
-        checkpoint.save(state, step, {"model": module.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)})
+        checkpoint.save(
+            state, step, {"model": module.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+        )
 
     while step < total and time.monotonic() - began < seconds:
         optimizer.param_groups[0]["lr"] = learning_rate(step, total, peak)
@@ -221,7 +221,6 @@ def _teach(
             last = time.monotonic()
     keep()
     return step == total
-
 
 
 def shown(step: int, count: int, seed: int) -> tuple[list[str], list[list[list[np.ndarray]]], list[str]]:

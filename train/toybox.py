@@ -34,7 +34,6 @@ WAN: dict[str, Any] = {
 IDENTITY: dict[str, Any] = {"identity_layers": 5, "max_subjects": 4, "vlm_dim": 128}
 SHARDS = 120
 BASE_STEPS, IDENTITY_STEPS = 6000, 40_000
-COMPILED = False
 
 
 def vae(state: Path, seconds: float) -> bool:
@@ -105,7 +104,7 @@ def base(state: Path, seconds: float) -> bool:
     """Train the plain text-to-video base that every later run starts from."""
     from train import sft
 
-    return sft.train(run_of(state, "base", architecture=WAN, steps=BASE_STEPS), seconds=seconds, compiled=COMPILED)
+    return sft.train(run_of(state, "base", architecture=WAN, steps=BASE_STEPS), seconds=seconds)
 
 
 def identity(state: Path, seconds: float) -> bool:
@@ -113,7 +112,7 @@ def identity(state: Path, seconds: float) -> bool:
     from train import sft
 
     run = run_of(state, "identity", architecture={**WAN, **IDENTITY}, start=str(state / "base"), steps=IDENTITY_STEPS)
-    return sft.train(run, seconds=seconds, compiled=COMPILED)
+    return sft.train(run, seconds=seconds)
 
 
 def export(state: Path, seconds: float) -> bool:

@@ -198,7 +198,10 @@ def export(state: Path, folder: Path) -> AutoencoderKLWan:
     vae = new_vae().eval()
     vae.load_state_dict(saved[1]["ema"])
     with torch.no_grad(), stills(vae):
-        latents = [vae.encode(batch_at(step)).latent_dist.mean for step in (*range(16), *range(STILL_STEPS + 1, STILL_STEPS + 12))]
+        latents = [
+            vae.encode(batch_at(step)).latent_dist.mean
+            for step in (*range(16), *range(STILL_STEPS + 1, STILL_STEPS + 12))
+        ]
     flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents], 1)
     vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())
     vae.half().save_pretrained(folder, safe_serialization=True)
