@@ -1,4 +1,4 @@
-"""Training state on disk: weights, averaged weights and the optimiser's moments, in safetensors, written whole or not at all.
+"""Training state on disk: weights, averages and the optimiser's moments in safetensors, written whole or not at all.
 
 In:  tensors and a step number.
 Out: `<folder>/state.safetensors`; `load` gives them back, so that a run cut anywhere goes on from its last save.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 def save(
     folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], notes: Mapping[str, Any] | None = None
 ) -> None:
-    """Write groups of named tensors and the step they belong to; the previous save stays until the new one is complete."""
+    """Write groups of named tensors and the step they belong to; the one before stays until this is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     flat = {
         f"{group}/{name}": t.detach().contiguous().clone()

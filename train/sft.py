@@ -1,7 +1,7 @@
 """Supervised fine-tuning by rectified flow: a plain text-to-video base, or identity blocks upon it.
 
 In:  a run folder with `run.json` (an `SftConfig`) and a cache of latents (`train.data`).
-Out: the run folder's `state.safetensors` (weights, averages, moments) and `metrics.jsonl`; `export` writes a model folder.
+Out: `state.safetensors` (weights, averages, moments) and `metrics.jsonl` in the run folder; `export` writes a model.
 Knows nothing of pictures, prompts or the page.
 
     python -m train.sft runs/identity --minutes 30
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -31,7 +31,6 @@ from engine.sampling import noised, shifted
 from engine.subject_tower import References
 from train import checkpoint
 from train.data import Batch, Cache
-
 
 PATCH = 2  # latent pixels along a token's side, Wan's patch_size
 
@@ -77,7 +76,7 @@ class SftConfig(Document):
     """Of weights, batches, noise and dropout."""
 
 
-# --- one step ----------------------------------------------------------------------------------------------------------
+# --- one step --------------------------------------------------------------------------------------------------------
 
 
 def noise_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
@@ -113,7 +112,7 @@ def conditions(batch: Batch, config: SftConfig, null_text: Tensor, generator: to
     return text, References(batch.references, there, vlm_states=batch.vlm, vlm_mask=heard)
 
 
-def loss_at(model: nn.Module, batch: Batch, config: SftConfig, null_text: Tensor, step: int) -> Tensor:
+def loss_at(model: Any, batch: Batch, config: SftConfig, null_text: Tensor, step: int) -> Tensor:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
 
     Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
@@ -139,7 +138,7 @@ def loss_at(model: nn.Module, batch: Batch, config: SftConfig, null_text: Tensor
     return ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
 
 
-# --- the loop ----------------------------------------------------------------------------------------------------------
+# --- the loop --------------------------------------------------------------------------------------------------------
 
 
 def new_model(config: SftConfig) -> WanTransformer3DModel:
@@ -280,7 +279,7 @@ def export(run: Path, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when the run is complete, 3 when time ran out first."""
-    parser = argparse.ArgumentParser(prog="python -m train.sft", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.sft", description="Train by rectified flow.")
     parser.add_argument("run", type=Path, help="folder with run.json")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)

@@ -99,7 +99,7 @@ def _row(job: GenerateJob, frames: np.ndarray) -> Image.Image:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the sheet."""
-    parser = argparse.ArgumentParser(prog="python -m train.sheet", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.sheet", description="Draw a contact sheet.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--jobs", type=int, default=16)
     parser.add_argument("--first", type=int, default=0, help="number of the first job")

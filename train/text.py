@@ -1,4 +1,4 @@
-"""The toybox's readers of words: two tokenizers, a UMT5 that understands captions, a Qwen2.5-VL that describes pictures.
+"""The toybox's readers: two tokenizers, a UMT5 that understands captions, a Qwen2.5-VL that describes pictures.
 
 In:  captions, facts and reference pictures drawn by `train.world`.
 Out: tokenizer, text_encoder, vlm_tokenizer and vlm folders, trained and then frozen.
@@ -168,7 +168,7 @@ def train_text_encoder(state: Path, tokenizer: PreTrainedTokenizerFast, *, secon
 def new_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """Three layers, 128 wide; a 64 px picture is 16 tokens."""
     torch.manual_seed(2)
-    numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in VLM_SPECIAL}
+    numbers: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in VLM_SPECIAL}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3,
@@ -253,7 +253,9 @@ def with_replies(
         told = torch.tensor([*tokenizer(reply, add_special_tokens=False)["input_ids"], end])
         rows.append(torch.cat([asked, told]))
         labels.append(torch.cat([torch.full_like(asked, -100), told]))
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    padded = nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=inputs["input_ids"].new_tensor(tokenizer.pad_token_id).item()
+    )
     wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     lengths = torch.tensor([len(row) for row in rows])
     kinds = nn.functional.pad(inputs["mm_token_type_ids"], (0, padded.shape[1] - inputs["input_ids"].shape[1]))

@@ -1,7 +1,7 @@
 """The recipe of the toybox checkpoint: each stage is one command that can be cut at any moment and goes on from there.
 
 In:  the drawn world (`train.world`), minutes to spend, a folder for the state.
-Out: assets/toybox in diffusers' and transformers' layout. Order: vae, tokenizers, text, vlm, cache, base, identity, export.
+Out: assets/toybox in diffusers' and transformers' layout. STAGES below holds the order.
 Knows nothing of the studio.
 
     python -m train.toybox vae --minutes 30
@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "toybox"
 STATE = Path.home() / ".cache" / "idcrafter-studio" / "toybox"
@@ -88,7 +88,7 @@ def cache(state: Path, seconds: float) -> bool:
     return write_cache(state / "cache", encoders, shards=SHARDS, seconds=seconds)
 
 
-def run_of(state: Path, kind: str, **values: Any) -> Path:
+def run_of(state: Path, kind: Literal["base", "identity"], **values: Any) -> Path:
     """The run folder of a transformer stage, with its document written once."""
     from train.sft import SftConfig
 
@@ -142,7 +142,7 @@ STAGES: dict[str, Callable[[Path, float], bool]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stage, or all of them in order; 0 when what was asked for is complete, 3 when time ran out first."""
-    parser = argparse.ArgumentParser(prog="python -m train.toybox", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.toybox", description="Train the toybox checkpoint.")
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this long; the next call goes on")
     parser.add_argument("--state", type=Path, default=STATE, help="folder that holds the training state between calls")

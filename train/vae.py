@@ -1,7 +1,7 @@
 """The toybox's video VAE: single frames first, then clips.
 
 In:  frames drawn by `train.world`, in [-1, 1].
-Out: an `AutoencoderKLWan` folder whose latents are 4x smaller in space and time, with its own latents_mean and latents_std.
+Out: an `AutoencoderKLWan` folder: latents 4x smaller in space and time, with their own latents_mean and latents_std.
 Knows nothing of prompts, subjects or transformers.
 
 Shapes: B clips, C channels, F frames, H x W pixels.
@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample
 from torch import Tensor, nn
 
 from train import checkpoint, world
@@ -54,7 +53,7 @@ def new_vae() -> AutoencoderKLWan:
             if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
                 module.weight[:, :, :-1] = 0
             if isinstance(module, WanResample) and hasattr(module, "time_conv"):
-                conv = module.time_conv
+                conv: Any = module.time_conv
                 copies = conv.out_channels // conv.in_channels
                 eye = torch.eye(conv.in_channels).repeat(copies, 1)
                 conv.weight.zero_()
@@ -132,10 +131,15 @@ def batch_at(step: int) -> Tensor:
     return to_model(np.stack([_clip(rng) for _ in range(CLIP_BATCH)]))
 
 
+def posterior_of(vae: AutoencoderKLWan, pixels: Tensor) -> Any:
+    """The distribution of the latents, not yet normalised."""
+    return vae.encode(pixels, return_dict=False)[0]
+
+
 def loss_of(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
     """L1, plus L1 of neighbouring differences so that outlines stay sharp, plus a trace of KL."""
-    posterior = vae.encode(pixels).latent_dist
-    decoded = vae.decode(posterior.sample()).sample
+    posterior = posterior_of(vae, pixels)
+    decoded: Any = vae.decode(posterior.sample(), return_dict=False)[0]
     error = (decoded - pixels).abs().mean()
     edges = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (-1, -2))
     kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -199,8 +203,7 @@ def export(state: Path, folder: Path) -> AutoencoderKLWan:
     vae.load_state_dict(saved[1]["ema"])
     with torch.no_grad(), stills(vae):
         latents = [
-            vae.encode(batch_at(step)).latent_dist.mean
-            for step in (*range(16), *range(STILL_STEPS + 1, STILL_STEPS + 12))
+            posterior_of(vae, batch_at(step)).mean for step in (*range(16), *range(STILL_STEPS + 1, STILL_STEPS + 12))
         ]
     flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents], 1)
     vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())
