@@ -80,7 +80,8 @@ class IdentityCache:
         """Each clip's subjects `times` in a row, for a batch that holds every clip that often."""
 
         def repeated(layer: LayerIdentity) -> LayerIdentity:
-            return LayerIdentity(*(None if t is None else t.repeat_interleave(times, 0) for t in layer))
+            rest = (None if t is None else t.repeat_interleave(times, 0) for t in layer[1:])
+            return LayerIdentity(layer.key.repeat_interleave(times, 0), *rest)
 
         return replace(self, layers=tuple(repeated(layer) for layer in self.layers))
 

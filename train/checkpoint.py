@@ -83,8 +83,9 @@ class Ema:
     def update(self, module: nn.Module) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        named = [(self.tensors[name], p) for name, p in module.named_parameters() if name in self.tensors]
-        torch._foreach_lerp_([a for a, _ in named], [p for _, p in named], 1 - decay)
+        for name, parameter in module.named_parameters():
+            if name in self.tensors:
+                self.tensors[name].lerp_(parameter, 1 - decay)
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         self.steps = steps

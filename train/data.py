@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
@@ -178,7 +178,8 @@ class Cache:
             if path.name in self.read:
                 continue
             batch = Batch(**load_file(path))
-            self.buckets[path.name.split("-")[0]].setdefault(tuple(batch.references.shape[1:3]), []).append(batch)
+            shape = (batch.references.shape[1], batch.references.shape[2])
+            self.buckets[path.name.split("-")[0]].setdefault(shape, []).append(batch)
             self.read.add(path.name)
         return len(self.read)
 

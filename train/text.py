@@ -253,9 +253,7 @@ def with_replies(
         told = torch.tensor([*tokenizer(reply, add_special_tokens=False)["input_ids"], end])
         rows.append(torch.cat([asked, told]))
         labels.append(torch.cat([torch.full_like(asked, -100), told]))
-    padded = nn.utils.rnn.pad_sequence(
-        rows, batch_first=True, padding_value=inputs["input_ids"].new_tensor(tokenizer.pad_token_id).item()
-    )
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     lengths = torch.tensor([len(row) for row in rows])
     kinds = nn.functional.pad(inputs["mm_token_type_ids"], (0, padded.shape[1] - inputs["input_ids"].shape[1]))
