@@ -28,14 +28,12 @@ class Encoded:
 
     Args:
         prompt_embeds, negative_prompt_embeds: UMT5 states (1, tokens, text_dim).
-        references: the subjects, with the VLM's reading of prompt and pictures; None without subjects and VLM.
-        text_references: the VLM's reading of the prompt alone; None without a VLM, or where no branch asks for it.
+        references: the subjects, with the VLM's reading of prompt and pictures; None without subjects.
     """
 
     prompt_embeds: Tensor
     negative_prompt_embeds: Tensor
     references: References | None = None
-    text_references: References | None = None
 
 
 class Conditioning(Protocol):
@@ -60,7 +58,7 @@ class IdentityBlocks:
         self._transformer = transformer
         self._text = _texts(encoded, transformer.dtype)
         subjects_alone = _without_vlm(encoded.references)
-        references = {"full": encoded.references, "subjects": subjects_alone, "text": encoded.text_references}
+        references = {"full": encoded.references, "subjects": subjects_alone}
         self._references: dict[str, References | None] = {}
         self._caches: dict[str, IdentityCache | None] = {}
         if not keep:
@@ -68,17 +66,16 @@ class IdentityBlocks:
             return
         with torch.no_grad():
             full = None if encoded.references is None else transformer.encode_identity(encoded.references)
-            text = None if encoded.text_references is None else transformer.encode_identity(encoded.text_references)
-        self._caches = {"full": full, "subjects": None if full is None else full.without_vlm(), "text": text}
+        self._caches = {"full": full, "subjects": None if full is None else full.without_vlm()}
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the caches, in bytes; that of "subjects" is a part of that of "full"."""
-        kept = (self._caches.get("full"), self._caches.get("text"))
-        return sum(cache.num_bytes() for cache in kept if cache is not None)
+        """Memory of the cache, in bytes; the branch "subjects" looks at a part of it."""
+        full = self._caches.get("full")
+        return 0 if full is None else full.num_bytes()
 
     def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
-        """See `Conditioning`. In the branch "none" stage 3 is left out altogether: exactly plain Wan."""
+        """See `Conditioning`. In the branches "none" and "text" stage 3 is left out altogether: exactly plain Wan."""
         return _velocity(
             self._transformer,
             latents_BCFHW,

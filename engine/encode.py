@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from engine import guidance
 from engine.conditioning import Encoded
 from engine.job import MENTION, GenerateJob, Subject
 from engine.load import Warm, fingerprint
@@ -250,14 +249,11 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
         return Encoded(text, negative)
     # A weight of 0 leaves a subject out everywhere, also where the VLM would see it.
     shown = [prepare_subject(s, size=preset.reference_size) if s.weight > 0 else [] for s in job.subjects]
+    if not any(shown):
+        return Encoded(text, negative)  # without subjects the model is plain Wan, as it was in training
     states, mask = _vlm(prompt, shown, preset, warm)
     references = _references(shown, [subject.weight for subject in job.subjects], preset, warm)
-    references = replace(references, vlm_states=states, vlm_mask=mask)
-    alone = None
-    if "text" in guidance.branches(job.sampling) and preset.components.vlm:
-        words, words_mask = _vlm(prompt, [], preset, warm)
-        alone = References(vlm_states=words, vlm_mask=words_mask)
-    return Encoded(text, negative, references, alone)
+    return Encoded(text, negative, replace(references, vlm_states=states, vlm_mask=mask))
 
 
 def _text(text: str, preset: Preset, warm: Warm) -> Tensor:
@@ -281,9 +277,7 @@ def _vlm(
 
 def _references(shown: Sequence[Sequence[Picture]], weights: Sequence[float], preset: Preset, warm: Warm) -> References:
     """The pictures of all subjects as one padded batch of one clip."""
-    most = max((len(subject) for subject in shown), default=0)
-    if most == 0:
-        return References()
+    most = max(len(subject) for subject in shown)
     vae_files = fingerprint(preset.folder("vae"))
 
     def latents(picture: Picture) -> Tensor:

@@ -6,8 +6,11 @@ Out: one velocity of the same shape. Knows nothing of models, prompts or schedul
 The conditions have names, the same everywhere:
     none      neither subjects nor prompt: the negative prompt alone
     subjects  the subjects, the negative prompt in place of the prompt, no VLM
-    text      the prompt, and the VLM reading it without pictures
+    text      the prompt through UMT5 alone
     full      everything
+
+The VLM has read prompt and pictures together, so it speaks in "full" only; training drops it in the same way (a VLM
+reading without its subjects is something a model never sees).
 
 Shapes: B clips, C latent channels, F latent frames, H x W latent pixels.
 """

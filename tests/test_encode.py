@@ -185,8 +185,17 @@ def test_a_job_is_read_with_padding_for_missing_pictures(tmp_path, warm, preset)
     assert references is not None and references.latents is not None and references.mask is not None
     assert references.latents.shape == (1, 2, 2, tiny.LATENT_CHANNELS, 16, 16)
     assert references.mask.tolist() == [[[True, False], [True, True]]] and references.weights is None
-    assert encoded.text_references is not None and encoded.text_references.latents is None
+    assert references.vlm_states is not None and references.vlm_states.shape[-1] == tiny.VLM_DIM
     assert encoded.prompt_embeds.shape == encoded.negative_prompt_embeds.shape
+
+
+def test_without_subjects_nothing_but_the_text_is_read(tmp_path, warm, preset):
+    assert encode.job_states(make_job(prompt="a beach"), preset, warm).references is None
+    job = _job(tmp_path)
+    silent = job.model_copy(
+        update={"subjects": tuple(subject.model_copy(update={"weight": 0.0}) for subject in job.subjects)}
+    )
+    assert encode.job_states(silent, preset, warm).references is None
 
 
 def test_nothing_is_encoded_twice(tmp_path, preset):
