@@ -134,6 +134,7 @@ def keep_traceback() -> str:
 def studio(arguments: list[str]) -> int:
     """Open the page and serve it until Ctrl+C."""
     settings = studio_settings(arguments, os.environ)
+    os.environ["IDCRAFTER_MODELS"] = str(settings.models_dir)  # for this process and for the worker it starts
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from app import main as page
@@ -158,7 +159,7 @@ def studio_parser() -> argparse.ArgumentParser:
     add("--inbrowser", action=argparse.BooleanOptionalAction, help="open a browser (where there is a screen)")
     add("--theme", choices=("dark", "light", "system"), default="dark", help="colours of the page")
     add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="where clips go (outputs)")
-    add("--models-dir", type=Path, default=ROOT / "models", metavar="FOLDER", help="where models go (models)")
+    add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
     add("--offline", action="store_true", help="ask nothing of the network")
     return parser
 
@@ -172,6 +173,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
     """
     given = studio_parser().parse_args(arguments)
     from app import settings
+    from engine import presets
 
     auth = settings.read_auth(environment.get("IDCRAFTER_AUTH", "") if given.auth is None else given.auth)
     settings.check_password(auth, listen=given.listen, share=given.share)
@@ -186,7 +188,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
         inbrowser=settings.has_screen(environment, sys.platform) if given.inbrowser is None else given.inbrowser,
         theme=given.theme,
         outputs=outputs,
-        models_dir=given.models_dir.expanduser().resolve(),
+        models_dir=(given.models_dir or presets.models_dir()).expanduser().resolve(),
         data=outputs / ".studio",
         offline=given.offline,
     )
@@ -198,6 +200,8 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
 def generate(arguments: list[str]) -> int:
     """Make one clip in this process; its path goes to stdout."""
     given = generate_parser().parse_args(arguments)
+    if given.models_dir:
+        os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
     from app import generate as one_clip
 
     return one_clip.main(given)
@@ -227,6 +231,7 @@ def generate_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="denoising steps")
     add("--out", type=Path, metavar="FILE.mp4", help="where the clip goes (a dated name in the outputs folder)")
     add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="the outputs folder")
+    add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
     return parser
 
 

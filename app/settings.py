@@ -38,7 +38,7 @@ class Settings(Document):
     outputs: Path = ROOT / "outputs"
     """Finished clips, one folder a day."""
     models_dir: Path = ROOT / "models"
-    """Downloaded models."""
+    """Models that are not part of the repository; a preset's folder is looked up there second."""
     data: Path = ROOT / "outputs" / ".studio"
     """The queue, saved subjects, uploads and logs."""
     offline: bool = False

@@ -7,6 +7,7 @@ Knows nothing of torch; a preset is data, never code.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -105,8 +106,15 @@ class Preset(Document):
     """What a clip costs."""
 
     def folder(self, part: str) -> Path:
-        """Absolute folder of one of the `components`."""
-        return ROOT / getattr(self.components, part)
+        """Folder of one of the `components`: in the repository, or else in the creator's own folder of models."""
+        relative = getattr(self.components, part)
+        found = (root / relative for root in (ROOT, models_dir()) if (root / relative).is_dir())
+        return next(found, ROOT / relative)
+
+
+def models_dir() -> Path:
+    """Where a creator keeps models that are not part of the repository; `--models-dir` sets it for every process."""
+    return Path(os.environ.get("IDCRAFTER_MODELS") or ROOT / "models")
 
 
 def names() -> list[str]:
@@ -148,7 +156,7 @@ def check_files(preset: Preset) -> None:
     """
     for part in type(preset.components).model_fields:
         folder = getattr(preset.components, part)
-        if folder and not any((ROOT / folder).glob("*.json")):
+        if folder and not any(preset.folder(part).glob("*.json")):
             raise StudioError(
                 what=f"The preset {preset.name} names {folder}, which is not there.",
                 why=f"Its {part.replace('_', ' ')} has not been put into place.",

@@ -42,6 +42,7 @@ class Server:
     """One studio in a process of its own."""
 
     home: Path
+    models: Path
     port: int
     process: subprocess.Popen[bytes] | None = None
 
@@ -62,6 +63,8 @@ class Server:
             str(self.port),
             "--outputs",
             str(self.home),
+            "--models-dir",
+            str(self.models),
             "--no-inbrowser",
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -129,12 +132,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The studio that all journeys share."""
-    made = Server(tmp_path_factory.mktemp("studio"), free_port())
-    made.start()
-    yield made
-    made.stop()
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> Iterator[Server]:
+    """The studio that all journeys share. The repository's own checkpoint goes before the tiny one."""
+    made = Server(tmp_path_factory.mktemp("studio"), tiny_root, free_port())
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
 
 
 @pytest.fixture(scope="session")
