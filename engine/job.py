@@ -174,10 +174,10 @@ def check_mentions(prompt: str, names: list[str]) -> None:
 
 
 def _pictures_became_objects(values: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 wrote a picture as its bare path."""
-    for subject in values.get("subjects", ()):
-        pictures = subject.get("pictures", ()) if isinstance(subject, dict) else ()
-        if isinstance(subject, dict):
+    """Version 1 wrote a picture as its bare path. What has another shape is left for validation to refuse."""
+    subjects = values.get("subjects")
+    for subject in subjects if isinstance(subjects, list) else ():
+        if isinstance(subject, dict) and isinstance(pictures := subject.get("pictures"), list):
             subject["pictures"] = [{"path": p} if isinstance(p, str) else p for p in pictures]
     return values
 
