@@ -192,3 +192,8 @@ def quick(page: Page, steps: int = 2, frames: int = 5) -> None:
         page.locator("#advanced > button").click()
     page.get_by_label("Steps", exact=True).fill(str(steps))
     page.get_by_label("Frames", exact=True).fill(str(frames))
+
+
+def endless(page: Page) -> None:
+    """A clip that is still being made when the test has seen enough of it, on a fast machine too."""
+    quick(page, steps=100, frames=257)

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 
 from engine import presets, video
 from engine.job import read_job
-from tests.journeys.conftest import Server, Watched, open_page, quick, wait_for
+from tests.journeys.conftest import Server, Watched, endless, open_page, quick, wait_for
 
 pytestmark = pytest.mark.browser
 
@@ -66,7 +66,7 @@ def test_four_seeds_stand_side_by_side(page: Page, server: Server) -> None:
 
 
 def test_a_reload_in_mid_run_shows_the_run(page: Page, server: Server) -> None:
-    quick(page, steps=100)
+    endless(page)
     page.locator("#go").click()
     expect(page.locator("#stage .cell.running")).to_be_visible()
     open_page(page, server)
@@ -75,7 +75,7 @@ def test_a_reload_in_mid_run_shows_the_run(page: Page, server: Server) -> None:
 
 
 def test_cancel_stops_the_run_and_keeps_nothing(page: Page, server: Server) -> None:
-    quick(page, steps=100)
+    endless(page)
     page.locator("#go").click()
     expect(page.locator("#stage")).to_contain_text(re.compile(r"step \d+ of 100"))
     page.locator("#stage [data-act=cancel]").click()

@@ -12,7 +12,7 @@ from playwright.sync_api import Page, expect
 
 from app import library
 from app.subjects import Subjects
-from tests.journeys.conftest import Server, open_page, quick, wait_for
+from tests.journeys.conftest import Server, endless, open_page, quick, wait_for
 
 pytestmark = pytest.mark.browser
 
@@ -72,7 +72,7 @@ def test_a_paused_queue_starts_nothing_until_it_is_resumed(page: Page, server: S
 
 
 def test_a_killed_worker_leaves_the_page_up_and_the_job_can_be_run_again(page: Page, server: Server) -> None:
-    quick(page, steps=100)
+    endless(page)
     page.locator("#go").click()
     expect(page.locator("#stage")).to_contain_text("step")
     for pid in workers(server):
