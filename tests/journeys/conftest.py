@@ -89,6 +89,7 @@ class Server:
 
     def clear(self) -> None:
         """Empty the queue, so that the next test meets the studio as new; clips stay."""
+        self.queue.pause()  # or the worker would take the next row while this one is let go
         for row in self.queue.rows():
             if row.state == "running":
                 self.queue.cancel(row.id)
