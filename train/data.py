@@ -10,6 +10,7 @@ tokens, T VLM tokens.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 
 from engine import encode
 from train import world
+from train.checkpoint import Meter
 from train.vae import stills
 
 NUM_FRAMES = 17
@@ -142,10 +144,6 @@ def make_shard(number: int, encoders: Encoders) -> dict[str, Tensor]:
 
 def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float) -> bool:
     """Write shards that are not there yet, up to `shards`; True once all are."""
-    import time
-
-    from train.checkpoint import Meter
-
     folder.mkdir(parents=True, exist_ok=True)
     have = len(list(folder.glob("*.safetensors")))
     meter, until = Meter("cache", shards, folder, start=have), time.monotonic() + seconds

@@ -9,6 +9,7 @@ Shapes: B clips, C channels, F frames, H x W pixels.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,8 +156,6 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 def train(state: Path, *, seconds: float) -> bool:
     """Go on training for at most `seconds`; True once all steps are done."""
-    import time
-
     total = STILL_STEPS + CLIP_STEPS
     vae = new_vae().train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
