@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.model import IdentityWanTransformer3DModel
-from train import checkpoint, data, sft, vae, world
+from engine.model import IdentityAttention, IdentityWanTransformer3DModel
+from engine.subject_tower import LayerIdentity
+from train import checkpoint, data, optim, sft, vae, world
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
@@ -75,15 +76,6 @@ def test_a_still_runs_through_flat_convolutions_with_the_same_result() -> None:
         assert "forward" not in vars(model.encoder.conv_in)
 
 
-def test_a_new_vae_sees_a_still_clip_as_its_still() -> None:
-    model = vae.new_vae().eval()
-    still = torch.rand(1, 3, 1, 32, 32) * 2 - 1
-    with torch.no_grad():
-        one = model.encode(still).latent_dist.mean
-        many = model.encode(still.expand(-1, -1, 9, -1, -1)).latent_dist.mean
-    assert torch.allclose(many, one.expand_as(many), atol=1e-5)
-
-
 def test_a_run_that_is_cut_and_goes_on_ends_with_the_same_weights(tmp_path: Path, cache: Path) -> None:
     whole, cut = run_folder(tmp_path / "whole", cache), run_folder(tmp_path / "cut", cache)
     assert sft.train(whole, seconds=60)
@@ -117,12 +109,54 @@ def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        loss = sft.loss_at(model, batch, config, null, step=0)
-        losses.append(loss.item())
+        loss, parts = sft.loss_at(model, batch, config, null, step=0)
+        losses.append(parts["error"])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_binding_loss_falls_when_each_place_looks_at_its_own_subject() -> None:
+    attention = IdentityAttention(8, 2, 1e-6)
+    torch.nn.init.eye_(attention.to_q.weight)
+    torch.nn.init.zeros_(attention.to_q.bias)
+    directions = torch.linalg.qr(torch.randn(8, 8))[0]
+    directions -= directions.mean(1, keepdim=True)  # what the norm before the query would take away
+    owner = torch.tensor([[1, 1, 2, 0]])
+    z = torch.stack([directions[0], directions[0], directions[1], directions[2]]).unsqueeze(0)
+    keys = torch.stack([directions[0], directions[0], directions[1], directions[1], directions[3]]).unsqueeze(0) * 9
+    swapped = keys[:, [2, 3, 0, 1, 4]]
+
+    def loss(key: Tensor, owner: Tensor) -> float:
+        return sft.binding_loss([(attention, z, LayerIdentity(key, key, None, None))], owner, 2, 4).item()
+
+    assert loss(keys, owner) < 0.2 < 0.7 < loss(swapped, owner)
+    assert loss(keys, torch.tensor([[2, 2, 1, 0]])) == pytest.approx(loss(swapped, owner), rel=1e-4)
+    assert loss(swapped, torch.zeros_like(owner)) == 0
+
+
+def test_muon_moves_every_direction_of_a_matrix_alike_and_adam_the_rest() -> None:
+    flat = torch.randn(3, 12, 4) @ torch.diag(torch.tensor([9.0, 3.0, 1.0, 0.3])) @ torch.randn(3, 4, 30)
+    singular = torch.linalg.svdvals(optim.orthogonalised(flat))[:, :4]
+    assert bool(((singular > 0.6) & (singular < 1.3)).all())
+    model = torch.nn.ModuleDict({"hidden": torch.nn.Linear(16, 32), "embed": torch.nn.Linear(16, 16)})
+    optimizer = optim.MuonAdam(model, matrix_rate=0.2, rate=0.02)
+    kinds = {id(p): g["kind"] for g in optimizer.param_groups for p in g["params"]}
+    assert {name: kinds[id(p)] for name, p in model.named_parameters()} == {
+        "hidden.weight": "muon", "hidden.bias": "adam", "embed.weight": "adam", "embed.bias": "adam",
+    }  # fmt: skip
+    x = torch.randn(64, 16)
+    target = x @ torch.randn(16, 32)
+    first = last = 0.0
+    for step in range(150):
+        optimizer.scale = 1 - step / 150
+        loss = (model["hidden"](model["embed"](x)) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        first, last = first or loss.item(), loss.item()
+    assert last < 0.1 * first
 
 
 def test_identity_blocks_start_from_the_base_as_it_is(tmp_path: Path, cache: Path) -> None:
@@ -196,7 +230,7 @@ def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
     tensors["owner"][:, :, :2, :2] = 1
     tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
     batch, ear = data.Batch(**tensors), Ear()
-    before = sft.loss_at(ear, batch, config, torch.zeros(1, 5, 8), step=0)
+    before, _ = sft.loss_at(ear, batch, config, torch.zeros(1, 5, 8), step=0)
     inside = torch.zeros(6, 3, 8, 8, dtype=torch.bool)
     inside[:, :, :4, :4] = True  # the subject's patch and one more on every side
     asked = ear.timestep.unflatten(1, (3, 4, 4)).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -205,7 +239,7 @@ def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
     assert torch.equal(ear.latents[outside], batch.latents[outside])
     assert not torch.equal(ear.latents[~outside], batch.latents[~outside])
     tensors["latents"] = torch.where(outside, batch.latents + 3, batch.latents)
-    assert torch.equal(sft.loss_at(ear, data.Batch(**tensors), config, torch.zeros(1, 5, 8), step=0), before)
+    assert torch.equal(sft.loss_at(ear, data.Batch(**tensors), config, torch.zeros(1, 5, 8), step=0)[0], before)
 
 
 def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:

@@ -12,27 +12,26 @@ Shapes: B samples, C latent channels, F latent frames, h x w latent pixels, N su
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from pydantic import Field
 from torch import Tensor, nn
 
 from engine.job import Document
-from engine.model import IdentityWanTransformer3DModel
+from engine.model import IdentityAttention, IdentityWanTransformer3DModel
 from engine.sampling import noised, shifted
-from engine.subject_tower import References
+from engine.subject_tower import LayerIdentity, References
 from train import checkpoint
 from train.data import Batch, Cache
-
-PATCH = 2  # latent pixels along a token's side, Wan's patch_size
+from train.optim import MuonAdam, Team
 
 
 class SftConfig(Document):
@@ -58,8 +57,12 @@ class SftConfig(Document):
     """Noise levels drawn for each sample of an update; its subjects are read once for all of them."""
     known_region: float = Field(0.2, ge=0, le=1)
     """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
-    learning_rate: float = Field(8e-4, gt=0)
-    """Peak, after a warm-up of 200 updates."""
+    matrix_rate: float = Field(0.02, gt=0)
+    """Muon's peak rate, for matrices."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Adam's peak rate, for everything else; both after a warm-up of 100 updates."""
+    weight_decay: float = Field(0.02, ge=0)
+    """Of matrices, as a share of Muon's rate."""
     ema: float = Field(0.999, ge=0, lt=1)
     """Decay of the averaged weights, which are the ones that are exported."""
     drop_text: float = Field(0.1, ge=0, le=1)
@@ -70,6 +73,8 @@ class SftConfig(Document):
     """Share of samples with neither."""
     subject_weight: float = Field(1.0, ge=0)
     """Extra weight of the loss where a subject is."""
+    binding: float = Field(0.05, ge=0)
+    """Weight of the loss that has a subject's place in the frame look at that subject's pictures, not at the others'."""
     shift: float = Field(2.0, gt=0)
     """Shift of the noise levels seen in training; more of them near noise, where layout and identity are decided."""
     seed: int = 0
@@ -112,10 +117,12 @@ def conditions(batch: Batch, config: SftConfig, null_text: Tensor, generator: to
     return text, References(batch.references, there, vlm_states=batch.vlm, vlm_mask=heard)
 
 
-def loss_at(model: Any, batch: Batch, config: SftConfig, null_text: Tensor, step: int) -> Tensor:
+def loss_at(
+    model: Any, batch: Batch, config: SftConfig, null_text: Tensor, step: int
+) -> tuple[Tensor, dict[str, float]]:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
 
-    Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
+    Returns the loss and its parts. Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
     """
     rng = np.random.default_rng((config.seed, step, 1))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -127,15 +134,76 @@ def loss_at(model: Any, batch: Batch, config: SftConfig, null_text: Tensor, step
     noisy, target = noised(clean, torch.randn(clean.shape, generator=generator), t)
     weight = 1 + config.subject_weight * (owner > 0).float().unsqueeze(1)
     timestep = t * 1000
+    patch = int(config.architecture.get("patch_size", (1, 2, 2))[-1])
     if clean.shape[2] > 1 and rng.random() < config.known_region:
-        made = surroundings(owner, PATCH, rng)
+        made = surroundings(owner, patch, rng)
         timestep = (timestep.view(-1, 1, 1, 1) * made).flatten(1)
-        wide = made.float().repeat_interleave(PATCH, -1).repeat_interleave(PATCH, -2).unsqueeze(1)
+        wide = made.float().repeat_interleave(patch, -1).repeat_interleave(patch, -2).unsqueeze(1)
         noisy = torch.where(wide > 0, noisy, clean)
         weight = weight * wide
-    subjects = {} if identity is None else {"identity": identity.repeat_interleave(config.noises)}
-    predicted = model(noisy, timestep, text, return_dict=False, **subjects)[0]
-    return ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
+    if identity is None or references is None:
+        predicted = model(noisy, timestep, text, return_dict=False)[0]
+        looks = predicted.new_zeros(())
+    else:
+        repeated = identity.repeat_interleave(config.noises)
+        with watched(model) as seen:
+            predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
+        there = references.mask.any(-1).repeat_interleave(config.noises, 0)  # (B, N)
+        looks = binding_loss(seen, tokens_owner(owner, patch) * there[:, :1], there.shape[1], repeated.num_subject_tokens)
+    error = ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
+    return error + config.binding * looks, {"error": error.item(), "looks": looks.item()}
+
+
+# --- who is who ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[list[tuple[IdentityAttention, Tensor, LayerIdentity]]]:
+    """Inside, what the last two stages 3 read is noted down: the module, Z (B, Q, D), and the layer's keys."""
+    seen: list[tuple[IdentityAttention, Tensor, LayerIdentity]] = []
+    watching = [m for m in model.modules() if isinstance(m, IdentityAttention)][-2:]
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, IdentityAttention)
+        seen.append((module, *inputs))
+
+    handles = [module.register_forward_pre_hook(note) for module in watching]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tokens_owner(owner: Tensor, patch: int) -> Tensor:
+    """(B, F, h, w) slots -> (B, tokens): who is in a token, 0 for nobody; the highest slot where several are."""
+    return nn.functional.max_pool2d(owner.float(), patch).long().flatten(1)
+
+
+def binding_loss(
+    seen: list[tuple[IdentityAttention, Tensor, LayerIdentity]], owner_BQ: Tensor, num_subjects: int, num_keys: int
+) -> Tensor:
+    """-log of the share of its attention to subjects that a subject's place gives to that subject, mean over places.
+
+    Heads are averaged before the logarithm, so that one of them may look elsewhere. Our reading of FastComposer's
+    localised attention (arXiv 2305.10431); the paper has no such term.
+
+    Args:
+        seen: what `watched` noted down.
+        owner_BQ: the slot at each video token, 0 where there is none.
+        num_subjects: N.
+        num_keys: keys of all subjects together; they come first, equally many for each.
+    """
+    places = (owner_BQ > 0).float()
+    losses = []
+    for module, z, layer in seen if num_keys and num_subjects > 1 else []:
+        query = module.norm_q(module.to_q(module.norm(z))).unflatten(-1, (module.heads, -1))
+        key = layer.key[:, :num_keys].unflatten(-1, (module.heads, -1))
+        scores = torch.einsum("bqhd,bshd->bhqs", query, key) * query.shape[-1] ** -0.5
+        shares = scores.softmax(-1).mean(1).unflatten(-1, (num_subjects, -1)).sum(-1)  # (B, Q, N)
+        own = shares.gather(-1, (owner_BQ - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        losses.append((-own.clamp(min=1e-6).log() * places).sum() / places.sum().clamp(min=1))
+    return torch.stack(losses).mean() if losses else places.new_zeros(())
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -172,9 +240,9 @@ def read_run(run: Path) -> SftConfig:
     return SftConfig.model_validate_json((run / "run.json").read_text(encoding="utf-8"))
 
 
-def learning_rate(step: int, config: SftConfig) -> float:
-    """Warm-up over 200 updates, flat, linear to zero over the last fifth."""
-    return config.learning_rate * min(1.0, (step + 1) / 200, max(0.01, (config.steps - step) / (0.2 * config.steps)))
+def schedule(step: int, config: SftConfig) -> float:
+    """Share of the peak rates: warm-up over 100 updates, flat, linear to zero over the last quarter."""
+    return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (0.25 * config.steps)))
 
 
 def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
@@ -184,7 +252,9 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     """
     config, team = read_run(run), Team()
     model = new_model(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = MuonAdam(
+        model, matrix_rate=config.matrix_rate, rate=config.learning_rate, weight_decay=config.weight_decay
+    )
     ema = checkpoint.Ema(model, config.ema)
     step = resume(run, model, ema, optimizer)
     cache = Cache(Path(config.cache))
@@ -204,8 +274,8 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
         size = config.clip_batch if kind == "clip" else config.still_batch
         shape = np.random.default_rng((config.seed, step, 2))  # one for the team: who gets four subjects is waited for
         batch = cache.draw(kind, size, np.random.default_rng((config.seed, draw)), shape)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        loss = loss_at(model, batch, config, null_text, draw)
+        optimizer.scale = schedule(step, config)
+        loss, parts = loss_at(model, batch, config, null_text, draw)
         loss.backward()
         stop = team.average_gradients(model, stop=time.monotonic() - began > seconds)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -214,7 +284,7 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
         ema.update(model)
         step += 1
         if team.rank == 0:
-            meter.tick(step, {kind: loss.item(), "norm": float(norm)})
+            meter.tick(step, {f"{kind} {name}": value for name, value in parts.items()} | {"norm": float(norm)})
         if time.monotonic() - kept > 180:
             if team.rank == 0:
                 keep()
@@ -235,31 +305,6 @@ def resume(run: Path, model: nn.Module, ema: checkpoint.Ema, optimizer: torch.op
     ema.restore(groups["ema"], step)
     checkpoint.restore_optimizer(optimizer, groups["optimizer"])
     return step
-
-
-class Team:
-    """The processes of one run: one alone, or as many as torchrun started, talking over gloo or nccl."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-    def average_gradients(self, model: nn.Module, *, stop: bool) -> bool:
-        """Average all gradients over the team; True when anyone of it wants to stop."""
-        if self.size == 1:
-            return stop
-        # A batch of one subject leaves stage 2 without gradients; the others' may have some, so zeros stand in.
-        for parameter in model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([float(stop)])])
-        dist.all_reduce(flat)
-        parts = flat[:-1].div_(self.size).split([g.numel() for g in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return bool(flat[-1] > 0)
 
 
 def _null_text(cache: Path) -> Tensor:

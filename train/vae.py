@@ -1,7 +1,7 @@
-"""The toybox's video VAE: single frames first, then clips.
+"""The toybox's video VAE, trained on stills and clips in turn.
 
 In:  frames drawn by `train.world`, in [-1, 1].
-Out: an `AutoencoderKLWan` folder: latents 4x smaller in space and time, with their own latents_mean and latents_std.
+Out: an `AutoencoderKLWan` folder: latents 8x smaller in space and 4x in time, with their own latents_mean and latents_std.
 Knows nothing of prompts, subjects or transformers.
 
 Shapes: B clips, C channels, F frames, H x W pixels.
@@ -9,6 +9,8 @@ Shapes: B clips, C channels, F frames, H x W pixels.
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,48 +20,43 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
 from torch import Tensor, nn
 
 from train import checkpoint, world
+from train.optim import MuonAdam, Team
 
-# 4x in space because 8x leaves a face less than one latent; the encoder is thin because it runs on every reference.
+# Wan 2.2's layout: pixels folded 2x2 before the first convolution, shortcuts without weights around every change of
+# size, in time too. At 8x in space a face is about one latent, so a latent has 48 channels: as many numbers a picture as
+# 4x and 12 channels, at half the convolutions' cost (docs/log.md).
 CONFIG: dict[str, Any] = {
-    "base_dim": 16,
-    "decoder_base_dim": 20,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4],
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "base_dim": 32,
+    "decoder_base_dim": 40,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 2],
     "num_res_blocks": 1,
     "temperal_downsample": [True, True],
-    "scale_factor_spatial": 4,
+    "scale_factor_spatial": 8,
     "scale_factor_temporal": 4,
-    "latents_mean": [0.0] * 16,
-    "latents_std": [1.0] * 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
 }
-STILL_STEPS, CLIP_STEPS = 2000, 8000
-STILL_EVERY = 4  # among the clips every fourth update is on stills: 800 updates on clips alone cost them 3 dB
-STILL_RATE, CLIP_RATE = 1e-3, 5e-4  # at 1e-3 the first clips made the loss rise
-STILL_BATCH, CLIP_BATCH, CLIP_FRAMES, CLIP_CROP = 16, 4, 9, 48
+STEPS = 1700
+STILL_BATCH, CLIP_BATCH, CLIP_FRAMES, CLIP_CROP = 8, 3, 9, 48
+RATES = {"matrix_rate": 0.02, "rate": 2e-3}
 
 
 def new_vae() -> AutoencoderKLWan:
-    """An untrained VAE that begins as a frame-by-frame one: only the newest tap of every temporal kernel is non-zero.
-
-    Stills train just that tap, so without this the other taps' random start would drown the first clips in noise.
-    """
+    """An untrained VAE whose latents start with little noise: at variance 1 the noise drowns them for 200 updates."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**CONFIG)
-    with torch.no_grad():
-        for module in vae.modules():
-            if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
-                module.weight[:, :, :-1] = 0
-            if isinstance(module, WanResample) and hasattr(module, "time_conv"):
-                conv: Any = module.time_conv
-                copies = conv.out_channels // conv.in_channels
-                eye = torch.eye(conv.in_channels).repeat(copies, 1)
-                conv.weight.zero_()
-                conv.weight[:, :, -1, 0, 0] = eye
-                conv.bias.zero_()
+    bias = vae.quant_conv.bias
+    assert bias is not None
+    nn.init.constant_(bias[CONFIG["z_dim"] :], -5.0)
     return vae
 
 
@@ -125,9 +122,9 @@ def _clip(rng: np.random.Generator) -> np.ndarray:
 
 
 def batch_at(step: int) -> Tensor:
-    """The pictures of one step, the same whenever it is asked: (B, 3, F, H, W) in [-1, 1]."""
+    """The pictures of one step, the same whenever it is asked: (B, 3, F, H, W) in [-1, 1]; stills and clips in turn."""
     rng = np.random.default_rng((11, step))
-    if step < STILL_STEPS or step % STILL_EVERY == 0:
+    if step % 2 == 0:
         return to_model(np.stack([_still(rng)[None] for _ in range(STILL_BATCH)]))
     return to_model(np.stack([_clip(rng) for _ in range(CLIP_BATCH)]))
 
@@ -149,48 +146,50 @@ def loss_of(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, dict[str, fl
     return error + 0.5 * edges + 3e-5 * kl, {"l1": error.item(), "psnr": psnr.item(), "kl": kl.item()}
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Short warm-up, flat, linear decay over the last quarter."""
-    return peak * min(1.0, (step + 1) / 100, max(0.02, (total - step) / (0.25 * total)))
+def schedule(step: int, total: int) -> float:
+    """Share of the peak rate: short warm-up, flat, linear decay over the last third."""
+    return min(1.0, (step + 1) / 50, max(0.02, (total - step) / (0.33 * total)))
 
 
 def train(state: Path, *, seconds: float) -> bool:
-    """Go on training for at most `seconds`; True once all steps are done."""
-    total = STILL_STEPS + CLIP_STEPS
-    vae = new_vae().train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    ema = checkpoint.Ema(vae, 0.998)
+    """Go on training for at most `seconds`; True once all steps are done. Under torchrun gradients are averaged."""
+    team, vae = Team(), new_vae().train()
+    optimizer = MuonAdam(vae, **RATES)
+    ema = checkpoint.Ema(vae, 0.995)
     step = 0
     if saved := checkpoint.load(state):
         step, groups, _ = saved
         vae.load_state_dict(groups["model"])
         ema.restore(groups["ema"], step)
         checkpoint.restore_optimizer(optimizer, groups["optimizer"])
-    meter, until, last = checkpoint.Meter("vae", total, state, start=step), time.monotonic() + seconds, time.monotonic()
+    meter, until, last = checkpoint.Meter("vae", STEPS, state, start=step), time.monotonic() + seconds, time.monotonic()
 
     def keep() -> None:
         groups = {"model": vae.state_dict(), "ema": ema.tensors, "optimizer": checkpoint.optimizer_tensors(optimizer)}
         checkpoint.save(state, step, groups)
 
-    while step < total and time.monotonic() < until:
-        stage = (step, STILL_STEPS, STILL_RATE) if step < STILL_STEPS else (step - STILL_STEPS, CLIP_STEPS, CLIP_RATE)
-        optimizer.param_groups[0]["lr"] = learning_rate(*stage)
-        pixels = batch_at(step)
+    stop = False
+    while step < STEPS and not stop:
+        optimizer.scale = schedule(step, STEPS)
+        pixels = batch_at(step + 2 * STEPS * team.rank)
         with stills(vae):
             loss, values = loss_of(vae, pixels)
             loss.backward()
+        stop = team.average_gradients(vae, stop=time.monotonic() > until)
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(vae)
         step += 1
-        kind = "still" if pixels.shape[2] == 1 else "clip"
-        meter.tick(step, {f"{kind} {name}": value for name, value in values.items()})
-        if time.monotonic() - last > 120:
-            keep()
-            last = time.monotonic()
-    keep()
-    return step == total
+        if team.rank == 0:
+            kind = "still" if pixels.shape[2] == 1 else "clip"
+            meter.tick(step, {f"{kind} {name}": value for name, value in values.items()})
+            if time.monotonic() - last > 120:
+                keep()
+                last = time.monotonic()
+    if team.rank == 0:
+        keep()
+    return step == STEPS
 
 
 def export(state: Path, folder: Path) -> AutoencoderKLWan:
@@ -201,10 +200,21 @@ def export(state: Path, folder: Path) -> AutoencoderKLWan:
     vae = new_vae().eval()
     vae.load_state_dict(saved[1]["ema"])
     with torch.no_grad(), stills(vae):
-        latents = [
-            posterior_of(vae, batch_at(step)).mean for step in (*range(16), *range(STILL_STEPS + 1, STILL_STEPS + 12))
-        ]
+        latents = [posterior_of(vae, batch_at(step)).mean for step in range(40)]
     flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents], 1)
     vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())
     vae.half().save_pretrained(folder, safe_serialization=True)
     return vae.float()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train in this process, or in all that torchrun started; 0 when done, 3 when time ran out first."""
+    parser = argparse.ArgumentParser(prog="python -m train.vae", description="Train the toybox's video VAE.")
+    parser.add_argument("state", type=Path, help="folder of the training state")
+    parser.add_argument("--minutes", type=float, default=600.0)
+    options = parser.parse_args(argv)
+    return 0 if train(options.state, seconds=options.minutes * 60) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
