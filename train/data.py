@@ -24,10 +24,11 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 from engine import encode
 from train import world
 from train.checkpoint import Meter
+from train.optim import Team
 from train.vae import stills
 
-NUM_FRAMES = 17
-SHARD = {"still": 256, "clip": 48}
+NUM_FRAMES = 9
+SHARD = {"still": 256, "clip": 96}
 CLIP_SHARE = 4  # every fourth shard holds clips
 FIRST_SCENE = 2_000_000  # earlier ones taught the readers of words
 
@@ -93,7 +94,7 @@ def _references(scene: world.Scene, pictures: int, rng: np.random.Generator) -> 
 def _owner_of_latents(owner: np.ndarray, frames: int, cells: int) -> Tensor:
     """(F', H, W) pixel owners -> (F, h, w): whoever fills most of a latent cell's last frame, background only if alone.
 
-    Latent frame 0 is pixel frame 0; latent frame i covers pixel frames 4i - 3 to 4i.
+    Latent frame 0 is pixel frame 0; with time compressed k times, latent frame i covers pixel frames up to ki.
     """
     side = owner.shape[-1] // cells
     last = owner[:: max(1, (len(owner) - 1) // max(1, frames - 1))] if frames > 1 else owner
@@ -143,11 +144,13 @@ def make_shard(number: int, encoders: Encoders) -> dict[str, Tensor]:
 
 
 def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float) -> bool:
-    """Write shards that are not there yet, up to `shards`; True once all are."""
+    """Write shards that are not there yet, up to `shards`; True once all are. A team shares them out."""
+    team = Team()
     folder.mkdir(parents=True, exist_ok=True)
-    have = len(list(folder.glob("*.safetensors")))
-    meter, until = Meter("cache", shards, folder, start=have), time.monotonic() + seconds
-    for number in range(shards):
+    mine = range(team.rank, shards, team.size)
+    have = sum(any(folder.glob(f"*-{number:05d}.safetensors")) for number in mine)
+    meter, until = Meter("cache", len(mine), folder, start=have), time.monotonic() + seconds
+    for number in mine:
         kind = shape_of_shard(number)[0]
         path = folder / f"{kind}-{number:05d}.safetensors"
         if path.exists():

@@ -4,9 +4,9 @@ In:  a module whose parameters carry gradients.
 Out: the same parameters, one update further.
 Knows nothing of losses, data or what the module is.
 
-Muon orthogonalises the momentum of a matrix before it is applied, so that every direction in it moves alike; a kernel of
-a convolution counts as a matrix of one row per output channel. Embeddings, first and last layers, gains and biases are
-Adam's. Source: Jordan et al., kellerjordan.github.io/posts/muon (2024). torch's own takes matrices alone, no kernels.
+Muon orthogonalises the momentum of a matrix before it is applied, so that every direction in it moves alike; a kernel
+of a convolution counts as a matrix of one row per output channel. Embeddings, first and last layers, gains and biases
+XX
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOMENTUM = 0.95
 BETAS, EPS = (0.9, 0.98), 1e-8
 # Quintic Newton-Schulz iteration that pushes every singular value into about [.7, 1.2] within five steps.
 ITERATION, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-ENDS = ("embed", "conv_in", "conv_out", "proj_out", "lm_head", "shared", "head", "slot", "queries")
+ENDS = ("embed", "proj_out", "lm_head", "shared", "head", "slot", "queries")
 
 
 class MuonAdam(torch.optim.Optimizer):
@@ -94,13 +94,22 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, roughly: (K, rows, columns), every singular value brought close to 1."""
+    """The nearest orthogonal matrices, roughly: (K, rows, columns), every singular value brought close to 1.
+
+    Every iterate is a polynomial of the Gram matrix times the first one, so the iteration runs on the Gram matrix, the
+    smaller of the two sides squared, and touches the matrix itself twice: five times less work for kernels.
+    """
     a, b, c = ITERATION
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    eye = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    product = eye.expand_as(gram)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        factor = a * eye + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
@@ -118,7 +127,7 @@ class Team:
             return stop
         # A batch of one subject leaves stage 2 without gradients; the others' may have some, so zeros stand in.
         for parameter in model.parameters():
-            if parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([float(stop)])])

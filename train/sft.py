@@ -74,7 +74,7 @@ class SftConfig(Document):
     subject_weight: float = Field(1.0, ge=0)
     """Extra weight of the loss where a subject is."""
     binding: float = Field(0.05, ge=0)
-    """Weight of the loss that has a subject's place in the frame look at that subject's pictures, not at the others'."""
+    """Weight of the loss that has a subject's place in the frame look at its own pictures, not at the others'."""
     shift: float = Field(2.0, gt=0)
     """Shift of the noise levels seen in training; more of them near noise, where layout and identity are decided."""
     seed: int = 0
@@ -122,7 +122,10 @@ def loss_at(
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
 
-    Returns the loss and its parts. Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
+    Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
+
+    Returns:
+        The loss, and its parts as numbers.
     """
     rng = np.random.default_rng((config.seed, step, 1))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -149,7 +152,9 @@ def loss_at(
         with watched(model) as seen:
             predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
         there = references.mask.any(-1).repeat_interleave(config.noises, 0)  # (B, N)
-        looks = binding_loss(seen, tokens_owner(owner, patch) * there[:, :1], there.shape[1], repeated.num_subject_tokens)
+        looks = binding_loss(
+            seen, tokens_owner(owner, patch) * there[:, :1], there.shape[1], repeated.num_subject_tokens
+        )
     error = ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
     return error + config.binding * looks, {"error": error.item(), "looks": looks.item()}
 

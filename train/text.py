@@ -29,7 +29,7 @@ from transformers import (
 
 from engine.encode import vlm_inputs
 from train import checkpoint, world
-from train.vae import learning_rate
+from train.vae import schedule
 from train.world_captions import described, with_article
 
 TEXT_TOKENS = 64
@@ -208,7 +208,7 @@ def _teach(name: str, module: nn.Module, loss_at: Any, state: Path, total: int, 
         )
 
     while step < total and time.monotonic() - began < seconds:
-        optimizer.param_groups[0]["lr"] = learning_rate(step, total, peak)
+        optimizer.param_groups[0]["lr"] = peak * schedule(step, total)
         loss, values = loss_at(step)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)

@@ -6,11 +6,15 @@ Knows nothing of the studio.
 
     python -m train.toybox vae --minutes 30
     python -m train.toybox all
+    GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m train.toybox identity
+
+Under torchrun the stages vae, cache, base and identity are done by all processes together.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +23,12 @@ from typing import Any, Literal
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "toybox"
 STATE = Path.home() / ".cache" / "idcrafter-studio" / "toybox"
 
-# Identity blocks in four of six layers (the paper: 20 of 30). A latent pixel is a token: the VAE has 8x8 pixels in one.
+# Identity blocks in four of six layers (the paper: 20 of 30). A token is 8x8 pixels of one frame.
 WAN: dict[str, Any] = {
-    "patch_size": (1, 1, 1),
     "num_attention_heads": 5,
     "attention_head_dim": 32,
-    "in_channels": 48,
-    "out_channels": 48,
+    "in_channels": 16,
+    "out_channels": 16,
     "text_dim": 96,
     "freq_dim": 64,
     "ffn_dim": 640,
@@ -33,7 +36,7 @@ WAN: dict[str, Any] = {
     "rope_max_seq_len": 128,
 }
 IDENTITY: dict[str, Any] = {"identity_layers": 4, "max_subjects": 4, "vlm_dim": 128}
-SHARDS = 240
+SHARDS = 120
 BASE_STEPS, IDENTITY_STEPS = 800, 4000
 
 
@@ -85,7 +88,9 @@ def cache(state: Path, seconds: float) -> bool:
     encoders = Encoders.load(state / "parts")
     null = state / "cache" / "null"
     null.mkdir(parents=True, exist_ok=True)
-    save_file({"text": text_states([""], encoders.tokenizer, encoders.text_encoder)}, null / "text.safetensors")
+    fresh = null / f"text.{os.getpid()}.new"
+    save_file({"text": text_states([""], encoders.tokenizer, encoders.text_encoder)}, fresh)
+    fresh.replace(null / "text.safetensors")
     return write_cache(state / "cache", encoders, shards=SHARDS, seconds=seconds)
 
 
@@ -97,7 +102,9 @@ def run_of(state: Path, kind: Literal["base", "identity"], **values: Any) -> Pat
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "run.json").exists():
         config = SftConfig(kind=kind, cache=str(state / "cache"), **values)
-        (run / "run.json").write_text(config.model_dump_json(indent=2), encoding="utf-8")
+        fresh = run / f"run.{os.getpid()}.new"  # every process of a team writes the same
+        fresh.write_text(config.model_dump_json(indent=2), encoding="utf-8")
+        fresh.replace(run / "run.json")
     return run
 
 
