@@ -109,7 +109,7 @@ def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        loss, parts = sft.loss_at(model, batch, config, null, step=0)
+        loss, parts = sft.loss_at(model, batch, config, null, place=(0,))
         losses.append(parts["error"])
         loss.backward()
         optimizer.step()
@@ -230,7 +230,7 @@ def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
     tensors["owner"][:, :, :2, :2] = 1
     tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
     batch, ear = data.Batch(**tensors), Ear()
-    before, _ = sft.loss_at(ear, batch, config, torch.zeros(1, 5, 8), step=0)
+    before, _ = sft.loss_at(ear, batch, config, torch.zeros(1, 5, 8), place=(0,))
     inside = torch.zeros(6, 3, 8, 8, dtype=torch.bool)
     inside[:, :, :4, :4] = True  # the subject's patch and one more on every side
     asked = ear.timestep.unflatten(1, (3, 4, 4)).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -239,7 +239,7 @@ def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
     assert torch.equal(ear.latents[outside], batch.latents[outside])
     assert not torch.equal(ear.latents[~outside], batch.latents[~outside])
     tensors["latents"] = torch.where(outside, batch.latents + 3, batch.latents)
-    assert torch.equal(sft.loss_at(ear, data.Batch(**tensors), config, torch.zeros(1, 5, 8), step=0)[0], before)
+    assert torch.equal(sft.loss_at(ear, data.Batch(**tensors), config, torch.zeros(1, 5, 8), place=(0,))[0], before)
 
 
 def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:

@@ -96,20 +96,25 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 def orthogonalised(matrices: Tensor) -> Tensor:
     """The nearest orthogonal matrices, roughly: (K, rows, columns), every singular value brought close to 1.
 
-    Every iterate is a polynomial of the Gram matrix times the first one, so the iteration runs on the Gram matrix, the
-    smaller of the two sides squared, and touches the matrix itself twice: five times less work for kernels.
+    Every iterate is a polynomial of the Gram matrix times the first one. For kernels, which are much wider than high,
+    the iteration therefore runs on the Gram matrix and touches the kernel itself twice: five times less work.
     """
     a, b, c = ITERATION
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = x @ x.mT
-    eye = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
-    product = eye.expand_as(gram)
-    for _ in range(ITERATIONS):
-        factor = a * eye + b * gram + c * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    x = product @ x
+    if x.shape[2] < 3 * x.shape[1]:
+        for _ in range(ITERATIONS):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+    else:
+        gram = x @ x.mT
+        eye = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+        product = eye.expand_as(gram)
+        for _ in range(ITERATIONS):
+            factor = a * eye + b * gram + c * gram @ gram
+            product = factor @ product
+            gram = factor @ gram @ factor
+        x = product @ x
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 

@@ -47,10 +47,12 @@ class SftConfig(Document):
     """Arguments of the transformer's class."""
     steps: int = Field(ge=1)
     """Updates in all; the learning rate falls to zero over the last fifth."""
-    still_batch: int = Field(12, ge=1)
-    """Samples of an update on single frames, each with all its noise levels."""
-    clip_batch: int = Field(3, ge=1)
-    """Samples of an update on clips, each with all its noise levels."""
+    still_batch: int = Field(6, ge=1)
+    """Samples of a pass on single frames, each with all its noise levels; more do not stay in a core's cache."""
+    clip_batch: int = Field(1, ge=1)
+    """Samples of a pass on clips, each with all its noise levels."""
+    passes: int = Field(2, ge=1)
+    """Passes whose gradients are added up for one update."""
     clip_every: int = Field(4, ge=1)
     """Every n-th update takes clips: three quarters of the updates on single frames for n = 4."""
     noises: int = Field(4, ge=1)
@@ -118,16 +120,17 @@ def conditions(batch: Batch, config: SftConfig, null_text: Tensor, generator: to
 
 
 def loss_at(
-    model: Any, batch: Batch, config: SftConfig, null_text: Tensor, step: int
+    model: Any, batch: Batch, config: SftConfig, null_text: Tensor, place: tuple[int, ...]
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
 
     Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
+    `place` seeds noise and dropout.
 
     Returns:
         The loss, and its parts as numbers.
     """
-    rng = np.random.default_rng((config.seed, step, 1))
+    rng = np.random.default_rng((config.seed, *place, 1))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     text, references = conditions(batch, config, null_text, generator)
     identity = None if references is None else model.encode_identity(references)
@@ -274,14 +277,9 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
 
     stop = False
     while step < last and not stop:
-        draw = step * team.size + team.rank
         kind = "clip" if step % config.clip_every == config.clip_every - 1 else "still"
-        size = config.clip_batch if kind == "clip" else config.still_batch
-        shape = np.random.default_rng((config.seed, step, 2))  # one for the team: who gets four subjects is waited for
-        batch = cache.draw(kind, size, np.random.default_rng((config.seed, draw)), shape)
         optimizer.scale = schedule(step, config)
-        loss, parts = loss_at(model, batch, config, null_text, draw)
-        loss.backward()
+        parts = [_one_pass(model, cache, config, null_text, kind, (step, team.rank, i)) for i in range(config.passes)]
         stop = team.average_gradients(model, stop=time.monotonic() - began > seconds)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -289,7 +287,8 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
         ema.update(model)
         step += 1
         if team.rank == 0:
-            meter.tick(step, {f"{kind} {name}": value for name, value in parts.items()} | {"norm": float(norm)})
+            means = {f"{kind} {name}": sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+            meter.tick(step, {**means, "norm": float(norm)})
         if time.monotonic() - kept > 180:
             if team.rank == 0:
                 keep()
@@ -298,6 +297,19 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     if team.rank == 0:
         keep()
     return step == config.steps
+
+
+def _one_pass(
+    model: nn.Module, cache: Cache, config: SftConfig, null_text: Tensor, kind: str, place: tuple[int, int, int]
+) -> dict[str, float]:
+    """Add the gradients of one batch; `place` is (step, process, pass). Returns the parts of its loss."""
+    step, _, number = place
+    size = config.clip_batch if kind == "clip" else config.still_batch
+    shape = np.random.default_rng((config.seed, step, number, 2))  # one for the team: four subjects are waited for
+    batch = cache.draw(kind, size, np.random.default_rng((config.seed, *place, 3)), shape)
+    loss, parts = loss_at(model, batch, config, null_text, place)
+    (loss / config.passes).backward()
+    return parts
 
 
 def resume(run: Path, model: nn.Module, ema: checkpoint.Ema, optimizer: torch.optim.Optimizer) -> int:

@@ -37,7 +37,7 @@ WAN: dict[str, Any] = {
 }
 IDENTITY: dict[str, Any] = {"identity_layers": 4, "max_subjects": 4, "vlm_dim": 128}
 SHARDS = 120
-BASE_STEPS, IDENTITY_STEPS = 800, 4000
+BASE_STEPS, IDENTITY_STEPS = 300, 1500
 
 
 def vae(state: Path, seconds: float) -> bool:
