@@ -82,17 +82,17 @@ def _predicted(job: GenerateJob, preset: Preset) -> float:
 
 def _tokens(job: GenerateJob, preset: Preset) -> float:
     """Latent tokens of the job as a share of the preset's own clip."""
-    own = preset.sizes[0].width * preset.sizes[0].height * _groups(preset.num_frames)
-    return _pixels(job) * _groups(job.num_frames or preset.num_frames) / own
+    own = preset.sizes[0].width * preset.sizes[0].height * _groups(preset.num_frames, preset)
+    return _pixels(job) * _groups(job.num_frames or preset.num_frames, preset) / own
 
 
 def _pixels(job: GenerateJob) -> int:
     return (job.width or 1) * (job.height or 1)
 
 
-def _groups(frames: int) -> int:
-    """Latent frames: the first, then groups of four."""
-    return 1 + (frames - 1) // 4
+def _groups(frames: int, preset: Preset) -> int:
+    """Latent frames: the first, then groups of as many as the preset's VAE takes together."""
+    return 1 + (frames - 1) // preset.frames_per_latent
 
 
 def clip_costs(job: GenerateJob, history: Iterable[Row], folder: Path) -> Estimate:

@@ -88,6 +88,8 @@ class Preset(Document):
     """Sizes it was trained at, its own default first."""
     size_multiple: int = Field(ge=1)
     """Width and height are multiples of this."""
+    frames_per_latent: int = Field(4, ge=1)
+    """How many frames the VAE puts into one latent frame after the first; 4 for Wan's."""
     num_frames: int = Field(ge=1)
     """Default length."""
     max_frames: int = Field(ge=1)

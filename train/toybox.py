@@ -33,11 +33,11 @@ WAN: dict[str, Any] = {
     "freq_dim": 64,
     "ffn_dim": 640,
     "num_layers": 6,
-    "rope_max_seq_len": 128,
+    "rope_max_seq_len": 512,
 }
 IDENTITY: dict[str, Any] = {"identity_layers": 4, "max_subjects": 4, "vlm_dim": 128}
 SHARDS = 120
-BASE_STEPS, IDENTITY_STEPS = 300, 1500
+BASE_STEPS, IDENTITY_STEPS = 300, 1180
 
 
 def vae(state: Path, seconds: float) -> bool:
