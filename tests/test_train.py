@@ -172,7 +172,9 @@ def test_identity_blocks_start_from_the_base_as_it_is(tmp_path: Path, cache: Pat
         assert torch.equal(plain(*inputs).sample, upon(*inputs, references=references).sample)
 
 
-def test_an_exported_model_holds_the_averages_in_half_precision(tmp_path: Path, cache: Path) -> None:
+def test_an_exported_model_holds_the_averages_in_half_precision_and_training_goes_on_from_it(
+    tmp_path: Path, cache: Path
+) -> None:
     run = run_folder(tmp_path / "run", cache)
     sft.train(run, seconds=60)
     sft.export(run, tmp_path / "model")
@@ -181,6 +183,11 @@ def test_an_exported_model_holds_the_averages_in_half_precision(tmp_path: Path, 
     assert saved is not None
     for key, tensor in saved[1]["ema"].items():
         assert torch.equal(model.get_parameter(key), tensor.half().float()), key
+    config = sft.SftConfig(
+        kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(tmp_path / "model")
+    )
+    onward = sft.new_model(config)
+    assert all(torch.equal(onward.get_parameter(key), model.get_parameter(key)) for key in saved[1]["ema"])
 
 
 def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,18 +34,26 @@ class MuonAdam(torch.optim.Optimizer):
         module: what is trained; parameters that need no gradient are left alone.
         matrix_rate: Muon's peak rate; an update of a square matrix has this spectral norm.
         rate: Adam's peak rate.
-        weight_decay: of matrices, as a share of the rate.
+        weight_decay: of Muon's matrices, as a share of their rate.
+        by_adam: names of parameters that Adam moves although they are matrices.
 
     Set `scale` between updates to follow a schedule, 1 is the peak.
     """
 
     def __init__(
-        self, module: nn.Module, *, matrix_rate: float = 0.02, rate: float = 1e-3, weight_decay: float = 0.0
+        self,
+        module: nn.Module,
+        *,
+        matrix_rate: float = 0.02,
+        rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        by_adam: Callable[[str], bool] = lambda name: False,
     ) -> None:
         groups: dict[str, list[nn.Parameter]] = {"muon": [], "adam": []}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                groups["muon" if is_matrix(name, parameter) else "adam"].append(parameter)
+                muon = is_matrix(name, parameter) and not by_adam(name)
+                groups["muon" if muon else "adam"].append(parameter)
         rates = {"muon": matrix_rate, "adam": rate}
         super().__init__([{"params": p, "kind": kind, "lr": rates[kind]} for kind, p in groups.items() if p], {})
         self.weight_decay = weight_decay

@@ -12,6 +12,7 @@ Shapes: B samples, C latent channels, F latent frames, h x w latent pixels, N su
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from engine.job import Document
-from engine.model import IdentityAttention, IdentityWanTransformer3DModel
+from engine.model import IdentityAttention, IdentityWanTransformer3DModel, is_identity_key
 from engine.sampling import noised, shifted
 from engine.subject_tower import LayerIdentity, References
 from train import checkpoint
@@ -42,7 +43,7 @@ class SftConfig(Document):
     cache: str
     """Folder of cached latents."""
     start: str = ""
-    """Run folder whose averaged weights this one starts from; empty: from random weights."""
+    """Model folder, or run folder whose averaged weights this one starts from; empty: from random weights."""
     architecture: dict[str, Any]
     """Arguments of the transformer's class."""
     steps: int = Field(ge=1)
@@ -73,12 +74,12 @@ class SftConfig(Document):
     """Share of samples without subjects and VLM."""
     drop_both: float = Field(0.1, ge=0, le=1)
     """Share of samples with neither."""
-    subject_weight: float = Field(1.0, ge=0)
+    subject_weight: float = Field(2.0, ge=0)
     """Extra weight of the loss where a subject is."""
-    binding: float = Field(0.05, ge=0)
-    """Weight of the loss that has a subject's place in the frame look at its own pictures, not at the others'."""
-    shift: float = Field(2.0, gt=0)
-    """Shift of the noise levels seen in training; more of them near noise, where layout and identity are decided."""
+    binding: float = Field(0.2, ge=0)
+    """Weight of the loss that has a subject's place in the frame look at its own pictures."""
+    shift: float = Field(1.0, gt=0)
+    """Shift of the noise levels seen in training; above 1 more of them are near noise."""
     seed: int = 0
     """Of weights, batches, noise and dropout."""
 
@@ -167,9 +168,9 @@ def loss_at(
 
 @contextmanager
 def watched(model: Any) -> Iterator[list[tuple[IdentityAttention, Tensor, LayerIdentity]]]:
-    """Inside, what the last two stages 3 read is noted down: the module, Z (B, Q, D), and the layer's keys."""
+    """Inside, what the last three stages 3 read is noted down: the module, Z (B, Q, D), and the layer's keys."""
     seen: list[tuple[IdentityAttention, Tensor, LayerIdentity]] = []
-    watching = [m for m in model.modules() if isinstance(m, IdentityAttention)][-2:]
+    watching = [m for m in model.modules() if isinstance(m, IdentityAttention)][-3:]
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, IdentityAttention)
@@ -191,10 +192,11 @@ def tokens_owner(owner: Tensor, patch: int) -> Tensor:
 def binding_loss(
     seen: list[tuple[IdentityAttention, Tensor, LayerIdentity]], owner_BQ: Tensor, num_subjects: int, num_keys: int
 ) -> Tensor:
-    """-log of the share of its attention to subjects that a subject's place gives to that subject, mean over places.
+    """-log of the share of its attention that a subject's place gives to that subject, mean over places.
 
-    Heads are averaged before the logarithm, so that one of them may look elsewhere. Our reading of FastComposer's
-    localised attention (arXiv 2305.10431); the paper has no such term.
+    The share is of all keys, the VLM's too: without this loss nearly all attention went to the VLM's tokens and stayed
+    there (docs/log.md). Heads are averaged before the logarithm, so that some of them may look elsewhere. Our reading
+    of FastComposer's localised attention (arXiv 2305.10431); the paper has no such term.
 
     Args:
         seen: what `watched` noted down.
@@ -204,11 +206,13 @@ def binding_loss(
     """
     places = (owner_BQ > 0).float()
     losses = []
-    for module, z, layer in seen if num_keys and num_subjects > 1 else []:
+    for module, z, layer in seen if num_keys else []:
         query = module.norm_q(module.to_q(module.norm(z))).unflatten(-1, (module.heads, -1))
-        key = layer.key[:, :num_keys].unflatten(-1, (module.heads, -1))
+        key = layer.key.unflatten(-1, (module.heads, -1))
         scores = torch.einsum("bqhd,bshd->bhqs", query, key) * query.shape[-1] ** -0.5
-        shares = scores.softmax(-1).mean(1).unflatten(-1, (num_subjects, -1)).sum(-1)  # (B, Q, N)
+        if layer.mask is not None:
+            scores = scores.masked_fill(~layer.mask[:, None, None], float("-inf"))
+        shares = scores.softmax(-1)[..., :num_keys].mean(1).unflatten(-1, (num_subjects, -1)).sum(-1)  # (B, Q, N)
         own = shares.gather(-1, (owner_BQ - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
         losses.append((-own.clamp(min=1e-6).log() * places).sum() / places.sum().clamp(min=1))
     return torch.stack(losses).mean() if losses else places.new_zeros(())
@@ -223,14 +227,24 @@ def new_model(config: SftConfig) -> WanTransformer3DModel:
     kind = IdentityWanTransformer3DModel if config.kind == "identity" else WanTransformer3DModel
     if not config.start:
         return kind(**config.architecture)
-    started = read_run(Path(config.start))
-    source = new_model(started)
-    load_average(source, Path(config.start))
-    if config.kind == started.kind:
+    source = _started(Path(config.start))
+    if isinstance(source, kind):
         return source
-    known = set(started.architecture)
-    extra = {key: value for key, value in config.architecture.items() if key not in known}
+    extra = {key: value for key, value in config.architecture.items() if key not in source.config}
     return IdentityWanTransformer3DModel.from_plain_wan(source, **extra)
+
+
+def _started(start: Path) -> WanTransformer3DModel:
+    """The model of a folder, or a run's model with its averaged weights."""
+    if (start / "config.json").exists():
+        name = json.loads((start / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        kind = (
+            IdentityWanTransformer3DModel if name == IdentityWanTransformer3DModel.__name__ else WanTransformer3DModel
+        )
+        return kind.from_pretrained(start, torch_dtype=torch.float32)
+    model = new_model(read_run(start))
+    load_average(model, start)
+    return model
 
 
 def load_average(model: nn.Module, run: Path) -> int:
@@ -260,8 +274,14 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     """
     config, team = read_run(run), Team()
     model = new_model(config).train()
+    # Not Muon for the identity blocks: their first gradients have few directions, and Muon makes all others as loud.
+    # The tower then grew a constant that was 98 % of every token (docs/log.md).
     optimizer = MuonAdam(
-        model, matrix_rate=config.matrix_rate, rate=config.learning_rate, weight_decay=config.weight_decay
+        model,
+        matrix_rate=config.matrix_rate,
+        rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        by_adam=is_identity_key,
     )
     ema = checkpoint.Ema(model, config.ema)
     step = resume(run, model, ema, optimizer)

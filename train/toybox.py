@@ -8,7 +8,8 @@ Knows nothing of the studio.
     python -m train.toybox all
     GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m train.toybox identity
 
-Under torchrun the stages vae, cache, base and identity are done by all processes together.
+Under torchrun the stages vae, cache, base and identity are done by all processes together. `adopt`, then cache and
+identity, goes on from the shipped checkpoint where the state is lost.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WAN: dict[str, Any] = {
 }
 IDENTITY: dict[str, Any] = {"identity_layers": 4, "max_subjects": 4, "vlm_dim": 128}
 SHARDS = 120
-BASE_STEPS, IDENTITY_STEPS = 300, 1180
+BASE_STEPS, IDENTITY_STEPS = 300, 560
 
 
 def vae(state: Path, seconds: float) -> bool:
@@ -116,11 +117,23 @@ def base(state: Path, seconds: float) -> bool:
 
 
 def identity(state: Path, seconds: float) -> bool:
-    """Train the identity blocks, and the base with them."""
+    """Train the identity blocks, and the base with them; from the shipped checkpoint where `adopt` brought it."""
     from train import sft
 
-    run = run_of(state, "identity", architecture={**WAN, **IDENTITY}, start=str(state / "base"), steps=IDENTITY_STEPS)
+    adopted = state / "adopted"
+    start = adopted if adopted.is_dir() else state / "base"
+    run = run_of(state, "identity", architecture={**WAN, **IDENTITY}, start=str(start), steps=IDENTITY_STEPS)
     return sft.train(run, seconds=seconds)
+
+
+def adopt(state: Path, seconds: float) -> bool:
+    """Go on from the shipped checkpoint where the training state is lost: its frozen parts and its transformer."""
+    import shutil
+
+    for part in ASSETS.iterdir():
+        target = state / "adopted" if part.name == "transformer" else state / "parts" / part.name
+        shutil.copytree(part, target, dirs_exist_ok=True)
+    return True
 
 
 def export(state: Path, seconds: float) -> bool:
@@ -151,12 +164,12 @@ STAGES: dict[str, Callable[[Path, float], bool]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run one stage, or all of them in order; 0 when what was asked for is complete, 3 when time ran out first."""
     parser = argparse.ArgumentParser(prog="python -m train.toybox", description="Train the toybox checkpoint.")
-    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument("stage", choices=[*STAGES, "all", "adopt"])
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this long; the next call goes on")
     parser.add_argument("--state", type=Path, default=STATE, help="folder that holds the training state between calls")
     options = parser.parse_args(argv)
     for name in STAGES if options.stage == "all" else [options.stage]:
-        if not STAGES[name](options.state, options.minutes * 60):
+        if not (STAGES | {"adopt": adopt})[name](options.state, options.minutes * 60):
             return 3
     return 0
 

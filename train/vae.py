@@ -52,7 +52,6 @@ CONFIG: dict[str, Any] = {
 STEPS = 900
 STILL_BATCH, CLIP_BATCH, CLIP_FRAMES, CLIP_CROP = 14, 1, 9, 48
 RATES = {"matrix_rate": 5e-4, "rate": 1e-4}
-WHITENING = 0.5  # exponent: 1 would make the finest component as loud as the coarsest, and fine detail is mostly noise
 LOUD = 6.0  # offset before the last SiLU of each half: there it is almost a straight line
 
 
@@ -77,20 +76,23 @@ def new_vae() -> AutoencoderKLWan:
         padded = torch.cat([wanted, torch.zeros_like(wanted)], 1)  # the second half: log variance
         _fit_half(vae.encoder, patchify(pixels, CONFIG["patch_size"]), padded)
         _as_identity(vae.quant_conv)
-        vae.quant_conv.bias[CONFIG["z_dim"] :] = -6.0
+        vae.quant_conv.bias[CONFIG["z_dim"] :] = -8.0
         _as_identity(vae.post_quant_conv)
         _fit_half(vae.decoder, wanted, patchify(pixels, CONFIG["patch_size"]))
     return vae
 
 
 def principal_components(patches: Tensor) -> Tensor:
-    """(B, X, 1, h, w) -> (B, z_dim, 1, h, w): the loudest components, their variances to the power 1 - WHITENING."""
+    """(B, X, 1, h, w) -> (B, z_dim, 1, h, w): the loudest components, as loud beside each other as in the picture.
+
+    Not whitened: made alike in size, twelve components of fine detail would outweigh the four that hold colour, and a
+    transformer then learns neither (docs/log.md).
+    """
     flat = patches.transpose(0, 1).flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
-    variance, axes = torch.linalg.eigh(centred @ centred.T / centred.shape[1])
+    _, axes = torch.linalg.eigh(centred @ centred.T / centred.shape[1])
     kept = slice(-CONFIG["z_dim"], None)
-    axes, deviation = axes[:, kept].flip(1), variance[kept].flip(0).sqrt()
-    codes = (axes / deviation**WHITENING).T @ centred
+    codes = axes[:, kept].flip(1).T @ centred
     codes = codes / codes.std()
     B, _, F_, h, w = patches.shape
     return codes.view(-1, B, F_, h, w).transpose(0, 1)
@@ -268,7 +270,7 @@ def export(state: Path, folder: Path) -> AutoencoderKLWan:
     with torch.no_grad(), stills(vae):
         latents = [posterior_of(vae, batch_at(step)).mean for step in range(40)]
     flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents], 1)
-    # One scale for all channels: coarse ones stay louder than fine ones, as WHITENING left them.
+    # One scale for all channels: coarse ones stay louder than fine ones.
     scale = float(flat.std(1).square().mean().sqrt())
     vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=[scale] * CONFIG["z_dim"])
     vae.half().save_pretrained(folder, safe_serialization=True)
