@@ -155,10 +155,8 @@ def loss_at(
         repeated = identity.repeat_interleave(config.noises)
         with watched(model) as seen:
             predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
-        there = references.mask.any(-1).repeat_interleave(config.noises, 0)  # (B, N)
-        looks = binding_loss(
-            seen, tokens_owner(owner, patch) * there[:, :1], there.shape[1], repeated.num_subject_tokens
-        )
+        asked = whom_to_look_at(tokens_owner(owner, patch), references, config.noises)
+        looks = binding_loss(seen, asked, batch.references.shape[1], repeated.num_subject_tokens)
     error = ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
     return error + config.binding * looks, {"error": error.item(), "looks": looks.item()}
 
@@ -189,22 +187,31 @@ def tokens_owner(owner: Tensor, patch: int) -> Tensor:
     return nn.functional.max_pool2d(owner.float(), patch).long().flatten(1)
 
 
+def whom_to_look_at(owner_BQ: Tensor, references: References, noises: int) -> Tensor:
+    """`owner_BQ` with -1 where there is nobody to look at: without subjects, and in the background without a VLM."""
+    assert references.mask is not None and references.vlm_mask is not None
+    there, heard = (
+        mask.flatten(1).any(1).repeat_interleave(noises).unsqueeze(1) for mask in (references.mask, references.vlm_mask)
+    )
+    return torch.where(there & (heard | (owner_BQ > 0)), owner_BQ, -1)
+
+
 def binding_loss(
     seen: list[tuple[IdentityAttention, Tensor, LayerIdentity]], owner_BQ: Tensor, num_subjects: int, num_keys: int
 ) -> Tensor:
-    """-log of the share of its attention that a subject's place gives to that subject, mean over places.
+    """-log of the share of attention that a place gives to whoever is there: its subject, or the VLM's tokens.
 
-    The share is of all keys, the VLM's too: without this loss nearly all attention went to the VLM's tokens and stayed
-    there (docs/log.md). Heads are averaged before the logarithm, so that some of them may look elsewhere. Our reading
-    of FastComposer's localised attention (arXiv 2305.10431); the paper has no such term.
+    Background has to look at the VLM: what stage 3 adds could otherwise not tell a subject's place from any other, and
+    adding a subject's colour everywhere only hurts. Without this loss nearly all attention went to the VLM and stayed
+    there (docs/log.md). Heads are averaged before the logarithm, so that some may look elsewhere. Our reading of
+    FastComposer's localised attention (arXiv 2305.10431); the paper has no such term.
 
     Args:
         seen: what `watched` noted down.
-        owner_BQ: the slot at each video token, 0 where there is none.
+        owner_BQ: the slot at each video token, 0 for the background, -1 where nothing is asked.
         num_subjects: N.
         num_keys: keys of all subjects together; they come first, equally many for each.
     """
-    places = (owner_BQ > 0).float()
     losses = []
     for module, z, layer in seen if num_keys else []:
         query = module.norm_q(module.to_q(module.norm(z))).unflatten(-1, (module.heads, -1))
@@ -212,10 +219,13 @@ def binding_loss(
         scores = torch.einsum("bqhd,bshd->bhqs", query, key) * query.shape[-1] ** -0.5
         if layer.mask is not None:
             scores = scores.masked_fill(~layer.mask[:, None, None], float("-inf"))
-        shares = scores.softmax(-1)[..., :num_keys].mean(1).unflatten(-1, (num_subjects, -1)).sum(-1)  # (B, Q, N)
-        own = shares.gather(-1, (owner_BQ - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        losses.append((-own.clamp(min=1e-6).log() * places).sum() / places.sum().clamp(min=1))
-    return torch.stack(losses).mean() if losses else places.new_zeros(())
+        shares = scores.softmax(-1).mean(1)  # (B, Q, S)
+        of_each = shares[..., :num_keys].unflatten(-1, (num_subjects, -1)).sum(-1)
+        of_all = torch.cat([shares[..., num_keys:].sum(-1, keepdim=True), of_each], -1)  # (B, Q, 1 + N)
+        surprise = -of_all.gather(-1, owner_BQ.clamp(min=0).unsqueeze(-1)).squeeze(-1).clamp(min=1e-6).log()
+        for places in (owner_BQ > 0, owner_BQ == 0):
+            losses.append((surprise * places).sum() / places.sum().clamp(min=1))
+    return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

@@ -197,4 +197,4 @@ def quick(page: Page, steps: int = 2, frames: int = 5) -> None:
 
 def endless(page: Page) -> None:
     """A clip that is still being made when the test has seen enough of it, on a fast machine too."""
-    quick(page, steps=100, frames=257)
+    quick(page, steps=100, frames=65)
