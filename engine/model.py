@@ -256,9 +256,10 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
                 nn.init.zeros_(block.identity.to_out.weight)
         # Stages 1 and 2 start quiet, though not silent: at full size what they add, an average over many tokens and so
         # nearly the same for each, halves within four layers what tells one token from another.
-        for attention in (a for block in self.subject_blocks for a in (block.attn1, block.attn2) if a is not None):
-            with torch.no_grad():
-                attention.to_out[0].weight.mul_(0.1)
+        for block in cast(list[SubjectBlock], list(self.subject_blocks)):
+            for attention in (block.attn1, block.attn2):
+                if attention is not None:
+                    nn.init.xavier_uniform_(cast(nn.Linear, attention.to_out[0]).weight, gain=0.1)
 
     @classmethod
     def from_plain_wan(cls, plain: WanTransformer3DModel, **identity_config: Any) -> IdentityWanTransformer3DModel:

@@ -63,17 +63,17 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def test_a_still_runs_through_flat_convolutions_with_the_same_result() -> None:
-    model = vae.new_vae().eval()
+    model = vae.new_vae().eval().double()  # the loud offset before the last SiLU costs fp32 four digits
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))  # the older taps too
-        pixels = torch.rand(2, 3, 1, 32, 32) * 2 - 1
+            parameter.add_(0.001 * torch.randn_like(parameter))  # the older taps too
+        pixels = torch.rand(2, 3, 1, 32, 32).double() * 2 - 1
         latents = model.encode(pixels).latent_dist.mean
         frames = model.decode(latents).sample
         with vae.stills(model):
-            flat = model.encode(pixels).latent_dist.mean, model.decode(latents).sample
-        for ours, whole in zip(flat, (latents, frames), strict=True):
-            assert torch.allclose(ours, whole, atol=1e-5 * whole.abs().max().item())
+            assert torch.allclose(model.encode(pixels).latent_dist.mean, latents, atol=1e-8)
+            assert torch.allclose(model.decode(latents).sample, frames, atol=1e-8)
+        assert frames.abs().median() < 1  # or clamping would make everything equal
         assert "forward" not in vars(model.encoder.conv_in)
 
 
