@@ -45,9 +45,12 @@ from engine.subject_tower import (
     SubjectBlock,
     Tower,
     VLMProjector,
+    picture_positions,
     start,
     true_mask,
 )
+
+MATCH = 22.0  # score of stage 3, before any training, where a video token equals a subject token
 
 # --- the video side: stage 3 inside Wan's block ---------------------------------------------------------------------
 
@@ -166,6 +169,8 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         identity_cross: stage 3 on or off. Off, the subjects (and VLM tokens) of each layer join UMT5's tokens in
             Wan's own cross-attention; such a model is NOT plain Wan at the start. With all three off that is the
             paper's "w/o hierarchical attention", plain concatenation; with stage 3 alone, "stage 3 only".
+        subject_positions: each subject token is also told where in its picture it lies, by fixed sines. The paper has
+            no such thing; stage 3 has no RoPE, so a key's place is otherwise known only through what stage 1 saw.
     """
 
     _gradient_checkpointing_func: Callable[..., Any]  # set by diffusers' `enable_gradient_checkpointing`
@@ -197,6 +202,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         identity_intra: bool = True,
         identity_inter: bool = True,
         identity_cross: bool = True,
+        subject_positions: bool = False,
     ) -> None:
         if patch_size[0] != 1 or not 0 < identity_layers <= num_layers:
             raise ValueError(
@@ -251,9 +257,9 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         # About a sixth of a patch token's size: seen from the first step, and the picture stays the louder of the two.
         nn.init.normal_(self.slot_embedding.weight, std=0.1)
         self.subject_patch_embedding.load_state_dict(self.patch_embedding.state_dict())
-        for block in self.blocks:
+        for block, subjects in zip(self.blocks, cast(list[SubjectBlock], list(self.subject_blocks)), strict=False):
             if isinstance(block, IdentityWanTransformerBlock) and block.identity is not None:
-                nn.init.zeros_(block.identity.to_out.weight)
+                _start_as_matched_filter(block.identity, subjects)
         # Stages 1 and 2 start quiet, though not silent: at full size what they add, an average over many tokens and so
         # nearly the same for each, halves within four layers what tells one token from another.
         for block in cast(list[SubjectBlock], list(self.subject_blocks)):
@@ -347,7 +353,12 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         slots = references.slots
         if slots is None:
             slots = torch.arange(N, device=tokens.device).unsqueeze(0)
-        return tokens + self.slot_embedding(slots).unsqueeze(2), rotary_emb
+        tokens = tokens + self.slot_embedding(slots).unsqueeze(2)
+        if self.config["subject_positions"]:
+            _, down, across = self.config["patch_size"]
+            grid = picture_positions(latents.shape[-2] // down, latents.shape[-1] // across, tokens.shape[-1])
+            tokens = tokens + grid.repeat(latents.shape[2], 1).to(tokens)
+        return tokens, rotary_emb
 
     # --- one prediction ---
 
@@ -415,6 +426,20 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
         patches = self.proj_out(hidden_states).unflatten(2, (*self.config["patch_size"], -1)).unflatten(1, grid)
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _start_as_matched_filter(video: IdentityAttention, subjects: SubjectBlock) -> None:
+    """Stage 3 of a layer that adds nothing yet, and already looks where a picture resembles the video.
+
+    Query and key are one projection and both patch embeddings are alike, so a token's score is its likeness to each
+    subject token. From projections of their own, attention within a subject was still even after 700 updates.
+    """
+    assert subjects.to_k is not None and subjects.norm_k is not None
+    nn.init.zeros_(video.to_out.weight)
+    nn.init.orthogonal_(subjects.to_k.weight)
+    video.to_q.load_state_dict(subjects.to_k.state_dict())
+    for norm in (video.norm_q, subjects.norm_k):  # a token that meets itself scores MATCH in every head
+        nn.init.constant_(norm.weight, (MATCH / (norm.weight.numel() // video.heads) ** 0.5) ** 0.5)
 
 
 # --- which parameters are whose --------------------------------------------------------------------------------------

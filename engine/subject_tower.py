@@ -224,6 +224,17 @@ def _per_key(values_BN: Tensor, tokens_per_subject: int, num_keys: int) -> Tenso
     return nn.functional.pad(subjects, (0, num_keys - subjects.shape[1]), value=1)
 
 
+def picture_positions(height: int, width: int, dim: int) -> Tensor:
+    """Where in a picture a token lies: sines of its share of height and width, half a wave to eight, (h * w, D)."""
+    waves = torch.pi * 16 ** torch.linspace(0, 1, dim // 4)
+    sides = [(torch.arange(count) + 0.5) / count for count in (height, width)]
+    down, across = (
+        torch.cat([(side.unsqueeze(1) * waves).sin(), (side.unsqueeze(1) * waves).cos()], 1) for side in sides
+    )
+    both = torch.cat([down.repeat_interleave(width, 0), across.repeat(height, 1)], 1)
+    return 0.7 * nn.functional.pad(both, (0, dim - both.shape[1]))
+
+
 class VLMProjector(nn.Module):
     """Last hidden states of the VLM -> the transformer's width, once per clip (D1: norm, then an MLP)."""
 

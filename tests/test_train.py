@@ -15,12 +15,13 @@ from torch import Tensor
 
 from engine.model import IdentityAttention, IdentityWanTransformer3DModel
 from engine.subject_tower import LayerIdentity
-from train import checkpoint, data, optim, sft, vae, world
+from train import binding, checkpoint, data, sft, vae, world
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
     "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
 }  # fmt: skip
+BLANK = data.Blank(text=torch.zeros(1, 5, 8), white=torch.full((4,), 3.0))
 IDENTITY = {**WAN, "identity_layers": 1, "max_subjects": 4, "vlm_dim": 6}
 
 
@@ -43,7 +44,7 @@ def shard(kind: str, subjects: int, seed: int) -> dict[str, Tensor]:
 def cache(tmp_path: Path) -> Path:
     folder = tmp_path / "cache"
     (folder / "null").mkdir(parents=True)
-    save_file({"text": torch.zeros(1, 5, 8)}, folder / "null" / "text.safetensors")
+    save_file(vars(BLANK), folder / "null" / "blank.safetensors")
     for number, (kind, subjects) in enumerate((("still", 1), ("still", 2), ("clip", 2), ("still", 2))):
         save_file(shard(kind, subjects, number), folder / f"{kind}-{number:05d}.safetensors")
     return folder
@@ -119,11 +120,11 @@ def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:
     config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=60, known_region=0)
     model, dealt = sft.new_model(config), data.Cache(cache)
     dealt.refresh()
-    batch, null = dealt.draw("still", 6, np.random.default_rng(0)), torch.zeros(1, 5, 8)
+    batch = dealt.draw("still", 6, np.random.default_rng(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        loss, parts = sft.loss_at(model, batch, config, null, place=(0,))
+        loss, parts = sft.loss_at(model, batch, config, BLANK, place=(0,))
         losses.append(parts["error"])
         loss.backward()
         optimizer.step()
@@ -139,38 +140,41 @@ def test_the_binding_loss_falls_when_each_place_looks_at_whoever_is_there() -> N
     owner = torch.tensor([[1, 1, 2, 0]])
     z = directions[[0, 0, 4, 2]].unsqueeze(0)
     keys = directions[[0, 0, 4, 4, 2]].unsqueeze(0) * 9  # two of each subject, one of the VLM
+    subjects = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).unsqueeze(0)
 
-    def loss(key: Tensor, owner: Tensor) -> float:
-        return sft.binding_loss([(attention, z, LayerIdentity(key, key, None, None))], owner, 2, 4).item()
+    def loss(key: Tensor, owner: Tensor, near: Tensor = subjects) -> float:
+        return binding.binding_loss([(attention, z, LayerIdentity(key, key, None, None))], owner, near).item()
 
     swapped = keys[:, [2, 3, 0, 1, 4]]
     assert loss(keys, owner) < 0.5 * loss(swapped, owner)
-    assert loss(keys, torch.tensor([[2, 2, 1, 0]])) == pytest.approx(loss(swapped, owner), rel=1e-4)
+    assert loss(keys, owner, subjects.flip(-1)) == pytest.approx(loss(swapped, owner), rel=1e-4)
     assert loss(keys, torch.tensor([[1, 1, 2, -1]])) < loss(keys, owner)
     assert loss(keys, torch.full_like(owner, -1)) == 0
+    half = subjects * torch.tensor([1.0, 0, 1, 0])  # one part of each subject is the right one
+    assert loss(keys, owner, half) > loss(keys, owner)
 
 
-def test_muon_moves_every_direction_of_a_matrix_alike_and_adam_the_rest() -> None:
-    flat = torch.randn(3, 12, 4) @ torch.diag(torch.tensor([9.0, 3.0, 1.0, 0.3])) @ torch.randn(3, 4, 30)
-    singular = torch.linalg.svdvals(optim.orthogonalised(flat))[:, :4]
-    assert bool(((singular > 0.6) & (singular < 1.3)).all())
-    model = torch.nn.ModuleDict({"hidden": torch.nn.Linear(16, 32), "embed": torch.nn.Linear(16, 16)})
-    optimizer = optim.MuonAdam(model, matrix_rate=0.2, rate=0.02)
-    kinds = {id(p): g["kind"] for g in optimizer.param_groups for p in g["params"]}
-    assert {name: kinds[id(p)] for name, p in model.named_parameters()} == {
-        "hidden.weight": "muon", "hidden.bias": "adam", "embed.weight": "adam", "embed.bias": "adam",
-    }  # fmt: skip
-    x = torch.randn(64, 16)
-    target = x @ torch.randn(16, 32)
-    first = last = 0.0
-    for step in range(150):
-        optimizer.scale = 1 - step / 150
-        loss = (model["hidden"](model["embed"](x)) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        first, last = first or loss.item(), loss.item()
-    assert last < 0.1 * first
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_counterpart_of_a_place_is_the_same_part_of_a_larger_mirrored_or_moved_picture(mirrored: bool) -> None:
+    white = torch.zeros(4)
+    part = torch.randn(4, 2, 2)  # a subject of four parts
+    latents = torch.full((1, 4, 2, 8, 8), 7.0)
+    latents[0, :, 0, 2:4, 4:6] = part
+    latents[0, :, 1, 5:7, 1:3] = part  # it moves
+    owner = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
+    owner[0, 0, 2:4, 4:6] = owner[0, 1, 5:7, 1:3] = 2
+    references = torch.zeros(1, 2, 1, 4, 8, 8)
+    references[0, 0, 0, :, 3:5, 3:5] = 1.0
+    larger = part.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    references[0, 1, 0, :, 3:7, 1:5] = larger.flip(-1) if mirrored else larger
+    near = binding.counterparts(latents, owner, references, white, patch=1)
+    assert near.shape == (1, 2 * 64, 2 * 64)
+    held = owner.flatten() > 0
+    assert not near[0, ~held].any() and not near[0, :, :64].any()  # nobody else's place, and not the other subject
+    shown = references[0, 1, 0].flatten(1)[:, near[0, held, 64:].argmax(-1)]
+    assert torch.equal(shown, latents.flatten(2)[0][:, held])
+    references[0, 1] += 1.0  # no white rim: the whole picture counts
+    assert bool((binding.counterparts(latents, owner, references, white, patch=1)[0, held, 64:] == 1).all())
 
 
 def test_identity_blocks_start_from_the_base_as_it_is(tmp_path: Path, cache: Path) -> None:
@@ -212,7 +216,8 @@ def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None
         references=torch.zeros(count, 2, 1, 1, 1, 1), vlm=torch.zeros(count, 3, 1),
         vlm_mask=torch.ones(count, 3, dtype=torch.bool),
     )  # fmt: skip
-    text, references = sft.conditions(batch, config, torch.zeros(1, 1, 1), torch.Generator().manual_seed(0))
+    nothing = data.Blank(text=torch.zeros(1, 1, 1), white=torch.zeros(1))
+    text, references = sft.conditions(batch, config, nothing, torch.Generator().manual_seed(0))
     no_text, no_subjects = text.flatten() == 0, ~references.mask.flatten(1).any(1)
     shares = [(no_text & ~no_subjects), (no_subjects & ~no_text), (no_text & no_subjects)]
     assert all(abs(share.float().mean().item() - 0.1) < 0.02 for share in shares)
@@ -236,6 +241,38 @@ def test_noise_levels_that_share_their_subjects_cost_what_they_cost_apart(cache:
     assert torch.allclose(shared, apart, atol=1e-5)
 
 
+def test_in_pair_references_show_each_subject_as_the_clip_has_it_on_white_paper() -> None:
+    tensors = shard("clip", 2, 0)
+    tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
+    tensors["owner"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    tensors["owner"][:, :, 4, 4:6], tensors["owner"][:, :, 4, 3] = 1, 2
+    tensors["references"] = torch.zeros(6, 2, 2, 4, 8, 8)
+    batch = data.Batch(**tensors)
+    cut = data.cut_from_clip(batch, BLANK.white, np.random.default_rng(1))
+    assert cut.shape == batch.references.shape and torch.equal(cut[:, :, 0], cut[:, :, 1])
+    drawn = (cut[:, :, 0] != 3).any(2)
+    assert drawn.sum((2, 3)).tolist() == [[2, 1]] * 6
+    for row in range(6):
+        seen = cut[row, 0, 0][:, drawn[row, 0]]
+        assert any(torch.equal(seen, batch.latents[row, :, frame, 4, 4:6]) for frame in range(3))
+
+
+def test_in_pair_references_are_for_the_first_half_of_a_run() -> None:
+    config = sft.SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=100, in_pair=1.0, noises=1)
+    tensors = shard("still", 2, 0)
+    batch = data.Batch(**{key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
+
+    def seen_at(step: int) -> Tensor:
+        model = sft.new_model(config)
+        shown: list[Tensor] = []
+        model.encode_identity = lambda references: shown.append(references.latents)  # type: ignore[method-assign]
+        sft.loss_at(model, batch, config, BLANK, place=(step,))
+        return shown[0]
+
+    assert not any(torch.equal(a, b) for a, b in zip(seen_at(0), batch.references, strict=True))
+    assert torch.equal(seen_at(50), batch.references)
+
+
 class Ear(torch.nn.Module):
     """Predicts zero and keeps what it was asked."""
 
@@ -251,7 +288,7 @@ def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
     tensors["owner"][:, :, :2, :2] = 1
     tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
     batch, ear = data.Batch(**tensors), Ear()
-    before, _ = sft.loss_at(ear, batch, config, torch.zeros(1, 5, 8), place=(0,))
+    before, _ = sft.loss_at(ear, batch, config, BLANK, place=(0,))
     inside = torch.zeros(6, 3, 8, 8, dtype=torch.bool)
     inside[:, :, :4, :4] = True  # the subject's patch and one more on every side
     asked = ear.timestep.unflatten(1, (3, 4, 4)).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -260,7 +297,7 @@ def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
     assert torch.equal(ear.latents[outside], batch.latents[outside])
     assert not torch.equal(ear.latents[~outside], batch.latents[~outside])
     tensors["latents"] = torch.where(outside, batch.latents + 3, batch.latents)
-    assert torch.equal(sft.loss_at(ear, data.Batch(**tensors), config, torch.zeros(1, 5, 8), place=(0,))[0], before)
+    assert torch.equal(sft.loss_at(ear, data.Batch(**tensors), config, BLANK, place=(0,))[0], before)
 
 
 def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 from engine import encode
 from train import world
 from train.checkpoint import Meter
-from train.optim import Team
+from train.team import Team
 from train.vae import stills
 
 NUM_FRAMES = 9
@@ -46,6 +46,37 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+
+@dataclass(frozen=True)
+class Blank:
+    """What stands where nothing is said or shown."""
+
+    text: Tensor  # (1, L, text_dim), UMT5's states of the empty prompt
+    white: Tensor  # (C,), the latent of white paper
+
+    @classmethod
+    def load(cls, cache: Path) -> Blank:
+        """Read it from the folder of a cache."""
+        return cls(**load_file(cache / "null" / "blank.safetensors"))
+
+
+def cut_from_clip(batch: Batch, white: Tensor, rng: np.random.Generator) -> Tensor:
+    """In-pair references: every subject alone on white, as it is in one frame, moved by up to 3 latent pixels.
+
+    Latents are cut, not pixels, so the VAE has to encode every latent pixel's patch by itself, as the toybox's does.
+
+    Returns:
+        (B, N, V, C, h, w), all V pictures of a subject alike.
+    """
+    B, N, V, C, h, w = batch.references.shape
+    frame, reach = int(rng.integers(batch.latents.shape[2])), 3
+    paper = white.view(1, 1, C, 1, 1).expand(B, N, C, h + 2 * reach, w + 2 * reach).clone()
+    held = batch.owner[:, None, frame] == torch.arange(1, N + 1).view(1, N, 1, 1)
+    alone = torch.where(held.unsqueeze(2), batch.latents[:, None, :, frame], white.view(1, 1, C, 1, 1))
+    top, left = rng.integers(0, 2 * reach + 1, 2)
+    paper[..., top : top + h, left : left + w] = alone
+    return paper[..., reach : reach + h, reach : reach + w].unsqueeze(2).expand(B, N, V, C, h, w)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +25,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from engine.job import Document
-from engine.model import IdentityAttention, IdentityWanTransformer3DModel, is_identity_key
+from engine.model import IdentityWanTransformer3DModel
 from engine.sampling import noised, shifted
-from engine.subject_tower import LayerIdentity, References
+from engine.subject_tower import References
 from train import checkpoint
-from train.data import Batch, Cache
-from train.optim import MuonAdam, Team
+from train.binding import Seen, binding_loss, counterparts, tokens_owner, watched
+from train.data import Batch, Blank, Cache, cut_from_clip
+from train.team import Team
+
+BETAS = (0.9, 0.99)  # of AdamW
+ZERO_START = 4.0  # times the rate, for stage 3's output projections
 
 
 class SftConfig(Document):
@@ -60,14 +62,14 @@ class SftConfig(Document):
     """Noise levels drawn for each sample of an update; its subjects are read once for all of them."""
     known_region: float = Field(0.2, ge=0, le=1)
     """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
-    matrix_rate: float = Field(0.02, gt=0)
-    """Muon's peak rate, for matrices."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Adam's peak rate, for everything else; both after a warm-up of 100 updates."""
-    weight_decay: float = Field(0.02, ge=0)
-    """Of matrices, as a share of Muon's rate."""
+    learning_rate: float = Field(7e-4, gt=0)
+    """AdamW's peak rate, after a warm-up of 100 updates."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's, as a share of its rate."""
     ema: float = Field(0.999, ge=0, lt=1)
     """Decay of the averaged weights, which are the ones that are exported."""
+    in_pair: float = Field(0.5, ge=0, le=1)
+    """Share of samples whose subjects are cut from the clip itself, at first; it falls to zero by half of the steps."""
     drop_text: float = Field(0.1, ge=0, le=1)
     """Share of samples without prompt and VLM."""
     drop_subjects: float = Field(0.1, ge=0, le=1)
@@ -107,33 +109,41 @@ def surroundings(owner: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
     return nn.functional.max_pool2d(coarse, 3, stride=1, padding=1) > 0
 
 
-def conditions(batch: Batch, config: SftConfig, null_text: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+def conditions(
+    batch: Batch, config: SftConfig, blank: Blank, generator: torch.Generator, in_pair: float = 0.0
+) -> tuple[Tensor, Any]:
     """UMT5 states and `References` of a batch after condition dropout: text .1, subjects .1, both .1."""
     roll = torch.rand(len(batch), generator=generator)
     no_text = roll < config.drop_text + config.drop_both
     no_subjects = (roll >= config.drop_text) & (roll < config.drop_text + config.drop_both + config.drop_subjects)
-    text = torch.where(no_text.view(-1, 1, 1), null_text, batch.text)
+    text = torch.where(no_text.view(-1, 1, 1), blank.text, batch.text)
     if config.kind == "base":
         return text, None
     there = (~no_subjects).view(-1, 1, 1).expand(batch.references.shape[:3])
     heard = batch.vlm_mask & ~(no_text | no_subjects).unsqueeze(1)
-    return text, References(batch.references, there, vlm_states=batch.vlm, vlm_mask=heard)
+    pictures = batch.references
+    if in_pair > 0:
+        same = torch.rand(len(batch), generator=generator) < in_pair
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        pictures = torch.where(same.view(-1, 1, 1, 1, 1, 1), cut_from_clip(batch, blank.white, rng), pictures)
+    return text, References(pictures, there, vlm_states=batch.vlm, vlm_mask=heard)
 
 
 def loss_at(
-    model: Any, batch: Batch, config: SftConfig, null_text: Tensor, place: tuple[int, ...]
+    model: Any, batch: Batch, config: SftConfig, blank: Blank, place: tuple[int, ...]
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
 
     Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
-    `place` seeds noise and dropout.
+    `place` is the update, and whatever tells this batch from others of it; it seeds noise and dropout.
 
     Returns:
         The loss, and its parts as numbers.
     """
     rng = np.random.default_rng((config.seed, *place, 1))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    text, references = conditions(batch, config, null_text, generator)
+    in_pair = config.in_pair * max(0.0, 1 - 2 * place[0] / config.steps)
+    text, references = conditions(batch, config, blank, generator, in_pair)
     identity = None if references is None else model.encode_identity(references)
 
     clean, owner, text = (each.repeat_interleave(config.noises, 0) for each in (batch.latents, batch.owner, text))
@@ -155,77 +165,22 @@ def loss_at(
         repeated = identity.repeat_interleave(config.noises)
         with watched(model) as seen:
             predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
-        asked = whom_to_look_at(tokens_owner(owner, patch), references, config.noises)
-        looks = binding_loss(seen, asked, batch.references.shape[1], repeated.num_subject_tokens)
+        looks = (
+            _looks(seen, batch, references, blank, patch) if repeated.num_subject_tokens else predicted.new_zeros(())
+        )
     error = ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
     return error + config.binding * looks, {"error": error.item(), "looks": looks.item()}
 
 
-# --- who is who ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def watched(model: Any) -> Iterator[list[tuple[IdentityAttention, Tensor, LayerIdentity]]]:
-    """Inside, what the last three stages 3 read is noted down: the module, Z (B, Q, D), and the layer's keys."""
-    seen: list[tuple[IdentityAttention, Tensor, LayerIdentity]] = []
-    watching = [m for m in model.modules() if isinstance(m, IdentityAttention)][-3:]
-
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(module, IdentityAttention)
-        seen.append((module, *inputs))
-
-    handles = [module.register_forward_pre_hook(note) for module in watching]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def tokens_owner(owner: Tensor, patch: int) -> Tensor:
-    """(B, F, h, w) slots -> (B, tokens): who is in a token, 0 for nobody; the highest slot where several are."""
-    return nn.functional.max_pool2d(owner.float(), patch).long().flatten(1)
-
-
-def whom_to_look_at(owner_BQ: Tensor, references: References, noises: int) -> Tensor:
-    """`owner_BQ` with -1 where there is nobody to look at: without subjects, and in the background without a VLM."""
-    assert references.mask is not None and references.vlm_mask is not None
-    there, heard = (
-        mask.flatten(1).any(1).repeat_interleave(noises).unsqueeze(1) for mask in (references.mask, references.vlm_mask)
-    )
-    return torch.where(there & (heard | (owner_BQ > 0)), owner_BQ, -1)
-
-
-def binding_loss(
-    seen: list[tuple[IdentityAttention, Tensor, LayerIdentity]], owner_BQ: Tensor, num_subjects: int, num_keys: int
-) -> Tensor:
-    """-log of the share of attention that a place gives to whoever is there: its subject, or the VLM's tokens.
-
-    Background has to look at the VLM: what stage 3 adds could otherwise not tell a subject's place from any other, and
-    adding a subject's colour everywhere only hurts. Without this loss nearly all attention went to the VLM and stayed
-    there (docs/log.md). Heads are averaged before the logarithm, so that some may look elsewhere. Our reading of
-    FastComposer's localised attention (arXiv 2305.10431); the paper has no such term.
-
-    Args:
-        seen: what `watched` noted down.
-        owner_BQ: the slot at each video token, 0 for the background, -1 where nothing is asked.
-        num_subjects: N.
-        num_keys: keys of all subjects together; they come first, equally many for each.
-    """
-    losses = []
-    for module, z, layer in seen if num_keys else []:
-        query = module.norm_q(module.to_q(module.norm(z))).unflatten(-1, (module.heads, -1))
-        key = layer.key.unflatten(-1, (module.heads, -1))
-        scores = torch.einsum("bqhd,bshd->bhqs", query, key) * query.shape[-1] ** -0.5
-        if layer.mask is not None:
-            scores = scores.masked_fill(~layer.mask[:, None, None], float("-inf"))
-        shares = scores.softmax(-1).mean(1)  # (B, Q, S)
-        of_each = shares[..., :num_keys].unflatten(-1, (num_subjects, -1)).sum(-1)
-        of_all = torch.cat([shares[..., num_keys:].sum(-1, keepdim=True), of_each], -1)  # (B, Q, 1 + N)
-        surprise = -of_all.gather(-1, owner_BQ.clamp(min=0).unsqueeze(-1)).squeeze(-1).clamp(min=1e-6).log()
-        for places in (owner_BQ > 0, owner_BQ == 0):
-            losses.append((surprise * places).sum() / places.sum().clamp(min=1))
-    return torch.stack(losses).mean() if losses else torch.zeros(())
+def _looks(seen: Seen, batch: Batch, references: References, blank: Blank, patch: int) -> Tensor:
+    """The binding loss of a batch in which some are asked nothing: without subjects, in background without a VLM."""
+    assert references.latents is not None and references.mask is not None and references.vlm_mask is not None
+    there, heard = (mask.flatten(1).any(1, keepdim=True) for mask in (references.mask, references.vlm_mask))
+    owner = tokens_owner(batch.owner, patch)
+    asked = torch.where(there & (heard | (owner > 0)), owner, -1)
+    near = counterparts(batch.latents, batch.owner, references.latents, blank.white, patch)
+    noises = len(seen[0][1]) // len(batch)
+    return binding_loss(seen, *(each.repeat_interleave(noises, 0) for each in (asked, near)))
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -272,6 +227,15 @@ def read_run(run: Path) -> SftConfig:
     return SftConfig.model_validate_json((run / "run.json").read_text(encoding="utf-8"))
 
 
+def new_optimizer(model: nn.Module, config: SftConfig) -> torch.optim.AdamW:
+    """AdamW; what starts at zero moves faster, as B of a low-rank pair does (LoRA+, arXiv 2402.12354)."""
+    rates: dict[float, list[nn.Parameter]] = {1.0: [], ZERO_START: []}
+    for name, parameter in model.named_parameters():
+        rates[ZERO_START if name.endswith(".identity.to_out.weight") else 1.0].append(parameter)
+    groups = [{"params": own, "peak": rate * config.learning_rate} for rate, own in rates.items() if own]
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=config.weight_decay, fused=True)
+
+
 def schedule(step: int, config: SftConfig) -> float:
     """Share of the peak rates: warm-up over 100 updates, flat, linear to zero over the last quarter."""
     return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (0.25 * config.steps)))
@@ -284,20 +248,12 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     """
     config, team = read_run(run), Team()
     model = new_model(config).train()
-    # Not Muon for the identity blocks: their first gradients have few directions, and Muon makes all others as loud.
-    # The tower then grew a constant that was 98 % of every token (docs/log.md).
-    optimizer = MuonAdam(
-        model,
-        matrix_rate=config.matrix_rate,
-        rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        by_adam=is_identity_key,
-    )
+    optimizer = new_optimizer(model, config)
     ema = checkpoint.Ema(model, config.ema)
     step = resume(run, model, ema, optimizer)
     cache = Cache(Path(config.cache))
     cache.refresh()
-    null_text = _null_text(Path(config.cache))
+    blank = Blank.load(Path(config.cache))
     last = config.steps if updates is None else min(config.steps, step + updates)
     meter, began, kept = checkpoint.Meter(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
 
@@ -308,8 +264,9 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     stop = False
     while step < last and not stop:
         kind = "clip" if step % config.clip_every == config.clip_every - 1 else "still"
-        optimizer.scale = schedule(step, config)
-        parts = [_one_pass(model, cache, config, null_text, kind, (step, team.rank, i)) for i in range(config.passes)]
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, config)
+        parts = [_one_pass(model, cache, config, blank, kind, (step, team.rank, i)) for i in range(config.passes)]
         stop = team.average_gradients(model, stop=time.monotonic() - began > seconds)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -330,14 +287,14 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
 
 
 def _one_pass(
-    model: nn.Module, cache: Cache, config: SftConfig, null_text: Tensor, kind: str, place: tuple[int, int, int]
+    model: nn.Module, cache: Cache, config: SftConfig, blank: Blank, kind: str, place: tuple[int, int, int]
 ) -> dict[str, float]:
     """Add the gradients of one batch; `place` is (step, process, pass). Returns the parts of its loss."""
     step, _, number = place
     size = config.clip_batch if kind == "clip" else config.still_batch
     shape = np.random.default_rng((config.seed, step, number, 2))  # one for the team: four subjects are waited for
     batch = cache.draw(kind, size, np.random.default_rng((config.seed, *place, 3)), shape)
-    loss, parts = loss_at(model, batch, config, null_text, place)
+    loss, parts = loss_at(model, batch, config, blank, place)
     (loss / config.passes).backward()
     return parts
 
@@ -352,13 +309,6 @@ def resume(run: Path, model: nn.Module, ema: checkpoint.Ema, optimizer: torch.op
     ema.restore(groups["ema"], step)
     checkpoint.restore_optimizer(optimizer, groups["optimizer"])
     return step
-
-
-def _null_text(cache: Path) -> Tensor:
-    """UMT5's states of the empty prompt, written beside the shards: (1, L, text_dim)."""
-    from safetensors.torch import load_file
-
-    return load_file(cache / "null" / "text.safetensors")["text"].float()
 
 
 def export(run: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ WAN: dict[str, Any] = {
     "num_layers": 6,
     "rope_max_seq_len": 512,
 }
-IDENTITY: dict[str, Any] = {"identity_layers": 4, "max_subjects": 4, "vlm_dim": 128}
+IDENTITY: dict[str, Any] = {"identity_layers": 4, "max_subjects": 4, "vlm_dim": 128, "subject_positions": True}
 SHARDS = 120
 BASE_STEPS, IDENTITY_STEPS = 300, 560
 
@@ -81,17 +81,20 @@ def write_parts(state: Path, seconds: float) -> bool:
 
 def cache(state: Path, seconds: float) -> bool:
     """Draw and encode the training scenes."""
+    import numpy as np
     from safetensors.torch import save_file
 
-    from engine.encode import text_states
+    from engine.encode import picture_latents, text_states
     from train.data import Encoders, write_cache
 
     encoders = Encoders.load(state / "parts")
     null = state / "cache" / "null"
     null.mkdir(parents=True, exist_ok=True)
-    fresh = null / f"text.{os.getpid()}.new"
-    save_file({"text": text_states([""], encoders.tokenizer, encoders.text_encoder)}, fresh)
-    fresh.replace(null / "text.safetensors")
+    fresh = null / f"blank.{os.getpid()}.new"
+    paper = picture_latents([np.full((64, 64, 3), 255, np.uint8)], encoders.vae)
+    blank = {"text": text_states([""], encoders.tokenizer, encoders.text_encoder), "white": paper[0, :, 8, 8]}
+    save_file({name: tensor.contiguous() for name, tensor in blank.items()}, fresh)
+    fresh.replace(null / "blank.safetensors")
     return write_cache(state / "cache", encoders, shards=SHARDS, seconds=seconds)
 
 

@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 from train import checkpoint, world
-from train.optim import MuonAdam, Team
+from train.team import Team
 
 # Pixels are folded 4x4 before the first convolution and nothing is resampled after it. Every resampling of Wan's VAE
 # enlarges by repeating pixels, and what tells the copies apart has to be learned: 15 minutes on two cores gave 19 dB
@@ -51,7 +51,8 @@ CONFIG: dict[str, Any] = {
 }
 STEPS = 900
 STILL_BATCH, CLIP_BATCH, CLIP_FRAMES, CLIP_CROP = 14, 1, 9, 48
-RATES: dict[str, Any] = {"matrix_rate": 5e-4, "rate": 1e-4}
+RATE = 5e-4
+NOISE = 0.25  # most that is added to a latent before decoding; latents have rms 1
 LOUD = 6.0  # offset before the last SiLU of each half: there it is almost a straight line
 
 
@@ -197,10 +198,15 @@ def posterior_of(vae: AutoencoderKLWan, pixels: Tensor) -> Any:
     return vae.encode(pixels, return_dict=False)[0]
 
 
-def loss_of(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """L1, plus L1 of neighbouring differences so that outlines stay sharp."""
+def loss_of(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """L1, plus L1 of neighbouring differences so that outlines stay sharp.
+
+    Every sample gets noise of its own size, as the latents that a transformer leaves are never quite clean.
+    """
     with torch.no_grad():
-        latents = posterior_of(vae, pixels).sample()  # a little noise, as a transformer's latents have
+        latents = posterior_of(vae, pixels).mean
+        size = NOISE * torch.rand(len(latents), 1, 1, 1, 1, generator=generator)
+        latents = latents + size * torch.randn(latents.shape, generator=generator)
     decoded: Any = vae.decode(latents, return_dict=False)[0]
     error = (decoded - pixels).abs().mean()
     edges = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (-1, -2))
@@ -220,7 +226,8 @@ def train(state: Path, *, seconds: float) -> bool:
     # The encoder stays the linear codec: latents are final before the first update, so the transformer need not wait.
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    optimizer = MuonAdam(vae, **RATES)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     ema = checkpoint.Ema(vae, 0.995)
     step = 0
     if saved := checkpoint.load(state):
@@ -236,10 +243,10 @@ def train(state: Path, *, seconds: float) -> bool:
 
     stop = False
     while step < STEPS and not stop:
-        optimizer.scale = schedule(step, STEPS)
+        optimizer.param_groups[0]["lr"] = RATE * schedule(step, STEPS)
         pixels = batch_at(step, team.rank)
         with stills(vae):
-            loss, values = loss_of(vae, pixels)
+            loss, values = loss_of(vae, pixels, torch.Generator().manual_seed(2 * step + team.rank))
             loss.backward()
         stop = team.average_gradients(vae, stop=time.monotonic() > until)
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

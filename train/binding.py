@@ -1,0 +1,153 @@
+"""Teach stage 3 where to look: a place in the frame at the same part of whoever is there, background at the VLM.
+
+In:  a batch's owner maps, latents and reference latents; what stage 3 read while it predicted.
+Out: one loss. The paper has no such term: it is FastComposer's localised attention (arXiv 2305.10431), taken down to
+parts. Without it attention stayed even within a subject for as long as we watched (docs/log.md).
+Knows nothing of noise levels, optimisers or runs.
+
+Shapes: B samples, N subjects, V pictures of each, C latent channels, F latent frames, h x w latent pixels, Q video
+tokens, S keys (N * V * tokens of a picture, then the VLM's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.model import IdentityAttention
+from engine.subject_tower import LayerIdentity
+
+REACH = 0.7  # tokens; how far from the right part of a picture a look may land
+Seen = list[tuple[IdentityAttention, Tensor, LayerIdentity]]
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Seen]:
+    """Inside, what the last three stages 3 read is noted down: the module, Z (B, Q, D), and the layer's keys."""
+    seen: Seen = []
+    watching = [m for m in model.modules() if isinstance(m, IdentityAttention)][-3:]
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, IdentityAttention)
+        seen.append((module, *inputs))
+
+    handles = [module.register_forward_pre_hook(note) for module in watching]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tokens_owner(owner: Tensor, patch: int) -> Tensor:
+    """(B, F, h, w) slots -> (B, Q): who is in a token, 0 for nobody; the highest slot where several are."""
+    return nn.functional.max_pool2d(owner.float(), patch).long().flatten(1)
+
+
+def counterparts(latents: Tensor, owner: Tensor, references: Tensor, white: Tensor, patch: int) -> Tensor:
+    """How near each subject token is to the part of its subject that a video token shows.
+
+    Where in its subject a place is, is told by the box around the subject, in the frame and in the picture; of both
+    mirror images the one counts whose colours fit better. A picture without a white rim has no box: all of it counts.
+
+    Args:
+        latents: (B, C, F, h, w).
+        owner: (B, F, h, w), slots.
+        references: (B, N, V, C, h, w).
+        white: (C,), the latent of white paper.
+        patch: latent pixels of a token's side.
+
+    Returns:
+        (B, Q, N * V * tokens), 1 at the right part, falling to 0 within about two tokens; 0 where the video token
+        shows another subject or none.
+    """
+    (B, _, F, h, w), (N, V) = latents.shape, references.shape[1:3]
+    drawn = (references - white.view(-1, 1, 1)).square().mean(3) > 0.02  # (B, N, V, h, w)
+    rim = torch.cat([drawn[..., 0, :], drawn[..., -1, :], drawn[..., :, 0], drawn[..., :, -1]], -1).float().mean(-1)
+    held = owner.unsqueeze(1) == torch.arange(1, N + 1).view(1, N, 1, 1, 1)  # (B, N, F, h, w)
+    inside, pictured = _box(held), _box(drawn)  # (B, N, F, 4), (B, N, V, 4)
+
+    ys, xs = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    cells = torch.stack([ys, xs], -1).view(1, 1, 1, 1, h * w, 2)
+    straight = _carried(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=False)  # (B, N, F, V, h * w, 2)
+    mirrored = _carried(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=True)
+    costs = [_misfit(latents, held, references, places) for places in (straight, mirrored)]
+    flip = (costs[1] < costs[0]).view(B, N, F, V, 1, 1)
+
+    centres = nn.functional.avg_pool2d(torch.stack([ys, xs]), patch).flatten(1).T.view(1, 1, 1, 1, -1, 2)
+    places = torch.where(
+        flip,
+        _carried(centres, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=True),
+        _carried(centres, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=False),
+    )  # (B, N, F, V, q, 2)
+    away = (places.unsqueeze(-2) - centres.view(1, 1, 1, 1, 1, -1, 2)).square().sum(-1) / patch**2
+    near = torch.where((rim > 0.3).view(B, N, 1, V, 1, 1), 1.0, torch.exp(-away / (2 * REACH**2)))
+    mine = tokens_owner(owner, patch).view(B, 1, F, 1, -1, 1) == torch.arange(1, N + 1).view(1, N, 1, 1, 1, 1)
+    return (near * mine).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, N * V * near.shape[-1])
+
+
+def _box(mask: Tensor) -> Tensor:
+    """(..., h, w) -> (..., 4): top, left, bottom, right edge of what is True; all when nothing is."""
+    sides = []
+    for rows in (mask.any(-1), mask.any(-2)):
+        some, count = rows.any(-1), rows.shape[-1]
+        first = torch.where(some, rows.int().argmax(-1), 0)
+        last = torch.where(some, count - rows.flip(-1).int().argmax(-1), count)
+        sides.append((first, last))
+    (top, bottom), (left, right) = sides
+    return torch.stack([top, left, bottom, right], -1).float()
+
+
+def _carried(points: Tensor, inside: Tensor, pictured: Tensor, *, mirrored: bool) -> Tensor:
+    """Points (y, x) from one box into another, clamped to it. Boxes (..., 4) broadcast; returns (..., points, 2)."""
+    inside, pictured = inside.unsqueeze(-2), pictured.unsqueeze(-2)
+    share = ((points - inside[..., :2]) / (inside[..., 2:] - inside[..., :2])).clamp(0, 1)
+    if mirrored:
+        share = torch.stack([share[..., 0], 1 - share[..., 1]], -1)
+    return pictured[..., :2] + share * (pictured[..., 2:] - pictured[..., :2])
+
+
+def _misfit(latents: Tensor, held: Tensor, references: Tensor, places: Tensor) -> Tensor:
+    """Mean square between what a subject's latent pixels show and what its picture shows there: (B, N, F, V)."""
+    (B, C, F, h, w), (N, V) = latents.shape, references.shape[1:3]
+    y, x = places.long().unbind(-1)
+    index = (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).unsqueeze(-2)  # (B, N, F, V, 1, h * w)
+    pictures = references.flatten(-2).unsqueeze(2).expand(B, N, F, V, C, h * w)
+    shown = pictures.gather(-1, index.expand(B, N, F, V, C, h * w))
+    video = latents.transpose(1, 2).flatten(-2).view(B, 1, F, 1, C, h * w)
+    error = (shown - video).square().mean(-2) * held.flatten(-2).unsqueeze(3)
+    return error.sum(-1) / held.flatten(-2).sum(-1).unsqueeze(3).clamp(min=1)
+
+
+def binding_loss(seen: Seen, owner_BQ: Tensor, near_BQS: Tensor) -> Tensor:
+    """-log of the share of attention that a place gives to the right part of whoever is there, or to the VLM's tokens.
+
+    Background has to look at the VLM: what stage 3 adds could otherwise not tell a subject's place from any other, and
+    adding a subject's colour everywhere only hurts. Heads are averaged before the logarithm, so that some may look
+    elsewhere.
+
+    Args:
+        seen: what `watched` noted down.
+        owner_BQ: the slot at each video token, 0 for the background, -1 where nothing is asked.
+        near_BQS: what `counterparts` gives, for the subjects' keys, which come first.
+    """
+    losses = []
+    count = near_BQS.shape[-1]
+    for module, z, layer in seen:
+        if layer.key.shape[1] < count:  # the batch's subjects were all dropped
+            continue
+        query = module.norm_q(module.to_q(module.norm(z))).unflatten(-1, (module.heads, -1))
+        key = layer.key.unflatten(-1, (module.heads, -1))
+        scores = torch.einsum("bqhd,bshd->bhqs", query, key) * query.shape[-1] ** -0.5
+        if layer.mask is not None:
+            scores = scores.masked_fill(~layer.mask[:, None, None], float("-inf"))
+        shares = scores.softmax(-1).mean(1)  # (B, Q, S)
+        right = torch.where(owner_BQ > 0, (shares[..., :count] * near_BQS).sum(-1), shares[..., count:].sum(-1))
+        surprise = -right.clamp(min=1e-6).log()
+        for places in (owner_BQ > 0, owner_BQ == 0):
+            losses.append((surprise * places).sum() / places.sum().clamp(min=1))
+    return torch.stack(losses).mean() if losses else torch.zeros(())
