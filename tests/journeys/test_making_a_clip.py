@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.sync_api import Page, expect
 
 from engine import presets, video
 from engine.job import read_job
-from tests.journeys.conftest import Server, Watched, endless, open_page, quick, wait_for
+from tests.journeys.conftest import ROOT, Server, Watched, endless, open_page, quick, wait_for
 
 pytestmark = pytest.mark.browser
 
@@ -38,6 +39,21 @@ def test_two_samples_and_a_sentence_become_a_clip_by_clicks(page: Page, server: 
     assert [subject.name for subject in row.job.subjects] == ["rocket", "rabbit"]
     assert read_job(video.read_document(Path(row.saved["clip"])) or "").seed == row.job.seed
     expect(page.locator("#stage")).to_contain_text(str(row.job.seed))
+
+
+def test_the_sanity_check_shows_its_clip_beside_the_one_that_ships(page: Page, server: Server) -> None:
+    page.locator("#sanity").click()
+    row = wait_for(lambda: server.row("done"), "the fixed job's clip")
+    assert row.saved is not None
+    expect(page.locator("#stage video")).to_have_count(2)
+    expect(page.locator("#stage")).to_contain_text("This is how it should look.")
+    scale = presets.load("toybox").display_scale
+    made, shipped = (
+        video.read_frames(clip, display_scale=scale)
+        for clip in (Path(row.saved["clip"]), ROOT / "assets" / "sanity.mp4")
+    )
+    # The same frames on the machine that made the shipped clip; elsewhere sums are rounded in another order.
+    assert np.abs(made.astype(int) - shipped).mean() < 4
 
 
 def test_a_draft_is_finished_with_all_steps_and_the_same_seed(page: Page, server: Server) -> None:
