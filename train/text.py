@@ -29,7 +29,6 @@ from transformers import (
 
 from engine.encode import vlm_inputs
 from train import checkpoint, world
-from train.vae import schedule
 from train.world_captions import described, with_article
 
 TEXT_TOKENS = 64
@@ -189,6 +188,11 @@ def new_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGener
         tie_word_embeddings=True,
     )  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def schedule(step: int, total: int) -> float:
+    """Share of the peak rate: short warm-up, flat, linear decay over the last third."""
+    return min(1.0, (step + 1) / 50, max(0.02, (total - step) / (0.33 * total)))
 
 
 def _teach(name: str, module: nn.Module, loss_at: Any, state: Path, total: int, peak: float, seconds: float) -> bool:

@@ -4,11 +4,11 @@ In:  the drawn world (`train.world`), minutes to spend, a folder for the state.
 Out: assets/toybox in diffusers' and transformers' layout. STAGES below holds the order.
 Knows nothing of the studio.
 
-    python -m train.toybox vae --minutes 30
+    python -m train.toybox text --minutes 30
     python -m train.toybox all
     GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m train.toybox identity
 
-Under torchrun the stages vae, cache, base and identity are done by all processes together. `adopt`, then cache and
+Under torchrun the stages cache, base and identity are done by all processes together. `adopt`, then cache and
 identity, goes on from the shipped checkpoint where the state is lost.
 """
 
@@ -42,10 +42,11 @@ BASE_STEPS, IDENTITY_STEPS = 300, 560
 
 
 def vae(state: Path, seconds: float) -> bool:
-    """Train the video VAE."""
+    """Fit the video VAE and write it under `<state>/parts`."""
     from train import vae as stage
 
-    return stage.train(state / "vae", seconds=seconds)
+    stage.write(state / "parts" / "vae")
+    return True
 
 
 def tokenizers(state: Path, seconds: float) -> bool:
@@ -71,10 +72,9 @@ def describe_pictures(state: Path, seconds: float) -> bool:
 
 
 def write_parts(state: Path, seconds: float) -> bool:
-    """Write the frozen parts (VAE, tokenizers, UMT5, Qwen2.5-VL) under `<state>/parts`, half precision."""
-    from train import text, vae
+    """Write the readers of words (tokenizers, UMT5, Qwen2.5-VL) under `<state>/parts`, half precision."""
+    from train import text
 
-    vae.export(state / "vae", state / "parts" / "vae")
     text.export(state, state / "parts")
     return True
 
