@@ -116,6 +116,12 @@ def test_two_processes_make_one_run_and_agree_on_its_weights(tmp_path: Path, cac
     assert any(not torch.equal(first[key], second[key]) for key in first)  # the other one's batches count too
 
 
+def test_clips_are_rare_at_first_and_every_second_update_at_the_end() -> None:
+    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=100, clip_every=10)
+    clips = [sft.kind_at(step, config) == "clip" for step in range(100)]
+    assert sum(clips[:70]) == 7 and sum(clips[70:]) == 15
+
+
 def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:
     config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=60, known_region=0)
     model, dealt = sft.new_model(config), data.Cache(cache)

@@ -49,16 +49,16 @@ class SftConfig(Document):
     architecture: dict[str, Any]
     """Arguments of the transformer's class."""
     steps: int = Field(ge=1)
-    """Updates in all; the learning rate falls to zero over the last fifth."""
+    """Updates in all; the learning rate falls to zero over the last quarter."""
     still_batch: int = Field(6, ge=1)
     """Samples of a pass on single frames, each with all its noise levels; more do not stay in a core's cache."""
     clip_batch: int = Field(1, ge=1)
     """Samples of a pass on clips, each with all its noise levels."""
-    passes: int = Field(2, ge=1)
+    passes: int = Field(1, ge=1)
     """Passes whose gradients are added up for one update."""
-    clip_every: int = Field(4, ge=1)
-    """Every n-th update takes clips: three quarters of the updates on single frames for n = 4."""
-    noises: int = Field(4, ge=1)
+    clip_every: int = Field(16, ge=1)
+    """Every n-th update takes clips, every second one over the last three tenths; a clip costs two to three stills."""
+    noises: int = Field(2, ge=1)
     """Noise levels drawn for each sample of an update; its subjects are read once for all of them."""
     known_region: float = Field(0.2, ge=0, le=1)
     """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
@@ -66,7 +66,7 @@ class SftConfig(Document):
     """AdamW's peak rate, after a warm-up of 100 updates."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's, as a share of its rate."""
-    ema: float = Field(0.999, ge=0, lt=1)
+    ema: float = Field(0.998, ge=0, lt=1)
     """Decay of the averaged weights, which are the ones that are exported."""
     in_pair: float = Field(0.5, ge=0, le=1)
     """Share of samples whose subjects are cut from the clip itself, at first; it falls to zero by half of the steps."""
@@ -78,10 +78,10 @@ class SftConfig(Document):
     """Share of samples with neither."""
     subject_weight: float = Field(2.0, ge=0)
     """Extra weight of the loss where a subject is."""
-    binding: float = Field(0.2, ge=0)
+    binding: float = Field(0.1, ge=0)
     """Weight of the loss that has a subject's place in the frame look at its own pictures."""
-    shift: float = Field(1.0, gt=0)
-    """Shift of the noise levels seen in training; above 1 more of them are near noise."""
+    shift: float = Field(2.5, gt=0)
+    """Shift of the noise levels seen in training; above 1 more are near noise, where pictures have most to say."""
     seed: int = 0
     """Of weights, batches, noise and dropout."""
 
@@ -236,6 +236,12 @@ def new_optimizer(model: nn.Module, config: SftConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=config.weight_decay, fused=True)
 
 
+def kind_at(step: int, config: SftConfig) -> str:
+    """Whether an update takes stills or clips."""
+    every = min(2, config.clip_every) if step >= 0.7 * config.steps else config.clip_every
+    return "clip" if step % every == every - 1 else "still"
+
+
 def schedule(step: int, config: SftConfig) -> float:
     """Share of the peak rates: warm-up over 100 updates, flat, linear to zero over the last quarter."""
     return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (0.25 * config.steps)))
@@ -263,7 +269,7 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
 
     stop = False
     while step < last and not stop:
-        kind = "clip" if step % config.clip_every == config.clip_every - 1 else "still"
+        kind = kind_at(step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, config)
         parts = [_one_pass(model, cache, config, blank, kind, (step, team.rank, i)) for i in range(config.passes)]

@@ -38,7 +38,7 @@ WAN: dict[str, Any] = {
 }
 IDENTITY: dict[str, Any] = {"identity_layers": 4, "max_subjects": 4, "vlm_dim": 128, "subject_positions": True}
 SHARDS = 120
-BASE_STEPS, IDENTITY_STEPS = 300, 560
+BASE_STEPS, IDENTITY_STEPS = 4000, 5000
 
 
 def vae(state: Path, seconds: float) -> bool:
