@@ -434,3 +434,36 @@ def test_concatenating_subjects_in_time_costs_more(full_size, subjects, percent)
     """Phantom's way: each subject is one more latent frame in every step."""
     added = 100 * (tflop(full_size, subjects=0, cached=False, extra_frames=subjects) / BASE_TFLOP - 1)
     assert added == pytest.approx(percent, abs=0.2)
+
+
+@torch.no_grad()
+def test_an_untrained_stage_3_already_looks_at_the_picture_that_the_video_shows(model) -> None:
+    subjects = _subjects(3, vlm_tokens=0)
+    assert subjects.latents is not None
+    block, tower = model.blocks[0].identity, model.subject_blocks[0]
+    identity = model.encode_identity(dataclasses.replace(subjects, vlm_states=None)).layers[0]
+    tokens = model._tower(dataclasses.replace(subjects, vlm_states=None)).tokens[:, 1]  # the second one, as a video
+    query = block.norm_q(block.to_q(block.norm(tokens))).unflatten(-1, (block.heads, -1))
+    key = identity.key.unflatten(-1, (block.heads, -1))
+    scores = torch.einsum("bqhd,bshd->bhqs", query, key) * query.shape[-1] ** -0.5
+    share = scores.softmax(-1).mean(1).unflatten(-1, (3, -1)).sum(-1).mean((0, 1))
+    assert share.argmax() == 1 and share[1] > 0.7
+    tower.to_k.reset_parameters()  # a projection of its own
+    key = model.encode_identity(dataclasses.replace(subjects, vlm_states=None)).layers[0].key
+    scores = torch.einsum("bqhd,bshd->bhqs", query, key.unflatten(-1, (block.heads, -1)))
+    assert scores.softmax(-1).mean(1).unflatten(-1, (3, -1)).sum(-1).mean((0, 1))[1] < 0.7
+
+
+@torch.no_grad()
+def test_positions_tell_two_places_of_an_even_picture_apart_and_leave_the_start_plain(plain) -> None:
+    without, told = _with_identity(plain), _with_identity(plain, subject_positions=True)
+    even = References(latents=torch.ones(1, 1, 2, tiny.LATENT_CHANNELS, 4, 6))
+    assert told._tower(even).tokens.shape == without._tower(even).tokens.shape
+    alike = without._tower(even).tokens[0, 0]
+    assert torch.equal(alike, alike[:1].expand_as(alike))
+    first, second = told._tower(even).tokens[0, 0].unflatten(0, (2, -1))
+    assert torch.equal(first, second)  # two pictures have the same places
+    assert torch.cdist(first, first).add(torch.eye(len(first)) * 9).min() > 0.1
+    inputs = _inputs()
+    assert torch.equal(told(*inputs, references=even).sample, plain(*inputs).sample)
+    assert parameter_counts(told) == parameter_counts(without)
