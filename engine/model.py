@@ -171,6 +171,9 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             paper's "w/o hierarchical attention", plain concatenation; with stage 3 alone, "stage 3 only".
         subject_positions: each subject token is also told where in its picture it lies, by fixed sines. The paper has
             no such thing; stage 3 has no RoPE, so a key's place is otherwise known only through what stage 1 saw.
+        subject_zoom: how much larger pictures show a subject than clips do. A subject token then covers so many times
+            a video token's side, at the same stride, so that neighbours overlap; there are as many tokens as before.
+            1, each token apart, is the paper's.
     """
 
     _gradient_checkpointing_func: Callable[..., Any]  # set by diffusers' `enable_gradient_checkpointing`
@@ -203,12 +206,15 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         identity_inter: bool = True,
         identity_cross: bool = True,
         subject_positions: bool = False,
+        subject_zoom: int = 1,
     ) -> None:
         if patch_size[0] != 1 or not 0 < identity_layers <= num_layers:
             raise ValueError(
                 f"identity_layers={identity_layers} has to lie between 1 and num_layers={num_layers}, "
                 f"and patch_size={patch_size} has to leave time alone."
             )
+        if subject_zoom < 1 or any(side * (subject_zoom - 1) % 2 for side in patch_size[1:]):
+            raise ValueError(f"subject_zoom={subject_zoom} cannot be centred on patches of {patch_size[1:]}.")
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,
@@ -235,7 +241,14 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
 
         # A patch embedding of its own, started as a copy of Wan's: a still picture of a subject on white is not a
         # noisy frame, and the two have to be free to part in training while the base may stay frozen.
-        self.subject_patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.subject_patch_embedding = nn.Conv3d(
+            in_channels,
+            dim,
+            kernel_size=(1, *(side * subject_zoom for side in patch_size[1:])),
+            stride=patch_size,
+            padding=(0, *(side * (subject_zoom - 1) // 2 for side in patch_size[1:])),
+            padding_mode="replicate",
+        )
         self.slot_embedding = nn.Embedding(max_subjects, dim)
         self.vlm_projector = VLMProjector(vlm_dim, dim, eps) if vlm_dim else None
         stages = {"intra": identity_intra, "inter": identity_inter, "cross": identity_cross}
@@ -256,7 +269,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
                 module.reset_parameters()
         # About a sixth of a patch token's size: seen from the first step, and the picture stays the louder of the two.
         nn.init.normal_(self.slot_embedding.weight, std=0.1)
-        self.subject_patch_embedding.load_state_dict(self.patch_embedding.state_dict())
+        _start_as_copy(self.subject_patch_embedding, self.patch_embedding, self.config["subject_zoom"])
         for block, subjects in zip(self.blocks, cast(list[SubjectBlock], list(self.subject_blocks)), strict=False):
             if isinstance(block, IdentityWanTransformerBlock) and block.identity is not None:
                 _start_as_matched_filter(block.identity, subjects)
@@ -426,6 +439,15 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
         patches = self.proj_out(hidden_states).unflatten(2, (*self.config["patch_size"], -1)).unflatten(1, grid)
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+@torch.no_grad()
+def _start_as_copy(subjects: nn.Conv3d, video: nn.Conv3d, zoom: int) -> None:
+    """A picture's patch embedding that sees what Wan's would see in the picture made `zoom` times smaller."""
+    weight = video.weight.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2) / zoom**2
+    subjects.weight.copy_(weight)
+    assert subjects.bias is not None and video.bias is not None
+    subjects.bias.copy_(video.bias)
 
 
 def _start_as_matched_filter(video: IdentityAttention, subjects: SubjectBlock) -> None:

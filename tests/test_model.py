@@ -466,3 +466,20 @@ def test_positions_tell_two_places_of_an_even_picture_apart_and_leave_the_start_
     inputs = _inputs()
     assert torch.equal(told(*inputs, references=even).sample, plain(*inputs).sample)
     assert parameter_counts(told) == parameter_counts(without)
+
+
+@torch.no_grad()
+def test_a_zoomed_subject_token_sees_what_wan_sees_in_the_picture_made_half_as_large(plain) -> None:
+    zoomed = _with_identity(plain, subject_zoom=2)
+    picture = torch.randn(1, tiny.LATENT_CHANNELS, 1, 8, 12)
+    tokens = zoomed.subject_patch_embedding(picture)
+    assert tokens.shape[-2:] == (4, 6)  # as many as without a zoom; neighbours overlap by half
+    for row, column in ((1, 1), (1, 4), (2, 3)):
+        window = picture[..., 2 * row - 1 : 2 * row + 3, 2 * column - 1 : 2 * column + 3]
+        halved = torch.nn.functional.avg_pool3d(window, (1, 2, 2))
+        seen = tokens[..., row : row + 1, column : column + 1]
+        torch.testing.assert_close(seen, plain.patch_embedding(halved), atol=1e-5, rtol=0)
+    inputs, references = _inputs(), _subjects(2)
+    assert torch.equal(_run(zoomed, inputs, references=references), _run(plain, inputs))
+    with pytest.raises(ValueError, match="subject_zoom"):
+        _with_identity(plain, subject_zoom=0)

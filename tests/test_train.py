@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.model import IdentityAttention, IdentityWanTransformer3DModel
 from engine.subject_tower import LayerIdentity
-from train import binding, checkpoint, data, sft, vae, world
+from train import binding, checkpoint, data, quick, sft, vae, world
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
@@ -258,6 +258,30 @@ def test_noise_levels_that_share_their_subjects_cost_what_they_cost_apart(cache:
     assert torch.allclose(shared, apart, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_quick_attention_is_attention(masked: bool) -> None:
+    query, key, value = (torch.randn(2, 3, length, 8) for length in (5, 7, 7))
+    mask = torch.rand(2, 1, 1, 7) < 0.6 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(quick.attention(query, key, value, mask), theirs)
+    with pytest.raises(ValueError, match="is_causal"):
+        quick.attention(query, key, value, is_causal=True)
+
+
+def test_what_is_quick_ends_with_the_pass_and_takes_products_in_half_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with quick.quick():
+        assert torch.nn.functional.scaled_dot_product_attention is quick.attention
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert torch.nn.functional.scaled_dot_product_attention is before
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with quick.quick():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
 def test_in_pair_references_show_each_subject_as_the_clip_has_it_on_white_paper() -> None:
     tensors = shard("clip", 2, 0)
     tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
@@ -299,7 +323,7 @@ class Ear(torch.nn.Module):
 
 
 def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
-    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, noises=1, known_region=1.0)
+    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, clip_noises=1, known_region=1.0)
     tensors = shard("clip", 2, 0)
     tensors["owner"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     tensors["owner"][:, :, :2, :2] = 1

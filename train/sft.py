@@ -31,6 +31,7 @@ from engine.subject_tower import References
 from train import checkpoint
 from train.binding import Seen, binding_loss, counterparts, tokens_owner, watched
 from train.data import Batch, Blank, Cache, cut_from_clip
+from train.quick import quick
 from train.team import Team
 
 BETAS = (0.9, 0.99)  # of AdamW
@@ -50,7 +51,7 @@ class SftConfig(Document):
     """Arguments of the transformer's class."""
     steps: int = Field(ge=1)
     """Updates in all; the learning rate falls to zero over the last quarter."""
-    still_batch: int = Field(6, ge=1)
+    still_batch: int = Field(3, ge=1)
     """Samples of a pass on single frames, each with all its noise levels; more do not stay in a core's cache."""
     clip_batch: int = Field(1, ge=1)
     """Samples of a pass on clips, each with all its noise levels."""
@@ -58,8 +59,10 @@ class SftConfig(Document):
     """Passes whose gradients are added up for one update."""
     clip_every: int = Field(16, ge=1)
     """Every n-th update takes clips, every second one over the last three tenths; a clip costs two to three stills."""
-    noises: int = Field(2, ge=1)
-    """Noise levels drawn for each sample of an update; its subjects are read once for all of them."""
+    noises: int = Field(4, ge=1)
+    """Noise levels drawn for each still of an update; its subjects are read once for all of them."""
+    clip_noises: int = Field(2, ge=1)
+    """Noise levels drawn for each clip of an update."""
     known_region: float = Field(0.2, ge=0, le=1)
     """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
     learning_rate: float = Field(7e-4, gt=0)
@@ -81,7 +84,9 @@ class SftConfig(Document):
     binding: float = Field(0.1, ge=0)
     """Weight of the loss that has a subject's place in the frame look at its own pictures."""
     shift: float = Field(2.5, gt=0)
-    """Shift of the noise levels seen in training; above 1 more are near noise, where pictures have most to say."""
+    """Shift of the noise levels of stills; above 1 more are near noise, where pictures have most to say."""
+    clip_shift: float = Field(5.0, gt=0)
+    """The same for clips: what nine frames share shows through noise that hides it in one."""
     seed: int = 0
     """Of weights, batches, noise and dropout."""
 
@@ -134,7 +139,7 @@ def loss_at(
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
 
-    Reading two subjects costs as much as the frame they are in, so each sample meets `noises` levels at once.
+    Reading two subjects costs as much as the frame they are in, so each sample meets several levels at once.
     `place` is the update, and whatever tells this batch from others of it; it seeds noise and dropout.
 
     Returns:
@@ -146,13 +151,15 @@ def loss_at(
     text, references = conditions(batch, config, blank, generator, in_pair)
     identity = None if references is None else model.encode_identity(references)
 
-    clean, owner, text = (each.repeat_interleave(config.noises, 0) for each in (batch.latents, batch.owner, text))
-    t = noise_levels(len(clean), config.shift, generator)
+    moving = batch.latents.shape[2] > 1
+    noises, shift = (config.clip_noises, config.clip_shift) if moving else (config.noises, config.shift)
+    clean, owner, text = (each.repeat_interleave(noises, 0) for each in (batch.latents, batch.owner, text))
+    t = noise_levels(len(clean), shift, generator)
     noisy, target = noised(clean, torch.randn(clean.shape, generator=generator), t)
     weight = 1 + config.subject_weight * (owner > 0).float().unsqueeze(1)
     timestep = t * 1000
     patch = int(config.architecture.get("patch_size", (1, 2, 2))[-1])
-    if clean.shape[2] > 1 and rng.random() < config.known_region:
+    if moving and rng.random() < config.known_region:
         made = surroundings(owner, patch, rng)
         timestep = (timestep.view(-1, 1, 1, 1) * made).flatten(1)
         wide = made.float().repeat_interleave(patch, -1).repeat_interleave(patch, -2).unsqueeze(1)
@@ -162,7 +169,7 @@ def loss_at(
         predicted = model(noisy, timestep, text, return_dict=False)[0]
         looks = predicted.new_zeros(())
     else:
-        repeated = identity.repeat_interleave(config.noises)
+        repeated = identity.repeat_interleave(noises)
         with watched(model) as seen:
             predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
         looks = (
@@ -300,8 +307,9 @@ def _one_pass(
     size = config.clip_batch if kind == "clip" else config.still_batch
     shape = np.random.default_rng((config.seed, step, number, 2))  # one for the team: four subjects are waited for
     batch = cache.draw(kind, size, np.random.default_rng((config.seed, *place, 3)), shape)
-    loss, parts = loss_at(model, batch, config, blank, place)
-    (loss / config.passes).backward()
+    with quick():
+        loss, parts = loss_at(model, batch, config, blank, place)
+        (loss / config.passes).backward()
     return parts
 
 

@@ -36,9 +36,15 @@ WAN: dict[str, Any] = {
     "num_layers": 6,
     "rope_max_seq_len": 512,
 }
-IDENTITY: dict[str, Any] = {"identity_layers": 4, "max_subjects": 4, "vlm_dim": 128, "subject_positions": True}
-SHARDS = 120
-BASE_STEPS, IDENTITY_STEPS = 4000, 5000
+IDENTITY: dict[str, Any] = {
+    "identity_layers": 4,
+    "max_subjects": 4,
+    "vlm_dim": 128,
+    "subject_positions": True,
+    "subject_zoom": 2,
+}
+SHARDS = 240
+BASE_STEPS, IDENTITY_STEPS = 4000, 20_000
 
 
 def vae(state: Path, seconds: float) -> bool:
