@@ -1,0 +1,235 @@
+"""The identity report: who is where in every frame of a clip, and how much everyone looks like their own pictures.
+
+In:  frames as they are decoded, the subjects' prepared pictures, and a judge that the preset names.
+Out: an `IdentityReport`: per subject and frame the likeness to its own pictures and to the hardest other subject's,
+presence, worst frames; JSON beside the clip, and frames with coloured outlines to look at.
+Knows nothing of how the clip was made. Figures of different judges are not comparable, so a report names its judge.
+
+Shapes: F frames, N subjects, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import permutations
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from engine.judges import SIZE, Judges, cut_out, to_unit
+
+VERSION = 1
+SEEN = 0.004  # a subject counts as there when it fills this share of a frame
+AT_ONCE = 8  # frames judged together; no more are held than these and the few that are shown
+SHOWN = 9  # frames of the strip
+COLOURS = ((255, 64, 64), (64, 160, 255), (255, 200, 0), (0, 200, 120))  # of the outlines, by slot
+
+
+@dataclass(frozen=True)
+class SubjectReport:
+    """One subject over all frames; None where it cannot be seen."""
+
+    name: str
+    own: tuple[float | None, ...]
+    """Likeness to its own pictures, cosine, -1 to 1."""
+    other: tuple[float | None, ...]
+    """Likeness to whichever other subject's pictures it resembles most; None when it is alone."""
+
+    @property
+    def presence(self) -> float:
+        """Share of frames in which it can be seen."""
+        return sum(value is not None for value in self.own) / max(1, len(self.own))
+
+    @property
+    def score(self) -> float:
+        """Mean likeness over all frames; a frame without it counts as 0, so that hiding does not pay."""
+        return sum(max(0.0, value) for value in self.own if value is not None) / max(1, len(self.own))
+
+    @property
+    def margin(self) -> float | None:
+        """How much more it looks like itself than like any other, mean over the frames in which it is seen."""
+        gaps = [a - b for a, b in zip(self.own, self.other, strict=True) if a is not None and b is not None]
+        return sum(gaps) / len(gaps) if gaps else None
+
+    @property
+    def worst_frames(self) -> tuple[int, ...]:
+        """The three frames in which it looks least like itself, missing ones first."""
+        order = sorted(range(len(self.own)), key=lambda i: -2.0 if self.own[i] is None else float(self.own[i] or 0.0))
+        return tuple(sorted(order[:3]))
+
+
+@dataclass(frozen=True)
+class IdentityReport:
+    """What a judge says of one clip."""
+
+    judge: str
+    fps: float
+    subjects: tuple[SubjectReport, ...]
+
+    @property
+    def weakest(self) -> float:
+        """Score of the subject that looks least like itself: what variants are sorted by."""
+        return min((subject.score for subject in self.subjects), default=0.0)
+
+    def as_json(self) -> str:
+        """The report as it stands beside the clip."""
+        subjects = [
+            {
+                **asdict(subject),
+                "score": subject.score,
+                "presence": subject.presence,
+                "margin": subject.margin,
+                "worst_frames": subject.worst_frames,
+            }
+            for subject in self.subjects
+        ]
+        values = {"version": VERSION, "judge": self.judge, "fps": self.fps, "weakest": self.weakest}
+        return json.dumps({**values, "subjects": subjects}, indent=1, default=_rounded)
+
+
+def _rounded(value: object) -> object:
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+class Reporter:
+    """Listens to a clip as it is decoded and ends with a report.
+
+    Args:
+        judges: who judges.
+        names: of the subjects, in slot order.
+        pictures: the prepared pictures of each, uint8 (H, W, 3).
+        fps: of the clip.
+        num_frames: how many frames will come.
+    """
+
+    def __init__(
+        self,
+        judges: Judges,
+        names: Sequence[str],
+        pictures: Sequence[Sequence[NDArray[np.uint8]]],
+        *,
+        fps: float,
+        num_frames: int,
+    ) -> None:
+        self._judges, self._names, self._fps = judges, list(names), fps
+        self._pictures = [_prepared(own) for own in pictures]
+        self._known = [judges.embedder(cut_out(own)) for own in self._pictures]
+        self._waiting: list[NDArray[np.uint8]] = []
+        self._own: list[list[float | None]] = [[] for _ in names]
+        self._other: list[list[float | None]] = [[] for _ in names]
+        self._show = set(np.linspace(0, num_frames - 1, min(SHOWN, num_frames)).round().astype(int).tolist())
+        self._strip: list[NDArray[np.uint8]] = []
+        self._seen = 0
+
+    def see(self, frame: NDArray[np.uint8]) -> None:
+        """The next frame, (H, W, 3)."""
+        self._waiting.append(frame)
+        if len(self._waiting) == AT_ONCE:
+            self._judge()
+
+    def finish(self) -> IdentityReport:
+        """Judge what is left and sum up."""
+        self._judge()
+        subjects = zip(self._names, self._own, self._other, strict=True)
+        return IdentityReport(
+            judge=f"toybox {self._judges.name}",
+            fps=self._fps,
+            subjects=tuple(SubjectReport(name, tuple(own), tuple(other)) for name, own, other in subjects),
+        )
+
+    def write_strip(self, path: Path, scale: int) -> None:
+        """Some frames side by side, every subject outlined in its colour, as WebP."""
+        if self._strip:
+            Image.fromarray(np.concatenate(self._strip, axis=1)).save(path, quality=85)
+
+    @torch.no_grad()
+    def _judge(self) -> None:
+        if not self._waiting:
+            return
+        frames, self._waiting = np.stack(self._waiting), []
+        shares = locate(self._judges, to_unit(torch.from_numpy(frames)), self._pictures)
+        owner = shares.argmax(1)
+        for frame, own in zip(frames, owner, strict=True):
+            own = self._judge_frame(to_unit(torch.from_numpy(frame)), own)
+            if self._seen in self._show:
+                self._strip.append(outlined(frame, own.numpy().astype(np.uint8)))
+            self._seen += 1
+
+    def _judge_frame(self, frame: Tensor, owner: Tensor) -> Tensor:
+        """Likenesses of one frame; the owner map with every region given to whom it resembles."""
+        N = len(self._names)
+        masks = torch.stack([owner == slot for slot in range(1, N + 1)]).float()
+        there = masks.mean((1, 2)) >= SEEN
+        alike = likenesses(self._judges, frame.expand(N, -1, -1, -1), masks, self._known)
+        mine = matched(alike, there)
+        for slot in range(N):
+            region = mine[slot]
+            if region is None:
+                self._own[slot].append(None)
+                self._other[slot].append(None)
+                continue
+            rest = [float(alike[region, k]) for k in range(N) if k != slot]
+            self._own[slot].append(round(float(alike[region, slot]), 4))
+            self._other[slot].append(round(max(rest), 4) if rest else None)
+        renamed = torch.zeros_like(owner)
+        for slot, region in enumerate(mine, start=1):
+            if region is not None:
+                renamed[owner == region + 1] = slot
+        return renamed
+
+
+def _prepared(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """One subject's pictures at the judges' size, (V, 3, SIZE, SIZE) in [0, 1]."""
+    whole = to_unit(torch.from_numpy(np.stack(pictures)))
+    return torch.nn.functional.interpolate(whole, (SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def locate(judges: Judges, frames: Tensor, pictures: Sequence[Tensor]) -> Tensor:
+    """Who is where: (F, 3, H, W) in [0, 1] and each subject's (V, 3, SIZE, SIZE) -> shares (F, N + 1, H, W).
+
+    Frames of another size are judged at the height the judges know, and the shares carried back.
+    """
+    H, W = frames.shape[-2:]
+    wide = max(8, round(W * SIZE / H / 8) * 8)
+    known = torch.nn.functional.interpolate(frames, (SIZE, wide), mode="bilinear", antialias=True)
+    most = max(len(own) for own in pictures)
+    # A picture shown twice counts as often as another subject's two.
+    even = torch.stack([own[torch.arange(most) % len(own)] for own in pictures])
+    shares = judges.locator(known, even)
+    return torch.nn.functional.interpolate(shares, (H, W), mode="bilinear", align_corners=False)
+
+
+def likenesses(judges: Judges, frames: Tensor, masks: Tensor, known: Sequence[Tensor]) -> Tensor:
+    """Cosine of every cut-out with the likest picture of each subject: (P, 3, H, W), (P, H, W) -> (P, N)."""
+    seen = judges.embedder(cut_out(frames, masks))
+    return torch.stack([(seen @ own.T).amax(1) for own in known], 1)
+
+
+def matched(alike: Tensor, there: Tensor) -> list[int | None]:
+    """For each subject the region that shows it, one to one, so that the sum of likenesses is the largest.
+
+    Args:
+        alike: (N, N), regions by subjects.
+        there: (N,), which regions exist; each pairing leaves as many subjects without one.
+    """
+    N = len(alike)
+    value = torch.where(there.unsqueeze(1), alike, -1.0)
+    best = max(permutations(range(N)), key=lambda order: sum(float(value[r, s]) for s, r in enumerate(order)))
+    return [region if bool(there[region]) else None for region in best]
+
+
+def outlined(frame: NDArray[np.uint8], owner: NDArray[np.uint8], scale: int = 4) -> NDArray[np.uint8]:
+    """A frame enlarged, every subject's outline drawn in its colour: (H, W, 3) -> (H * scale, W * scale, 3)."""
+    large = frame.repeat(scale, 0).repeat(scale, 1)
+    for slot in np.unique(owner[owner > 0]):
+        held = (owner == slot).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
+        edges, _ = cv2.findContours(held, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(large, edges, -1, COLOURS[(int(slot) - 1) % len(COLOURS)], max(1, scale // 2))
+    return large

@@ -1,0 +1,258 @@
+"""Judges of the drawn world: who is where, who is who, what they do, where, and whether it was drawn or generated.
+
+In:  frames and reference pictures, float in [0, 1], of the judges' size.
+Out: shares of pixels, embeddings, class scores. One safetensors file holds a set of judges, its names in the metadata.
+Knows nothing of models, jobs, or of what is done with a judgement (`engine.identity`, `train.evaluate`).
+
+There are two sets, `reward` and `test`, of different seed, width and training identities. Whatever selects or trains
+reads `reward`; `test` is for published figures alone.
+
+Shapes: F frames, N subjects, V pictures of each, P pictures, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+SIZE = 64  # pixels; what the judges were trained at
+CROP = 40  # pixels; side of a cut-out subject
+MOMENTS = 9  # frames of a clip that the action judge reads
+WHITE = 0.985  # darker than this in any colour is drawn upon
+EMBEDDING = 64
+
+
+def _conv(into: int, out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.GroupNorm(2, out), nn.ReLU(inplace=True))
+
+
+class Locator(nn.Module):
+    """Which pixels belong to which reference, and which to none.
+
+    A U-Net whose features are compared: a pixel of the frame with all places of a reference, which is read at half its
+    size, since pictures show a subject about twice as large as clips do. One head says whether a pixel is a drawn
+    figure at all; a stranger is a figure that no reference shows.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        w, thin = width, width // 2  # full size is where the work is
+        self.down = nn.ModuleList(
+            [_conv(3, thin), _conv(thin, 2 * w, 2), _conv(2 * w, 4 * w, 2), _conv(4 * w, 4 * w, 2)]
+        )
+        self.middle = _conv(4 * w, 4 * w)
+        self.up = nn.ModuleList([_conv(8 * w, 4 * w), _conv(6 * w, 2 * w), _conv(2 * w + thin, thin)])
+        self.figure = nn.Conv2d(thin, 1, 1)
+        self.key = nn.Conv2d(2 * w, 32, 1)
+        self.stranger = nn.Conv2d(2 * w, 1, 1)
+        self.sharpness = nn.Parameter(torch.tensor(2.3))
+
+    def features(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, 3, H, W) -> features at half size (P, 2w, H / 2, W / 2) and at full size (P, w / 2, H, W)."""
+        seen = [pictures * 2 - 1]
+        for layer in self.down:
+            seen.append(layer(seen[-1]))
+        x = self.middle(seen[-1])
+        halves = []
+        for layer, skip in zip(self.up, reversed(seen[1:-1]), strict=True):
+            x = layer(torch.cat([functional.interpolate(x, scale_factor=2.0, mode="nearest"), skip], 1))
+            halves.append(x)
+        return halves[1], halves[2]
+
+    def reference_keys(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, V, 3, H, W) -> unit keys (N, V * h * w, 32) and how much each place counts, in logarithms."""
+        N, V = pictures.shape[:2]
+        small = functional.avg_pool2d(pictures.flatten(0, 1), 2)
+        keys = functional.normalize(self.key(self.features(small)[0]), dim=1)
+        drawn = functional.max_pool2d((small.amin(1, keepdim=True) < WHITE).float(), 2)
+        share = drawn.flatten(1) / drawn.flatten(1).sum(1, keepdim=True).clamp(min=1)
+        joined = keys.flatten(2).transpose(1, 2).unflatten(0, (N, V)).flatten(1, 2)
+        return joined, (share.unflatten(0, (N, V)).flatten(1) / V).clamp(min=1e-6).log()
+
+    def scores(self, frames: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(F, 3, H, W), (N, V, 3, H, W) -> figure logits (F, H, W); logits at half size (F, N + 1, h, w), 0 a stranger.
+
+        With (F, N, V, 3, H, W) every frame has references of its own.
+        """
+        half, full = self.features(frames)
+        figure = self.figure(full).squeeze(1)
+        keys, share = self.reference_keys(pictures.flatten(0, 1) if pictures.ndim == 6 else pictures)
+        places = functional.normalize(self.key(half), dim=1).flatten(2)  # (F, 32, h * w)
+        if pictures.ndim == 6:
+            keys, share = (each.unflatten(0, pictures.shape[:2]) for each in (keys, share))
+            alike = torch.einsum("fcp,fnkc->fnkp", places, keys)
+        else:
+            alike, share = torch.einsum("fcp,nkc->fnkp", places, keys), share.unsqueeze(0)
+        match = (alike * self.sharpness.exp() + share.unsqueeze(-1)).logsumexp(2)  # (F, N, h * w)
+        return figure, torch.cat([self.stranger(half), match.unflatten(2, half.shape[2:])], 1)
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor, pictures: Tensor) -> Tensor:
+        """(F, 3, H, W), (N, V, 3, H, W) -> shares (F, N + 1, H, W) that add up to 1; 0: nobody of them."""
+        figure, scores = self.scores(frames, pictures)
+        who = functional.interpolate(scores, scale_factor=2.0, mode="bilinear", align_corners=False).softmax(1)
+        mine = figure.sigmoid().unsqueeze(1) * who[:, 1:]
+        return torch.cat([1 - mine.sum(1, keepdim=True), mine], 1)
+
+
+class Embedder(nn.Module):
+    """A cut-out subject -> a unit vector; the same identity lies closer than any other of its kind."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        w = width
+        self.body = nn.Sequential(
+            _conv(3, w), _conv(w, 2 * w, 2), _conv(2 * w, 2 * w), _conv(2 * w, 4 * w, 2), _conv(4 * w, 6 * w, 2)
+        )
+        self.head = nn.Linear(12 * w, EMBEDDING)
+
+    def forward(self, cuts: Tensor) -> Tensor:
+        """(P, 3, CROP, CROP) -> (P, EMBEDDING), each of length 1."""
+        seen = self.body(cuts * 2 - 1)
+        return functional.normalize(self.head(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)), dim=1)
+
+
+class ActionJudge(nn.Module):
+    """What one subject does, or one with another, and in which direction."""
+
+    def __init__(self, width: int, verbs: int, directions: int) -> None:
+        super().__init__()
+        w = width
+        self.look = nn.Sequential(_conv(5, w, 2), _conv(w, 2 * w, 2), _conv(2 * w, 4 * w, 2), nn.Flatten(1))
+        self.join = nn.Linear(64 * w + 2 * len(_GEOMETRY), 96)
+        self.time = nn.ModuleList([nn.Conv1d(96, 96, 3, padding=1) for _ in range(3)])
+        self.verb = nn.Linear(2 * 96, verbs)
+        self.direction = nn.Linear(2 * 96, directions)
+
+    def forward(self, frames: Tensor, actor: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, MOMENTS, 3, H, W) and masks (B, MOMENTS, H, W) of who acts and of whom it is done to (zeros: nobody).
+
+        Returns:
+            Scores of verbs (B, verbs) and of directions (B, directions).
+        """
+        B, T = frames.shape[:2]
+        masks = torch.stack([actor, other], 2)
+        both = torch.cat([frames * 2 - 1, masks], 2).flatten(0, 1)
+        seen = self.look(functional.avg_pool2d(both, 2))
+        x = torch.relu(self.join(torch.cat([seen, geometry(masks.flatten(0, 1))], 1))).unflatten(0, (B, T))
+        x = x.transpose(1, 2)
+        for layer in self.time:
+            x = x + torch.relu(layer(x))
+        pooled = torch.cat([x.mean(2), x.amax(2)], 1)
+        return self.verb(pooled), self.direction(pooled)
+
+
+_GEOMETRY = ("area", "y", "x", "spread down", "spread across", "slant", "there")
+
+
+def geometry(masks: Tensor) -> Tensor:
+    """(P, 2, H, W) -> (P, 14): area, centre, spread and slant of each mask, as shares of the frame."""
+    H, W = masks.shape[-2:]
+    ys, xs = ((torch.arange(side, device=masks.device) + 0.5) / side - 0.5 for side in (H, W))
+    total = masks.sum((2, 3))
+    there = (total > 0).float()
+    weight = masks / total.clamp(min=1e-6)[..., None, None]
+    y, x = (weight.sum(3) * ys).sum(2), (weight.sum(2) * xs).sum(2)
+    dy, dx = ys - y.unsqueeze(-1), xs - x.unsqueeze(-1)
+    down = ((weight.sum(3) * dy.square()).sum(2)).sqrt()
+    across = ((weight.sum(2) * dx.square()).sum(2)).sqrt()
+    slant = torch.einsum("pnhw,pnh,pnw->pn", weight, dy, dx)
+    area = (total / (H * W)).sqrt()
+    return torch.cat([area, y * there, x * there, down * 4, across * 4, slant * 30, there], 1)
+
+
+class PictureJudge(nn.Module):
+    """A whole frame -> class scores: where it plays, or whether it was generated."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        w = width
+        self.body = nn.Sequential(_conv(3, w, 2), _conv(w, 2 * w, 2), _conv(2 * w, 4 * w, 2), _conv(4 * w, 4 * w))
+        self.head = nn.Linear(8 * w, classes)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(P, 3, H, W) -> (P, classes)."""
+        seen = self.body(frames * 2 - 1)
+        return self.head(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1))
+
+
+class Judges(nn.Module):
+    """One set of judges.
+
+    Args:
+        name: "reward" or "test".
+        width: of the networks' first layers.
+        verbs, directions, places: the names their scores stand for, in order.
+    """
+
+    def __init__(self, name: str, width: int, verbs: list[str], directions: list[str], places: list[str]) -> None:
+        super().__init__()
+        self.name, self.width = name, width
+        self.verbs, self.directions, self.places = verbs, directions, places
+        self.locator = Locator(width)
+        self.embedder = Embedder(width)
+        self.action = ActionJudge(width // 2, len(verbs), len(directions))
+        self.place = PictureJudge(width // 2, len(places))
+        self.critic = PictureJudge(width // 2, 1)
+
+    def save(self, path: Path) -> None:
+        """Write the set in half precision."""
+        names = {"verbs": self.verbs, "directions": self.directions, "places": self.places}
+        about = {"name": self.name, "width": self.width, **names}
+        tensors = {key: tensor.detach().half().contiguous() for key, tensor in self.state_dict().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"judges": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: Path) -> Judges:
+        """Read a set, in fp32, for judging."""
+        with safe_open(path, framework="pt") as file:
+            judges = cls(**json.loads(file.metadata()["judges"]))
+            judges.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
+        return judges.eval().requires_grad_(False)
+
+
+# --- cut-outs ---------------------------------------------------------------------------------------------------------
+
+
+def to_unit(frames: Tensor) -> Tensor:
+    """uint8 (..., H, W, 3) -> float (..., 3, H, W) in [0, 1]."""
+    return frames.movedim(-1, -3).float() / 255
+
+
+def cut_out(pictures: Tensor, masks: Tensor | None = None) -> Tensor:
+    """Each picture's subject alone on white, in the middle of a square of CROP pixels.
+
+    Args:
+        pictures: (P, 3, H, W).
+        masks: (P, H, W), above .5 where the subject is. None: it is whatever is not white, as in a reference picture.
+
+    Returns:
+        (P, 3, CROP, CROP); all white where there is no subject.
+    """
+    if masks is None:
+        held = pictures.amin(1) < WHITE
+    else:
+        held = masks > 0.5
+        pictures = torch.where(held.unsqueeze(1), pictures, 1.0)
+    return torch.stack([_cut(picture, own) for picture, own in zip(pictures, held, strict=True)])
+
+
+def _cut(picture: Tensor, held: Tensor) -> Tensor:
+    rows, columns = held.any(1).nonzero().flatten(), held.any(0).nonzero().flatten()
+    if len(rows) == 0:
+        return picture.new_ones(3, CROP, CROP)
+    part = picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    high, wide = part.shape[1:]
+    side = round(max(high, wide) * 1.1) + 1
+    top, left = (side - high) // 2, (side - wide) // 2
+    edges = (left, side - wide - left, top, side - high - top)
+    square = functional.pad(part, edges, value=1.0).unsqueeze(0)
+    small = functional.interpolate(square, (CROP, CROP), mode="bilinear", antialias=True, align_corners=False)
+    return small[0].clamp(0, 1)
