@@ -21,6 +21,7 @@ from engine.messages import StudioError
 from engine.presets import Preset
 
 MAX_PICTURES = 3
+MAX_TRIES = 50
 SEEDS = 2**31  # a drawn seed stays short enough to be read aloud
 Role = Literal["person", "object", "background"]
 
@@ -134,6 +135,8 @@ class Form:
     text_scale: float | None = None
     shift: float | None = None
     negative_prompt: str | None = None
+    until: float | None = None
+    tries: int | None = 5
 
     @classmethod
     def of(cls, job: GenerateJob) -> Form:
@@ -202,6 +205,22 @@ class Form:
             StudioError: a number does not fit the preset.
         """
         return replace(self, prompt="-", negative_prompt=None).job(Cast(), seed=0)
+
+    def wanted(self) -> tuple[float | None, int]:
+        """The likeness that every subject has to reach, None for any, and how many further seeds may be drawn for it.
+
+        Raises:
+            StudioError: a number out of range; field "until".
+        """
+        until, tries = self.until or 0.0, self.tries or 0
+        if not 0 <= until <= 1 or not 0 <= tries <= MAX_TRIES:
+            raise StudioError(
+                f"Drawing again until {until:g}, {tries} times at most, is not possible.",
+                f"A likeness lies between 0 and 1, and at most {MAX_TRIES} further seeds are drawn.",
+                "Change these two numbers; 0 draws once.",
+                field="until",
+            )
+        return (until, tries) if until > 0 else (None, 0)
 
     def first_seed(self, draw: Callable[[int], int] = secrets.randbelow) -> int:
         """A fresh seed, or the one in the field.

@@ -17,6 +17,7 @@ from typing import Any
 from engine import presets, video
 from engine.job import GenerateJob, read_job
 from engine.messages import StudioError
+from engine.report import REPORT, STRIP
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def find(outputs: Path, id: str) -> Clip:
 
 
 def delete(clip: Clip) -> None:
-    """Remove a clip, its document and its poster; nothing else, and nothing outside the outputs folder.
+    """Remove a clip, its document, poster and report; nothing else, and nothing outside the outputs folder.
 
     Raises:
         StudioError: the clip lies elsewhere, or another program holds it open; then nothing is removed.
@@ -74,8 +75,8 @@ def delete(clip: Clip) -> None:
             f"{clip.path.name} was not deleted.", "It does not lie in the outputs folder.", "Delete it by hand."
         )
     try:
-        for path in (clip.path, clip.path.with_suffix(".json"), clip.path.with_suffix(".webp")):
-            path.unlink(missing_ok=True)
+        for suffix in (".mp4", ".json", ".webp", REPORT, STRIP):
+            clip.path.with_suffix(suffix).unlink(missing_ok=True)
     except OSError as error:
         raise StudioError(
             f"{error.filename or clip.path.name} was not deleted.",

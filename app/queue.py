@@ -51,6 +51,10 @@ MIGRATIONS = (
     CREATE TABLE settings (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
     INSERT INTO settings VALUES ('paused', 0), ('changes', 0);
     """,
+    """
+    ALTER TABLE rows ADD COLUMN until REAL;
+    ALTER TABLE rows ADD COLUMN tries INTEGER NOT NULL DEFAULT 0
+    """,
 )
 
 
@@ -61,7 +65,8 @@ class Row:
     `position` is the place in the waiting line, 0 for the next one, -1 for a row that is not waiting.
     `job` is None when the stored document cannot be read by this studio; `error` then says why, and `document` still
     holds its text. `progress` is a `Progress`, `saved` a `Saved`, `error` a `Failed`, each as `messages.as_dict` wrote
-    it. `created`, `started` and `finished` are seconds since the epoch.
+    it. `created`, `started` and `finished` are seconds since the epoch. `until` is the likeness that every subject has
+    to reach, None where nobody asks, and `tries` how many more seeds may be drawn for it.
     """
 
     id: int
@@ -78,6 +83,8 @@ class Row:
     started: float | None
     finished: float | None
     worker: str
+    until: float | None = None
+    tries: int = 0
 
 
 class Queue:
@@ -101,10 +108,16 @@ class Queue:
 
     # --- what a person does --------------------------------------------------------------------------------------
 
-    def add(self, job: GenerateJob, *, group: str = "") -> int:
-        """Put a job at the end of the line; `group` ties variants together. Returns the row's id."""
+    def add(self, job: GenerateJob, *, group: str = "", until: float | None = None, tries: int = 0) -> int:
+        """Put a job at the end of the line. Returns the row's id.
+
+        Args:
+            group: ties variants together.
+            until: the likeness that the weakest subject has to reach; a clip below it is followed by the next seed.
+            tries: how many further seeds may be drawn for that.
+        """
         with self._change() as db:
-            return _append(db, write_job(job, indent=None), group)
+            return _append(db, write_job(job, indent=None), group, until, tries)
 
     def rows(self, *, states: Iterable[State] | None = None, limit: int = 200) -> list[Row]:
         """What is running, then the waiting line in its order, then what has ended, latest first.
@@ -153,7 +166,7 @@ class Queue:
                     "Let it end or cancel it first, or duplicate it.",
                 )
             if row["state"] == "done":
-                return _append(db, row["job"], row["grouped"])
+                return _append(db, row["job"], row["grouped"], row["until"], row["tries"])
             db.execute(
                 "UPDATE rows SET state = 'waiting', rank = ?, progress = NULL, preview = NULL, error = NULL, "
                 "started = NULL, finished = NULL, worker = '', cancel = 0 WHERE id = ?",
@@ -254,10 +267,17 @@ class Queue:
             db.execute(f"UPDATE rows SET {column} = ? WHERE id = ? AND state = 'running'", (value, id))
 
     def finish(self, id: int, saved: Saved) -> None:
-        """The clip is on disk."""
+        """The clip is on disk. Where its weakest subject falls short of what was asked for, the next seed is queued."""
         with self._change() as db:
+            row = db.execute("SELECT * FROM rows WHERE id = ?", (id,)).fetchone()
             # Also from "interrupted": a worker that was given up too early has made its clip all the same.
             _end(db, id, "done", saved=_json(saved), was=("running", "interrupted"))
+            if row is None or row["cancel"] or row["until"] is None or row["tries"] < 1:
+                return
+            job, _ = _read(row["job"])
+            if job is not None and saved.weakest is not None and saved.weakest < row["until"]:
+                following = job.model_copy(update={"seed": job.seed + 1})
+                _append(db, write_job(following, indent=None), row["grouped"], row["until"], row["tries"] - 1)
 
     def fail(self, id: int, failed: Failed) -> None:
         """The run stopped with an error for a person."""
@@ -407,6 +427,8 @@ def _row(values: sqlite3.Row, places: dict[int, int]) -> Row:
         started=values["started"],
         finished=values["finished"],
         worker=values["worker"],
+        until=values["until"],
+        tries=values["tries"],
     )
 
 
@@ -424,10 +446,10 @@ def _may_start(db: sqlite3.Connection) -> bool:
     ).fetchone()[0]
 
 
-def _append(db: sqlite3.Connection, document: str, group: str) -> int:
+def _append(db: sqlite3.Connection, document: str, group: str, until: float | None = None, tries: int = 0) -> int:
     added = db.execute(
-        "INSERT INTO rows (rank, state, job, grouped, created) VALUES (?, 'waiting', ?, ?, ?)",
-        (_last_rank(db) + 1, document, group, time.time()),
+        "INSERT INTO rows (rank, state, job, grouped, created, until, tries) VALUES (?, 'waiting', ?, ?, ?, ?, ?)",
+        (_last_rank(db) + 1, document, group, time.time(), until, tries),
     )
     assert added.lastrowid is not None
     return added.lastrowid

@@ -1,6 +1,6 @@
 """The stage: which clips the right side of Generate shows, and how each of them looks while it is made and after.
 
-In:  rows of the queue.
+In:  rows of the queue, and the identity reports beside their clips.
 Out: HTML text. The same rows always give the same stage, so a reloaded page shows what the old one showed.
 Knows nothing of Gradio, of the form, or of how rows change.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app import markup
+from app import markup, who
 from app.queue import Row
 from app.studio import ASSETS, prepared
 from engine import presets
@@ -50,7 +50,16 @@ def on_stage(rows: Sequence[Row], pinned: int | None = None) -> list[Row]:
         chosen = next(iter([*running, *waiting, *ended]), None)
     if chosen is None:
         return []
-    return sorted(_group(chosen, rows), key=lambda row: row.id)[-MOST:]
+    shown = sorted(_group(chosen, rows), key=lambda row: row.id)[-MOST:]
+    if all(row.state not in ("waiting", "running") for row in shown):
+        shown.sort(key=_weakest, reverse=True)  # the clip whose weakest subject is the likest comes first
+    return shown
+
+
+def _weakest(row: Row) -> float:
+    """What variants are sorted by; a clip without a report keeps its place behind those that have one."""
+    weakest = (row.saved or {}).get("weakest")
+    return float(weakest) if weakest is not None else -1.0
 
 
 def _group(chosen: Row, rows: Sequence[Row]) -> list[Row]:
@@ -93,9 +102,11 @@ def _cell(row: Row, *, alone: bool) -> str:
     names = [subject.name for subject in job.subjects] if job else []
     prompt = f'<p class="said">{markup.prompt_text(job.prompt, names)}</p>' if job and alone else ""
     seed = f'<span class="fact">seed <b>{job.seed}</b></span>' if job else ""
+    clip = Path(str((row.saved or {}).get("clip", ""))) if row.state == "done" else None
+    likeness = "" if clip is None else who.panel(clip, names) if alone else who.line(clip, names)
     return (
         f'<section class="cell {row.state}" data-row="{row.id}" aria-label="Clip {row.id}, {row.state}">'
-        f'{frame}<div class="under">{below}{prompt}<p class="facts">{seed}{_facts(row, alone)}</p>'
+        f'{frame}<div class="under">{below}{prompt}<p class="facts">{seed}{_facts(row, alone)}</p>{likeness}'
         f"{_actions(row, alone)}</div></section>"
     )
 

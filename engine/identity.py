@@ -1,18 +1,15 @@
-"""The identity report: who is where in every frame of a clip, and how much everyone looks like their own pictures.
+"""Who is where in every frame of a clip, and how much everyone looks like their own pictures.
 
-In:  frames as they are decoded, the subjects' prepared pictures, and a judge that the preset names.
-Out: an `IdentityReport`: per subject and frame the likeness to its own pictures and to the hardest other subject's,
-presence, worst frames; JSON beside the clip, and frames with coloured outlines to look at.
-Knows nothing of how the clip was made. Figures of different judges are not comparable, so a report names its judge.
+In:  frames as they are decoded, the subjects' prepared pictures, and the judges that the preset names.
+Out: an `IdentityReport`, and frames with coloured outlines to look at.
+Knows nothing of how the clip was made, or of what becomes of the report.
 
 Shapes: F frames, N subjects, H x W pixels.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
 
@@ -24,78 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from engine.judges import SIZE, Judges, cut_out, to_unit
+from engine.report import IdentityReport, SubjectReport
 
-VERSION = 1
 SEEN = 0.004  # a subject counts as there when it fills this share of a frame
 AT_ONCE = 8  # frames judged together; no more are held than these and the few that are shown
 SHOWN = 9  # frames of the strip
-COLOURS = ((255, 64, 64), (64, 160, 255), (255, 200, 0), (0, 200, 120))  # of the outlines, by slot
-
-
-@dataclass(frozen=True)
-class SubjectReport:
-    """One subject over all frames; None where it cannot be seen."""
-
-    name: str
-    own: tuple[float | None, ...]
-    """Likeness to its own pictures, cosine, -1 to 1."""
-    other: tuple[float | None, ...]
-    """Likeness to whichever other subject's pictures it resembles most; None when it is alone."""
-
-    @property
-    def presence(self) -> float:
-        """Share of frames in which it can be seen."""
-        return sum(value is not None for value in self.own) / max(1, len(self.own))
-
-    @property
-    def score(self) -> float:
-        """Mean likeness over all frames; a frame without it counts as 0, so that hiding does not pay."""
-        return sum(max(0.0, value) for value in self.own if value is not None) / max(1, len(self.own))
-
-    @property
-    def margin(self) -> float | None:
-        """How much more it looks like itself than like any other, mean over the frames in which it is seen."""
-        gaps = [a - b for a, b in zip(self.own, self.other, strict=True) if a is not None and b is not None]
-        return sum(gaps) / len(gaps) if gaps else None
-
-    @property
-    def worst_frames(self) -> tuple[int, ...]:
-        """The three frames in which it looks least like itself, missing ones first."""
-        order = sorted(range(len(self.own)), key=lambda i: -2.0 if self.own[i] is None else float(self.own[i] or 0.0))
-        return tuple(sorted(order[:3]))
-
-
-@dataclass(frozen=True)
-class IdentityReport:
-    """What a judge says of one clip."""
-
-    judge: str
-    fps: float
-    subjects: tuple[SubjectReport, ...]
-
-    @property
-    def weakest(self) -> float:
-        """Score of the subject that looks least like itself: what variants are sorted by."""
-        return min((subject.score for subject in self.subjects), default=0.0)
-
-    def as_json(self) -> str:
-        """The report as it stands beside the clip."""
-        subjects = [
-            {
-                **asdict(subject),
-                "score": subject.score,
-                "presence": subject.presence,
-                "margin": subject.margin,
-                "worst_frames": subject.worst_frames,
-            }
-            for subject in self.subjects
-        ]
-        values = {"version": VERSION, "judge": self.judge, "fps": self.fps, "weakest": self.weakest}
-        return json.dumps({**values, "subjects": subjects}, indent=1, default=_rounded)
-
-
-def _rounded(value: object) -> object:
-    raise TypeError(f"{type(value).__name__} is not JSON")
+# The page's colours of the first slots (app.look): an outline has its subject's colour there too.
+COLOURS = ((255, 154, 118), (110, 211, 194), (184, 164, 255), (127, 196, 255), (244, 143, 192), (197, 216, 109))
 
 
 class Reporter:
@@ -144,7 +76,7 @@ class Reporter:
             subjects=tuple(SubjectReport(name, tuple(own), tuple(other)) for name, own, other in subjects),
         )
 
-    def write_strip(self, path: Path, scale: int) -> None:
+    def write_strip(self, path: Path) -> None:
         """Some frames side by side, every subject outlined in its colour, as WebP."""
         if self._strip:
             Image.fromarray(np.concatenate(self._strip, axis=1)).save(path, quality=85)

@@ -1,7 +1,7 @@
 """Judges of the drawn world: who is where, who is who, what they do, where, and whether it was drawn or generated.
 
 In:  frames and reference pictures, float in [0, 1], of the judges' size.
-Out: shares of pixels, embeddings, class scores. One safetensors file holds a set of judges, its names in the metadata.
+Out: shares of pixels, embeddings, class scores. A folder holds a set of judges.
 Knows nothing of models, jobs, or of what is done with a judgement (`engine.identity`, `train.evaluate`).
 
 There are two sets, `reward` and `test`, of different seed, width and training identities. Whatever selects or trains
@@ -16,8 +16,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -201,20 +200,20 @@ class Judges(nn.Module):
         self.place = PictureJudge(width // 2, len(places))
         self.critic = PictureJudge(width // 2, 1)
 
-    def save(self, path: Path) -> None:
-        """Write the set in half precision."""
+    def save(self, folder: Path) -> None:
+        """Write the set into a folder: config.json and model.safetensors, half precision."""
         names = {"verbs": self.verbs, "directions": self.directions, "places": self.places}
         about = {"name": self.name, "width": self.width, **names}
         tensors = {key: tensor.detach().half().contiguous() for key, tensor in self.state_dict().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={"judges": json.dumps(about)})
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        save_file(tensors, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, path: Path) -> Judges:
+    def load(cls, folder: Path) -> Judges:
         """Read a set, in fp32, for judging."""
-        with safe_open(path, framework="pt") as file:
-            judges = cls(**json.loads(file.metadata()["judges"]))
-            judges.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
+        judges = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        judges.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
         return judges.eval().requires_grad_(False)
 
 

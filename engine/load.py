@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
+from engine.judges import Judges
 from engine.messages import StudioError
 from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Preset
 
-Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "vlm", "vlm_tokenizer"]
+Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "vlm", "vlm_tokenizer", "judges"]
 ENCODERS: tuple[Part, ...] = ("text_encoder", "vlm")
 KEEP_ENCODERS_BYTES = 2 * 2**30  # larger encoders leave memory before sampling starts
 REMEMBERED_BYTES = 512 * 2**20  # encoded prompts and pictures that a warm worker keeps
@@ -92,6 +93,10 @@ def _diffusers(kind: Any, folder: Path, dtype: torch.dtype, part: Part) -> nn.Mo
     return model
 
 
+def _judges(folder: Path, dtype: torch.dtype) -> nn.Module:
+    return Judges.load(folder)
+
+
 def _text_encoder(folder: Path, dtype: torch.dtype) -> nn.Module:
     return _transformers(UMT5EncoderModel, folder, dtype, "text_encoder")
 
@@ -118,6 +123,7 @@ _LOADERS: dict[Part, Callable[[Path, torch.dtype], nn.Module]] = {
     "vae": _vae,
     "text_encoder": _text_encoder,
     "vlm": _vlm,
+    "judges": _judges,
 }
 
 

@@ -45,7 +45,7 @@ class Cancelled(Exception):
 class Progress:
     """One step forward. `total` 0 means the length of the stage is unknown."""
 
-    stage: str  # "load", "encode", "sample", "decode", "save"
+    stage: str  # "load", "encode", "sample", "decode", "judge", "save"
     step: int
     total: int
     eta_s: float | None = None
@@ -63,13 +63,18 @@ class Preview:
 
 @dataclass(frozen=True)
 class Saved:
-    """The clip is on disk. `document` is the JSON beside it, the same that rides inside the file."""
+    """The clip is on disk. `document` is the JSON beside it, the same that rides inside the file.
+
+    `report` is the identity report beside it and `weakest` its lowest score; None where the preset names no judges.
+    """
 
     clip: Path
     document: Path
     poster: Path
     seconds: float
     num_frames: int
+    report: Path | None = None
+    weakest: float | None = None
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Components(Document):
     """Qwen2_5_VLForConditionalGeneration, or empty when the preset has none."""
     vlm_tokenizer: str = ""
     """Tokenizer of the VLM."""
+    judges: str = ""
+    """Judges of the identity report (`engine.judges`), or empty when this preset's clips get none."""
 
 
 class Cost(Document):

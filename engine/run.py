@@ -1,7 +1,7 @@
 """The whole story of a clip, from a document to a file that carries that document.
 
 In:  a job, and a `say` that hears how it goes and may stop it.
-Out: an mp4 with its document inside, the same document beside it, and a poster.
+Out: an mp4 with its document inside, the same document beside it, a poster, and the identity report.
 Knows nothing of queues, pages or processes.
 """
 
@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from engine import conditioning, decode, encode, memory, pictures, presets, sampling, video
+from engine import conditioning, decode, encode, identity, memory, pictures, presets, sampling, video
 from engine.guidance import guided
 from engine.job import GenerateJob, write_job
 from engine.load import Warm
 from engine.messages import Message, Preview, Progress, Saved, StudioError
+from engine.report import REPORT, STRIP, IdentityReport
 
 __all__ = ["Warm", "run"]
 
@@ -93,6 +94,7 @@ def run(
 
         latents = sampling.denoise(_noise(job, transformer, vae), predict, solver, on_step)
 
+        reporter = _reporter(job, preset, warm)
         document = write_job(pictures.portable(job))
         size = (job.width or 0, job.height or 0)
         with video.ClipWriter(
@@ -101,16 +103,46 @@ def run(
             for number, group in enumerate(decode.frames(latents, vae), start=1):
                 for frame in group:
                     writer.write(frame)
+                    if reporter is not None:
+                        reporter.see(frame)
                 say(Progress("decode", number, latents.shape[2]))
 
     say(Progress("save", 0, 1))
+    report = reporter.finish() if reporter is not None else None
     return Saved(
         clip=writer.path,
         document=_write_beside(writer.path, document),
         poster=video.write_poster(writer.path),
         seconds=time.monotonic() - began,
         num_frames=writer.frames,
+        report=_write_report(reporter, report, writer.path),
+        weakest=report.weakest if report is not None else None,
     )
+
+
+def _reporter(job: GenerateJob, preset: presets.Preset, warm: Warm) -> identity.Reporter | None:
+    """Who judges the clip while it is decoded; None where the preset names no judges, or nobody is to be recognised."""
+    asked = [subject for subject in job.subjects if subject.role != "background" and subject.weight > 0]
+    if not preset.components.judges or not asked:
+        return None
+    return identity.Reporter(
+        warm.part("judges", preset),
+        [subject.name for subject in asked],
+        [pictures.prepare_subject(subject, size=preset.reference_size) for subject in asked],
+        fps=preset.fps,
+        num_frames=job.num_frames or 1,
+    )
+
+
+def _write_report(reporter: identity.Reporter | None, report: IdentityReport | None, clip: Path) -> Path | None:
+    """Report and outlined frames beside the clip."""
+    if reporter is None or report is None:
+        return None
+    path = clip.with_suffix(REPORT)
+    with _explained(clip.parent):
+        path.write_text(report.as_json(), encoding="utf-8")
+        reporter.write_strip(clip.with_suffix(STRIP))
+    return path
 
 
 def _solver(job: GenerateJob) -> sampling.Solver:

@@ -1,7 +1,7 @@
 """Tiny components with random weights, in the classes and the folder layout of the real ones.
 
 In:  a folder and a seed.
-Out: transformer, vae, text_encoder, tokenizer, vlm and vlm_tokenizer in that folder, a few megabytes, no download.
+Out: transformer, vae, text_encoder, tokenizer, vlm, vlm_tokenizer and judges in that folder, no download.
 Knows nothing of training: such a model draws noise. Tests run on it, and a clone without a checkpoint starts with it.
 
     python -m engine.tiny FOLDER
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from engine import presets
+from engine.judges import Judges
 from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Components, Preset
 
@@ -162,7 +163,7 @@ def vlm(words: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def write_tiny(folder: Path, *, seed: int = 0) -> Path:
-    """Write all six components under `folder`; the same seed gives the same weights. Returns the folder."""
+    """Write all components under `folder`; the same seed gives the same weights. Returns the folder."""
     words, vlm_words = tokenizer(), vlm_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -172,9 +173,11 @@ def write_tiny(folder: Path, *, seed: int = 0) -> Path:
             "text_encoder": text_encoder(len(words)),
             "vlm": vlm(vlm_words),
         }
+        judges = Judges("tiny", 8, ["stands still"], ["left", "right"], ["beach"])
     for name, part in parts.items():
         part.save_pretrained(folder / name, safe_serialization=True)
     words.save_pretrained(folder / "tokenizer")
+    judges.save(folder / "judges")
     vlm_words.save_pretrained(folder / "vlm_tokenizer")
     return folder
 

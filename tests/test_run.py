@@ -15,6 +15,7 @@ from engine.job import GenerateJob, make_job, read_job
 from engine.load import Warm
 from engine.messages import Cancelled, Message, Preview, Progress, Saved, StudioError
 from engine.model import IdentityWanTransformer3DModel
+from engine.report import STRIP, read_report
 from engine.run import run
 
 
@@ -279,3 +280,30 @@ def test_a_lack_of_memory_says_what_to_make_smaller(toybox, tmp_path, error):
         raise error
     with pytest.raises(RuntimeError, match="something else"), memory.explained(job, preset):
         raise RuntimeError("something else")
+
+
+# --- the identity report ---
+
+
+def test_a_clip_brings_a_report_of_everyone_who_is_to_be_recognised(toybox, tmp_path, warm):
+    subjects = _job(tmp_path).subjects
+    place = subjects[1].model_copy(update={"role": "background"})
+    job = _job(tmp_path).model_copy(update={"subjects": (subjects[0], place)})
+    saved = run(job, Listener(), outputs=tmp_path / "out", warm=warm)
+    found = read_report(saved.clip)
+    assert saved.report is not None and found is not None
+    assert [subject.name for subject in found.subjects] == ["fox"]
+    assert len(found.subjects[0].own) == saved.num_frames
+    assert saved.weakest == found.weakest
+    assert found.judge == "toybox tiny"
+    if found.subjects[0].presence:
+        with Image.open(saved.clip.with_suffix(STRIP)) as strip:
+            assert strip.size == (9 * 64 * 4, 64 * 4)
+
+
+def test_a_preset_without_judges_makes_clips_without_a_report(toybox, tmp_path, warm, monkeypatch):
+    parts = toybox.components.model_copy(update={"judges": ""})
+    silent = toybox.model_copy(update={"components": parts})
+    (presets.PRESETS / "toybox.json").write_text(silent.model_dump_json(), encoding="utf-8")
+    saved = run(_job(tmp_path), Listener(), outputs=tmp_path / "out", warm=warm)
+    assert (saved.report, saved.weakest, read_report(saved.clip)) == (None, None, None)

@@ -1,7 +1,7 @@
 """Teach the judges of the drawn world, and ask what they are worth.
 
 In:  the drawn world, and the toybox's VAE, which everything a judge sees has been through in half of the cases.
-Out: assets/judges/<set>.safetensors; `measure` says how often they are right on identities they have never seen.
+Out: assets/judges/<set>; `measure` says how often they are right on identities they have never seen.
 Knows nothing of the model that is judged, but for the critic, which learns from its clips.
 
     python -m train.judges reward --minutes 20     # goes on from its last save
@@ -227,9 +227,10 @@ def coarser(cuts: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _margin_loss(asked: Tensor, known: Tensor) -> Tensor:
-    cosine = (asked @ known.T).clamp(-0.999, 0.999)
-    own = torch.eye(len(asked), dtype=torch.bool)
-    narrowed = torch.where(own, torch.cos(torch.arccos(cosine) + MARGIN), cosine)
+    with torch.autocast("cpu", enabled=False):  # in bfloat16 .9999 is 1, where the arc cosine has no slope
+        cosine = asked @ known.T
+        own = torch.arccos(cosine.diagonal().clamp(-0.9999, 0.9999)) + MARGIN
+        narrowed = cosine.diagonal_scatter(torch.cos(own))
     return functional.cross_entropy(SCALE * narrowed, torch.arange(len(asked)))
 
 
@@ -372,8 +373,8 @@ def export(name: str, state: Path) -> Judges:
         saved = checkpoint.load(state / name / part)
         if saved is not None:
             _module(judges, part).load_state_dict(saved[1]["ema"], strict=False)
-    judges.save(JUDGES / f"{name}.safetensors")
-    return Judges.load(JUDGES / f"{name}.safetensors")
+    judges.save(JUDGES / name)
+    return Judges.load(JUDGES / name)
 
 
 # --- what they are worth ---------------------------------------------------------------------------------------------
@@ -461,7 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.what == "measure":
         vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae", torch_dtype=torch.float32).eval()
-        figures = measure(Judges.load(JUDGES / f"{options.name}.safetensors"), vae)
+        figures = measure(Judges.load(JUDGES / options.name), vae)
         print(json.dumps(figures, indent=1))  # noqa: T201
         return 0
     until = time.monotonic() + options.minutes * 60

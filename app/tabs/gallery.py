@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from app import library, markup
+from app import library, markup, who
 from app.library import Clip
 from app.stage import video
 from app.studio import Studio
@@ -130,8 +130,13 @@ def render_detail(studio: Studio, view: View) -> str:
     clip = shown[0]
     return (
         f'<div class="detail"><div class="frame">{video(clip.path, clip.poster or Path("-"), label=_plain(clip))}</div>'
-        f'<div class="side"><p class="said">{_words(clip)}</p>{_tools(clip, view)}{_table(clip.job)}</div></div>'
+        f'<div class="side"><p class="said">{_words(clip)}</p>{_tools(clip, view)}{_who(clip)}'
+        f"{_table(clip.job)}</div></div>"
     )
+
+
+def _who(clip: Clip) -> str:
+    return who.panel(clip.path, [subject.name for subject in clip.job.subjects] if clip.job else [])
 
 
 def _tools(clip: Clip, view: View) -> str:
@@ -152,7 +157,8 @@ def _tools(clip: Clip, view: View) -> str:
 def _two(first: Clip, second: Clip) -> str:
     sides = "".join(
         f'<div class="side"><div class="frame">{video(clip.path, clip.poster or Path("-"), label=_plain(clip))}</div>'
-        f'<p class="said">{_words(clip)}</p><div class="acts">{markup.button("Take away", "compare", clip=clip.id)}'
+        f'<p class="said">{_words(clip)}</p>{_who(clip)}'
+        f'<div class="acts">{markup.button("Take away", "compare", clip=clip.id)}'
         f"{markup.button('Reuse settings', 'reuse', clip=clip.id) if clip.job else ''}</div></div>"
         for clip in (first, second)
     )

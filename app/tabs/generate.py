@@ -39,6 +39,7 @@ BESIDE = {
     "seed": "seed",
     "sampling": "advanced",
     "negative_prompt": "advanced",
+    "until": "advanced",
 }
 PLACES = ("subjects", "prompt", "preset", "size", "seed", "advanced", "go")
 
@@ -156,6 +157,11 @@ def _advanced(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) ->
             ):
                 form[name] = gr.Number(getattr(start, name), label=label, step=0.1, visible=shown[name], min_width=90)
         form["negative_prompt"] = gr.Textbox(start.negative_prompt, label="Stay away from", max_lines=3)
+        with gr.Row(elem_classes="numbers"):
+            form["until"] = gr.Number(
+                start.until or 0, label="Draw again until everyone's likeness is", step=0.05, min_width=150
+            )
+            form["tries"] = gr.Number(start.tries, label="Further seeds at most", precision=0, min_width=90)
         refused["advanced"] = _beside()
 
 
@@ -271,9 +277,10 @@ def submit(studio: Studio, form: Form, cast: Cast, editing: int) -> tuple[str, i
     if editing:
         studio.queue.edit(editing, jobs[0])
         return f"Job {editing} is updated.", seed
-    group = uuid.uuid4().hex if len(jobs) > 1 else ""
+    until, tries = form.wanted()
+    group = uuid.uuid4().hex if len(jobs) > 1 or until is not None else ""
     for job in jobs:
-        studio.queue.add(job, group=group)
+        studio.queue.add(job, group=group, until=until, tries=tries)
     return "", seed
 
 
@@ -342,7 +349,8 @@ def _wire_form(tab: GenerateTab, studio: Studio) -> None:
         return [gr.Number(visible=shown) for shown in _scales(mode).values()]
 
     form, panel = tab.form, tab.panel
-    priced = [form[name] for name in FIELDS if name not in ("prompt", "seed", "fresh_seed", "negative_prompt")]
+    free = ("prompt", "seed", "fresh_seed", "negative_prompt", "until", "tries")
+    priced = [form[name] for name in FIELDS if name not in free]
     gr.on(
         [*(part.change for part in priced), tab.go.click],  # each clip since then has taught it something
         price,

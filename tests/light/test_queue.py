@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
+from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
-from app.queue import Queue, Row
-from engine.job import GenerateJob, make_job
+from app.queue import MIGRATIONS, Queue, Row
+from engine.job import GenerateJob, make_job, write_job
 from engine.messages import Failed, Preview, Progress, Saved, StudioError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +155,49 @@ def test_run_again_brings_an_ended_row_back_and_copies_a_finished_one(queue: Que
     assert (row.state, row.error, row.started, row.finished, row.worker) == ("waiting", None, None, None, "")
     copy = queue.run_again(done)
     assert copy != done and queue.get(done).saved and queue.get(copy).job == a_job("b")
+
+
+def test_a_clip_that_falls_short_is_followed_by_the_next_seed_until_one_is_good_enough(
+    queue: Queue, tmp_path: Path
+) -> None:
+    queue.add(a_job(seed=40), group="g", until=0.6, tries=5)
+    for weakest in (0.2, 0.59, 0.6):
+        row = queue.take("w")
+        assert row is not None and row.until == 0.6 and row.group == "g"
+        queue.finish(row.id, replace(a_clip(tmp_path), weakest=weakest))
+    assert queue.take("w") is None
+    assert sorted(row.job.seed for row in queue.rows() if row.job) == [40, 41, 42]
+
+
+@pytest.mark.parametrize(("until", "tries", "weakest"), [(0.6, 0, 0.1), (None, 9, 0.1), (0.6, 9, None)])
+def test_nothing_is_drawn_again_without_a_wish_a_try_left_or_a_judge(
+    queue: Queue, tmp_path: Path, until: float | None, tries: int, weakest: float | None
+) -> None:
+    queue.add(a_job(), until=until, tries=tries)
+    row = queue.take("w")
+    assert row is not None
+    queue.finish(row.id, replace(a_clip(tmp_path), weakest=weakest))
+    assert queue.take("w") is None
+
+
+def test_a_clip_that_is_cancelled_is_not_drawn_again(queue: Queue, tmp_path: Path) -> None:
+    queue.add(a_job(), until=0.9, tries=3)
+    row = queue.take("w")
+    assert row is not None
+    queue.cancel(row.id)  # too late for this clip, in time for the next
+    queue.finish(row.id, replace(a_clip(tmp_path), weakest=0.1))
+    assert queue.take("w") is None
+
+
+def test_a_queue_of_the_first_format_is_brought_up_to_date(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "queue.db")) as db:
+        db.executescript(MIGRATIONS[0])
+        db.execute("PRAGMA user_version = 1")
+        values = ("waiting", write_job(a_job("from before")), "", 1.0)
+        db.execute("INSERT INTO rows (rank, state, job, grouped, created) VALUES (1, ?, ?, ?, ?)", values)
+        db.commit()
+    row = Queue(tmp_path / "queue.db").take("w")
+    assert row is not None and row.job == a_job("from before") and (row.until, row.tries) == (None, 0)
 
 
 def test_a_duplicate_stands_at_the_end_with_the_same_document(queue: Queue) -> None:

@@ -1,0 +1,69 @@
+"""The identity report without a judge: what follows from its figures, how it is read back, how it is shown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from app import who
+from engine.report import REPORT, IdentityReport, SubjectReport, read_report
+
+FOX = SubjectReport("fox", own=(0.8, 0.9, None, 0.7), other=(0.2, 0.1, None, 0.3))
+KITE = SubjectReport("kite", own=(0.4, 0.5, 0.6, 0.5), other=(0.6, 0.7, 0.2, 0.9))
+REPORTED = IdentityReport("toybox reward", 8, (FOX, KITE))
+
+
+def test_a_frame_without_the_subject_counts_as_nothing() -> None:
+    assert FOX.score == pytest.approx((0.8 + 0.9 + 0.7) / 4)
+    assert FOX.presence == 0.75
+    assert FOX.margin == pytest.approx((0.6 + 0.8 + 0.4) / 3)
+    seen_everywhere = SubjectReport("fox", (0.8, 0.9, 0.8, 0.7), (0.2, 0.1, 0.2, 0.3))
+    assert seen_everywhere.score > FOX.score
+
+
+def test_the_worst_frames_name_the_missing_ones_first() -> None:
+    assert FOX.worst_frames == (0, 2, 3)
+    assert 2 in SubjectReport("a", (-0.5, 0.9, None, 0.9, 0.8), (None,) * 5).worst_frames
+
+
+def test_a_clip_is_as_good_as_its_weakest_subject() -> None:
+    assert REPORTED.weakest == KITE.score < FOX.score
+    assert IdentityReport("x", 8, ()).weakest == 0.0
+
+
+def test_somebody_alone_is_compared_with_nobody() -> None:
+    assert SubjectReport("a", (0.5, 0.5), (None, None)).margin is None
+
+
+def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / f"clip{REPORT}").write_text(REPORTED.as_json(), encoding="utf-8")
+    assert read_report(tmp_path / "clip.mp4") == REPORTED
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"version": 99}', '{"version": 1, "judge": "x", "fps": 8, "subjects": [{"name": "a"}]}']
+)
+def test_what_is_no_report_is_not_shown(tmp_path: Path, text: str) -> None:
+    (tmp_path / f"clip{REPORT}").write_text(text, encoding="utf-8")
+    assert read_report(tmp_path / "clip.mp4") is None
+    assert who.panel(tmp_path / "clip.mp4", ["a"]) == ""
+    assert who.line(tmp_path / "clip.mp4", ["a"]) == ""
+
+
+def test_a_curve_breaks_where_the_subject_cannot_be_seen() -> None:
+    plot = who.plot(REPORTED, ["fox", "kite"])
+    assert len(re.findall('<polyline class="own"', plot)) == 2  # the fox's first two frames; the kite's four
+    assert len(re.findall('<circle class="own"', plot)) == 1  # the fox's last frame
+    highest, lowest = who._y(1.0), who._y(0.0)
+    heights = [float(point.split(",")[1]) for line in re.findall('points="([^"]*)"', plot) for point in line.split()]
+    assert all(highest <= height <= lowest for height in heights)
+
+
+def test_the_panel_says_who_looks_like_somebody_else_and_escapes_names(tmp_path: Path) -> None:
+    hostile = IdentityReport("<b>", 8, (SubjectReport("<i>", (0.1,), (0.9,)), FOX))
+    (tmp_path / f"clip{REPORT}").write_text(hostile.as_json(), encoding="utf-8")
+    shown = who.panel(tmp_path / "clip.mp4", ["fox"])
+    assert "&lt;i&gt; looks more like another" in shown
+    assert "<i>" not in shown and "<b>;" not in shown
