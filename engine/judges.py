@@ -110,11 +110,14 @@ class Embedder(nn.Module):
             _conv(3, w), _conv(w, 2 * w, 2), _conv(2 * w, 2 * w), _conv(2 * w, 4 * w, 2), _conv(4 * w, 6 * w, 2)
         )
         self.head = nn.Linear(12 * w, EMBEDDING)
+        # Takes out what all have in common; without it they fall together in the first updates and stay so.
+        self.centre = nn.BatchNorm1d(EMBEDDING, affine=False, momentum=0.02)
 
     def forward(self, cuts: Tensor) -> Tensor:
         """(P, 3, CROP, CROP) -> (P, EMBEDDING), each of length 1."""
         seen = self.body(cuts * 2 - 1)
-        return functional.normalize(self.head(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)), dim=1)
+        pooled = torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)
+        return functional.normalize(self.centre(self.head(pooled).float()), dim=1)
 
 
 class ActionJudge(nn.Module):
@@ -204,7 +207,10 @@ class Judges(nn.Module):
         """Write the set into a folder: config.json and model.safetensors, half precision."""
         names = {"verbs": self.verbs, "directions": self.directions, "places": self.places}
         about = {"name": self.name, "width": self.width, **names}
-        tensors = {key: tensor.detach().half().contiguous() for key, tensor in self.state_dict().items()}
+        tensors = {
+            key: tensor.detach().half().contiguous() if tensor.is_floating_point() else tensor
+            for key, tensor in self.state_dict().items()
+        }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         save_file(tensors, folder / "model.safetensors")
@@ -213,7 +219,7 @@ class Judges(nn.Module):
     def load(cls, folder: Path) -> Judges:
         """Read a set, in fp32, for judging."""
         judges = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        judges.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
+        judges.load_state_dict(load_file(folder / "model.safetensors"))
         return judges.eval().requires_grad_(False)
 
 

@@ -321,6 +321,8 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
     if (saved := checkpoint.load(folder)) is not None:
         step, groups, _ = saved
         module.load_state_dict(groups["model"], strict=False)
+        for held, kept_before in module.named_buffers():
+            kept_before.copy_(groups["ema"].pop(held))
         ema.restore(groups["ema"], step)
         checkpoint.restore_optimizer(optimizer, groups["optimizer"])
     if step >= total:
@@ -334,7 +336,7 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
     )
 
     def keep() -> None:
-        groups = {"model": dict(module.named_parameters()), "ema": ema.tensors}
+        groups = {"model": dict(module.named_parameters()), "ema": {**dict(module.named_buffers()), **ema.tensors}}
         checkpoint.save(folder, step, {**groups, "optimizer": checkpoint.optimizer_tensors(optimizer)})
 
     while step < total and time.monotonic() - began < seconds:
