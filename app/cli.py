@@ -1,4 +1,4 @@
-"""The command line: python launch.py [studio | generate | doctor | bench | test] ...
+"""The command line: python launch.py [studio | generate | doctor | bench | evaluate | test] ...
 
 In:  arguments, IDCRAFTER_AUTH, and for `generate` a job document or a clip that carries one.
 Out: an exit code: 0 done, 1 refused or failed with one line on stderr, 2 not understood, 130 cancelled.
@@ -29,6 +29,7 @@ verbs:
   generate    make one clip here and now
   doctor      look at this machine and say what is missing
   bench       measure what docs/measurements.md claims
+  evaluate    make held-out jobs and say how well everyone is recognised
   test        run the tests (what follows goes to pytest)
   check, lock for developers: style and types; the pinned libraries
 
@@ -253,6 +254,11 @@ def bench(arguments: list[str]) -> int:
     return measurements.main(arguments)
 
 
+def evaluate(arguments: list[str]) -> int:
+    """The toybox benchmark, in a process of its own."""
+    return subprocess.call([sys.executable, "-X", "utf8", "-m", "train.evaluate", *arguments], cwd=ROOT)
+
+
 def test(arguments: list[str]) -> int:
     """Run pytest in a process of its own; its closing line is the last thing said."""
     # One thread: two busy OpenMP pools fight over the cores (a tiny pipeline took 8 s instead of .2 s).
@@ -286,6 +292,7 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "doctor": doctor,
     "bench": bench,
+    "evaluate": evaluate,
     "test": test,
     "check": check,
     "lock": lock,

@@ -50,10 +50,11 @@ def on_stage(rows: Sequence[Row], pinned: int | None = None) -> list[Row]:
         chosen = next(iter([*running, *waiting, *ended]), None)
     if chosen is None:
         return []
-    shown = sorted(_group(chosen, rows), key=lambda row: row.id)[-MOST:]
-    if all(row.state not in ("waiting", "running") for row in shown):
-        shown.sort(key=_weakest, reverse=True)  # the clip whose weakest subject is the likest comes first
-    return shown
+    shown = sorted(_group(chosen, rows), key=lambda row: row.id)
+    if any(row.state in ("waiting", "running") for row in shown):
+        return shown[-MOST:]
+    # All have ended: the clip whose weakest subject is the likest comes first.
+    return sorted(shown, key=_weakest, reverse=True)[:MOST]
 
 
 def _weakest(row: Row) -> float:

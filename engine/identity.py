@@ -54,6 +54,7 @@ class Reporter:
         self._pictures = [_prepared(own) for own in pictures]
         self._known = [judges.embedder(cut_out(own)) for own in self._pictures]
         self._waiting: list[NDArray[np.uint8]] = []
+        self._at_once = AT_ONCE
         self._own: list[list[float | None]] = [[] for _ in names]
         self._other: list[list[float | None]] = [[] for _ in names]
         self._show = set(np.linspace(0, num_frames - 1, min(SHOWN, num_frames)).round().astype(int).tolist())
@@ -63,7 +64,7 @@ class Reporter:
     def see(self, frame: NDArray[np.uint8]) -> None:
         """The next frame, (H, W, 3)."""
         self._waiting.append(frame)
-        if len(self._waiting) == AT_ONCE:
+        if len(self._waiting) == self._at_once:
             self._judge()
 
     def finish(self) -> IdentityReport:

@@ -45,7 +45,7 @@ class Cancelled(Exception):
 class Progress:
     """One step forward. `total` 0 means the length of the stage is unknown."""
 
-    stage: str  # "load", "encode", "sample", "decode", "judge", "save"
+    stage: str  # "load", "encode", "sample", "decode", "save"
     step: int
     total: int
     eta_s: float | None = None

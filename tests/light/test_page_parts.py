@@ -143,6 +143,31 @@ def test_variants_of_one_group_stand_together_with_the_clip_they_came_from(job: 
     assert [row.id for row in stage.on_stage(queue.rows())] == [first, *more]
 
 
+def test_variants_stand_as_they_were_asked_for_until_all_have_ended_then_the_likest_comes_first(
+    job: GenerateJob, tmp_path: Path
+) -> None:
+    queue = Queue(tmp_path / "queue.db")
+    ids = [queue.add(job, group="g") for _ in range(5)]
+    for weakest in (0.2, None, 0.9, 0.4):
+        row = queue.take("w")
+        assert row is not None
+        queue.finish(
+            row.id, Saved(tmp_path / "a.mp4", tmp_path / "a.json", tmp_path / "a.webp", 2.0, 17, None, weakest)
+        )
+    assert [row.id for row in stage.on_stage(queue.rows())] == ids[1:]
+    queue.cancel(ids[4])
+    assert [row.id for row in stage.on_stage(queue.rows())] == [ids[2], ids[3], ids[0], ids[1]]
+
+
+def test_a_wish_for_a_likeness_is_checked_and_nought_is_no_wish(form: Form) -> None:
+    assert replace(form, until=0, tries=5).wanted() == (None, 0)
+    assert replace(form, until=0.6, tries=5).wanted() == (0.6, 5)
+    for until, tries in ((1.2, 5), (-0.1, 5), (0.5, 999), (0.5, -1)):
+        with pytest.raises(StudioError) as refused:
+            replace(form, until=until, tries=tries).wanted()
+        assert refused.value.field == "until"
+
+
 def test_what_a_person_wrote_is_shown_as_text(form: Form, cast: Cast, tmp_path: Path) -> None:
     hostile = replace(form, prompt="@fox <script>alert(1)</script> @kite").job(cast, seed=1)
     queue = Queue(tmp_path / "queue.db")

@@ -1,0 +1,249 @@
+"""Judges and report: what they take in, that they answer for the right subject, and that faults cost likeness."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import identity, judges
+from engine.judges import CROP, Judges, cut_out, geometry, to_unit
+from train import evaluate, world
+
+SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "judges" / "reward"
+
+
+@pytest.fixture(scope="module")
+def raw() -> Judges:
+    """Judges that have learnt nothing."""
+    torch.manual_seed(0)
+    return Judges("raw", 8, list(world.VERBS), ["left", "right"], list(world.BACKGROUNDS)).eval().requires_grad_(False)
+
+
+def subjects_of(*indices: int, kind: str = "robot") -> list[world.ToySubject]:
+    return [world.make_subject(world.subject_seed(i, "heldout"), kind) for i in indices]
+
+
+def pictures_of(subjects: list[world.ToySubject], seed: int = 3) -> list[np.ndarray]:
+    return [world.reference_picture(subject, seed)[0] for subject in subjects]
+
+
+# --- what they take in ---
+
+
+def test_a_cut_out_is_the_subject_alone_in_the_middle_whatever_lies_around_it() -> None:
+    frame = torch.rand(1, 3, 64, 64)
+    mask = torch.zeros(1, 64, 64)
+    mask[0, 5:25, 40:60] = 1
+    elsewhere = torch.where(mask.bool().unsqueeze(1), frame, torch.rand(1, 3, 64, 64))
+    first, second = cut_out(frame, mask), cut_out(elsewhere, mask)
+    assert first.shape == (1, 3, CROP, CROP)
+    assert torch.equal(first, second)
+    moved = cut_out(frame.roll((7, -11), (2, 3)), mask.roll((7, -11), (1, 2)))
+    assert torch.equal(first, moved)
+    assert float(first[0, :, 0].min()) == 1.0  # a rim of paper
+
+
+def test_a_reference_is_cut_out_by_its_white_paper() -> None:
+    page = torch.ones(1, 3, 64, 64)
+    page[0, :, 20:30, 8:48] = 0.2
+    mask = torch.zeros(1, 64, 64)
+    mask[0, 20:30, 8:48] = 1
+    assert torch.equal(cut_out(page), cut_out(page, mask))
+    assert torch.equal(cut_out(torch.ones(1, 3, 64, 64)), torch.ones(1, 3, CROP, CROP))
+
+
+def test_geometry_knows_where_a_mask_is_how_large_and_which_way_it_leans() -> None:
+    masks = torch.zeros(2, 2, 32, 32)
+    masks[0, 0, 4:12, 20:28] = 1
+    masks[1, 0] = torch.eye(32)
+    area, y, x, down, across, slant, there = geometry(masks)[:, ::2].T
+    assert float(area[0]) == pytest.approx(8 / 32) and float(y[0]) == pytest.approx(8 / 32 - 0.5)
+    assert float(x[0]) == pytest.approx(24 / 32 - 0.5) and float(down[0]) == pytest.approx(float(across[0]))
+    assert float(slant[0]) == pytest.approx(0, abs=1e-5) and float(slant[1]) > 1
+    assert there.tolist() == [1, 1]
+    assert geometry(masks)[:, 1::2].abs().max() == 0  # nobody
+
+
+def test_shares_of_pixels_add_up_to_one_and_follow_the_order_of_the_references(raw: Judges) -> None:
+    frames, pictures = torch.rand(2, 3, 64, 64), torch.rand(3, 2, 3, 64, 64)
+    shares = raw.locator(frames, pictures)
+    assert shares.shape == (2, 4, 64, 64)
+    torch.testing.assert_close(shares.sum(1), torch.ones(2, 64, 64))
+    turned = raw.locator(frames, pictures[[2, 0, 1]])
+    torch.testing.assert_close(turned[:, 1:], shares[:, [3, 1, 2]])
+
+
+def test_references_of_their_own_for_each_frame_are_read_as_one_frame_would(raw: Judges) -> None:
+    frames, pictures = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 1, 3, 64, 64)
+    figure, together = raw.locator.scores(frames, pictures)
+    for number in range(2):
+        alone_figure, alone = raw.locator.scores(frames[number : number + 1], pictures[number])
+        torch.testing.assert_close(together[number], alone[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(figure[number], alone_figure[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_set_is_read_back_as_it_was_written(raw: Judges, tmp_path: Path) -> None:
+    raw.save(tmp_path)
+    again = Judges.load(tmp_path)
+    assert (again.name, again.verbs, again.places) == (raw.name, raw.verbs, raw.places)
+    for name, value in raw.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value.half().to(value.dtype))
+
+
+# --- the report ---
+
+
+def reported(who: Judges, frames: np.ndarray, pictures: list[np.ndarray], at_once: int = identity.AT_ONCE):
+    names = [f"s{slot}" for slot in range(1, len(pictures) + 1)]
+    reporter = identity.Reporter(who, names, [[p] for p in pictures], fps=8, num_frames=len(frames))
+    reporter._at_once = at_once
+    for frame in frames:
+        reporter.see(frame)
+    return reporter.finish()
+
+
+def test_every_region_is_given_to_whom_it_resembles_one_to_one() -> None:
+    alike = torch.tensor([[0.2, 0.9, 0.1], [0.8, 0.7, 0.1], [0.3, 0.3, 0.2]])
+    everyone = torch.tensor([True, True, True])
+    assert identity.matched(alike, everyone) == [1, 0, 2]
+    assert identity.matched(alike, torch.tensor([True, True, False])) == [1, 0, None]
+    greedy = torch.tensor([[0.9, 0.8], [0.85, 0.1]])
+    assert identity.matched(greedy, torch.tensor([True, True])) == [1, 0]  # the sum counts, not the first come
+
+
+def test_a_report_does_not_depend_on_how_many_frames_are_judged_at_once(raw: Judges) -> None:
+    pair = subjects_of(1, 2)
+    clip = world.render(world.make_scene(5, subjects=pair, split="heldout"), num_frames=9)
+    assert reported(raw, clip.frames, pictures_of(pair), 2) == reported(raw, clip.frames, pictures_of(pair), 9)
+
+
+def test_a_clip_of_another_size_is_judged_at_the_size_the_judges_know(raw: Judges) -> None:
+    shares = identity.locate(raw, torch.rand(1, 3, 96, 128), [torch.rand(1, 3, 64, 64), torch.rand(2, 3, 64, 64)])
+    assert shares.shape == (1, 3, 96, 128)
+
+
+def test_an_outline_runs_around_its_subject_and_nowhere_else() -> None:
+    frame, owner = np.full((16, 16, 3), 90, np.uint8), np.zeros((16, 16), np.uint8)
+    owner[4:10, 5:12] = 2
+    drawn = identity.outlined(frame, owner, scale=4)
+    changed = (drawn != 90).any(-1)
+    assert changed.any()
+    assert tuple(drawn[changed][0]) == identity.COLOURS[1]
+    assert not changed[:12].any() and not changed[:, 52:].any() and not changed[24:32, 30:40].any()
+
+
+# --- the shipped judges, on drawings they have never seen ---
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Judges:
+    return Judges.load(SHIPPED)
+
+
+FAULTS = ("swapped", "missing", "merged", "recoloured", "flickering")
+
+
+def planted(fault: str, scene: world.Scene, pair: list[world.ToySubject]) -> np.ndarray:
+    """The scene's frames with one thing wrong."""
+    clean = world.render(scene, num_frames=9)
+    if fault == "missing":
+        return world.render(scene, num_frames=9, hide=(2,)).frames
+    if fault == "recoloured":
+        other = clean.frames.copy()
+        other[clean.owner == 2] = other[clean.owner == 2][:, [1, 2, 0]]
+        return other
+    stranger = subjects_of(77, kind=pair[1].kind)[0]
+    cast = {"swapped": pair[::-1], "merged": [pair[0], pair[0]], "flickering": [pair[0], stranger]}[fault]
+    wrong = world.render(replace(scene, subjects=tuple(cast)), num_frames=9).frames
+    if fault == "flickering":
+        wrong = np.where((np.arange(9) % 2 == 0).reshape(-1, 1, 1, 1), clean.frames, wrong)
+    return wrong
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_lowers_the_weakest_likeness(shipped: Judges, fault: str) -> None:
+    lowered = []
+    for seed in range(6):
+        kinds = ("cat", "car") if seed % 2 else ("robot", "house")
+        pair = [subjects_of(10 + seed, kind=kinds[0])[0], subjects_of(30 + seed, kind=kinds[1])[0]]
+        scene = world.make_scene(seed, subjects=pair, verb="meets", split="heldout")
+        pictures = pictures_of(pair)
+        good = reported(shipped, world.render(scene, num_frames=9).frames, pictures)
+        bad = reported(shipped, planted(fault, scene, pair), pictures)
+        ours = good.weakest + min(s.margin or 0 for s in good.subjects)
+        theirs = bad.weakest + min(s.margin or 0 for s in bad.subjects)
+        lowered.append(ours > theirs)
+    assert sum(lowered) >= 5
+
+
+def test_a_subject_is_nearer_to_its_own_picture_than_to_others_of_its_kind(shipped: Judges) -> None:
+    robots = subjects_of(*range(40, 48))
+    known = shipped.embedder(cut_out(to_unit(torch.from_numpy(np.stack(pictures_of(robots))))))
+    again = shipped.embedder(cut_out(to_unit(torch.from_numpy(np.stack(pictures_of(robots, seed=8))))))
+    assert (again @ known.T).argmax(1).tolist() == list(range(8))
+
+
+# --- the benchmark ---
+
+
+def test_the_benchmark_holds_as_many_jobs_of_each_kind_as_opens2vs_and_every_third_is_a_third() -> None:
+    jobs = evaluate.cases()
+    assert len(jobs) == 180 and len({each.id for each in jobs}) == 180
+    assert sum(len(each.scene.subjects) == 1 for each in jobs) == 90
+    assert len(evaluate.cases(every=3)) == 60
+    for each in jobs:
+        assert all(world.split_of(subject.seed) == "heldout" for subject in each.scene.subjects)
+        words = set(each.job.prompt.split()) | {s.noun for s in each.job.subjects}
+        assert not words & world.ATTRIBUTE_WORDS
+    assert evaluate.cases()[7].job == jobs[7].job
+
+
+def test_candidates_are_of_the_subjects_kind_and_never_itself() -> None:
+    case = evaluate.case("toybox", "twocreatures", 0, 2)
+    own = case.scene.subjects[0]
+    others = evaluate._others(case.id, 0, own)
+    assert len(others) == evaluate.CANDIDATES - 1
+    own_picture = to_unit(torch.from_numpy(world.reference_picture(own, 0)[0]))
+    assert min(float((other - own_picture).abs().mean()) for other in others) > 0.005
+
+
+def test_withheld_references_leave_words_alone_and_swapped_ones_keep_them() -> None:
+    case = evaluate.case("toybox", "samekind", 1, 2)
+    alone = evaluate.withheld(case, attributes=False).instead
+    assert alone is not None and alone.subjects == () and "subject 1, a" in alone.prompt and "@" not in alone.prompt
+    told = evaluate.withheld(case, attributes=True).instead
+    assert told is not None and set(told.prompt.replace(",", " ").split()) & world.ATTRIBUTE_WORDS
+    turned = evaluate.swapped(case)
+    assert turned.job.prompt == case.job.prompt and turned.scene.subjects == case.scene.subjects[::-1]
+    assert turned.job.subjects[0].pictures == case.job.subjects[1].pictures
+
+
+def test_an_interval_holds_its_mean_and_narrows_with_more_jobs() -> None:
+    few, many = [[0.0], [1.0]] * 5, [[0.0], [1.0]] * 500
+    mean, low, high = evaluate.interval(few)
+    assert low < mean == 0.5 < high
+    _, nearer_low, nearer_high = evaluate.interval(many)
+    assert nearer_high - nearer_low < (high - low) / 3
+    assert np.isnan(evaluate.interval([[], []])[0])
+
+
+def test_ground_truth_is_recognised_by_the_benchmark(shipped: Judges) -> None:
+    jobs = [evaluate.case("toybox", "creaturething", number, 2) for number in range(4)]
+    rows = evaluate.table({"drawn": evaluate.drawn(jobs, shipped, 9)})
+    assert rows["drawn"]["own picture first of 16"][0] >= 0.75
+    assert rows["drawn"]["place"][0] >= 0.75
+    assert "| drawn |" in evaluate.as_text(rows)
+
+
+def test_a_png_holds_the_picture() -> None:
+    picture = np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)
+    with Image.open(io.BytesIO(base64.b64decode(evaluate.as_png(picture)))) as image:
+        assert np.array_equal(np.asarray(image), picture)
+    assert judges.SIZE % 8 == 0

@@ -1,0 +1,389 @@
+"""The toybox benchmark: a hundred and eighty held-out jobs, made and judged, and one table with intervals.
+
+In:  a preset, a number of jobs, a set of judges.
+Out: a table; with a folder, the jobs in OpenS2V's layout, clips named by id, and every figure as JSON.
+Knows nothing of training. Published figures come from the `test` judges, which nothing selects by.
+
+    python launch.py evaluate toybox             # every third job, no withheld or swapped references
+    python launch.py evaluate toybox --full --out results
+
+A subject counts as recognised when its cut-outs, averaged over the clip, lie nearest to its own picture among sixteen
+of its kind. The same jobs are made again with references withheld, and two-subject ones with references swapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine import identity, presets, run, video
+from engine.encode import render
+from engine.job import GenerateJob, Subject, make_job
+from engine.judges import MOMENTS, Judges, cut_out, to_unit
+from engine.messages import Message
+from train import world, world_captions
+from train.checkpoint import duration
+from train.sheet import sentence
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "judges"
+CANDIDATES = 16  # pictures of one kind, the own one among them
+# OpenS2V's eight categories in miniature: name -> how many jobs, and how many subjects.
+CATEGORIES = {
+    "onecreature": (30, 1),
+    "onething": (30, 1),
+    "onepatchwork": (30, 1),
+    "twocreatures": (30, 2),
+    "creaturething": (15, 2),
+    "samekind": (15, 2),
+    "three": (15, 3),
+    "four": (15, 4),
+}
+REDUCED = 3  # without --full, every third job
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job with what is true about it; `instead` is what is made where that differs from what is asked about."""
+
+    id: str
+    scene: world.Scene
+    job: GenerateJob
+    instead: GenerateJob | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judges found in one clip; shares of 1, None where a question does not apply."""
+
+    id: str
+    subjects: int
+    recognised: tuple[bool, ...]
+    likeness: tuple[float, ...]
+    presence: tuple[float, ...]
+    count: bool
+    verb: bool | None
+    direction: bool | None
+    place: bool
+    copied: float
+
+
+# --- the jobs --------------------------------------------------------------------------------------------------------
+
+
+def cases(preset: str = "toybox", *, every: int = 1) -> list[Case]:
+    """The benchmark's jobs in order; `every` takes each n-th of every category."""
+    made = []
+    for category, (count, subjects) in CATEGORIES.items():
+        made += [case(preset, category, number, subjects) for number in range(0, count, every)]
+    return made
+
+
+def case(preset: str, category: str, number: int, subjects: int) -> Case:
+    """One job: held-out identities of the category's kinds, a prompt as a person would write it, no attributes."""
+    rng = np.random.default_rng((81, list(CATEGORIES).index(category), number))
+    cast = tuple(_identity(rng, kind) for kind in _kinds(rng, category, subjects))
+    verbs = (
+        world.SINGLE_VERBS if subjects == 1 else world.PAIR_VERBS if subjects == 2 else ("chases", "pushes", "meets")
+    )
+    scene = world.make_scene(int(rng.integers(2**30)), subjects=cast, verb=str(rng.choice(verbs)), split="heldout")
+    pictures = [world.reference_picture(subject, number)[0] for subject in cast]
+    return Case(f"{category}_{number + 1}", scene, job_of(preset, scene, pictures, seed=number))
+
+
+def _kinds(rng: np.random.Generator, category: str, subjects: int) -> list[str]:
+    creature, thing = (lambda: str(rng.choice(world.CREATURES))), (lambda: str(rng.choice(world.THINGS)))
+    if category == "onepatchwork":
+        return [world.PATCHWORK]
+    if category in ("onething", "onecreature"):
+        return [thing() if category == "onething" else creature()]
+    if category == "samekind":
+        return [str(rng.choice(world.KINDS))] * 2
+    if category == "twocreatures":
+        return [creature(), creature()]
+    return [creature() if place % 2 == 0 else thing() for place in range(subjects)]
+
+
+def _identity(rng: np.random.Generator, kind: str) -> world.ToySubject:
+    return world.make_subject(world.subject_seed(int(rng.integers(world.IDENTITIES)), "heldout"), kind)
+
+
+def job_of(preset: str, scene: world.Scene, pictures: Sequence[np.ndarray], *, seed: int) -> GenerateJob:
+    """The scene as a job: `@s1 chases @s2 on a beach`, a picture and a noun for each."""
+    subjects = [
+        {
+            "name": f"s{slot}",
+            "noun": world_captions.noun(subject.kind),
+            "pictures": [{"png": as_png(picture)}],
+            "cut_out": False,
+        }
+        for slot, (subject, picture) in enumerate(zip(scene.subjects, pictures, strict=True), start=1)
+    ]
+    return make_job(preset=preset, prompt=sentence(scene.facts), seed=seed, subjects=subjects)
+
+
+def as_png(picture: np.ndarray) -> str:
+    """uint8 (H, W, 3) as base64 PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def withheld(case: Case, *, attributes: bool) -> Case:
+    """The same job from words alone, as the model was taught to read them; with attributes said, or without."""
+    rng = np.random.default_rng([84, *case.id.encode()])
+    subjects = [
+        subject.model_copy(update={"noun": world_captions.described(shown, rng) if attributes else subject.noun})
+        for subject, shown in zip(case.job.subjects, case.scene.subjects, strict=True)
+    ]
+    words = render(case.job.prompt, subjects, "slot")
+    return replace(case, instead=make_job(preset=case.job.preset, prompt=words, seed=case.job.seed))
+
+
+def swapped(case: Case) -> Case:
+    """A two-subject job whose pictures have changed places, and with them who is asked about; the words stay."""
+    first, second = case.job.subjects
+    pair: tuple[Subject, ...] = (
+        first.model_copy(update={"pictures": second.pictures}),
+        second.model_copy(update={"pictures": first.pictures}),
+    )
+    scene = replace(case.scene, subjects=case.scene.subjects[::-1])
+    return replace(case, job=case.job.model_copy(update={"subjects": pair}), scene=scene)
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
+    """What a clip shows of its job: uint8 (F, H, W, 3) native frames."""
+    scene = case.scene
+    pictures = [to_unit(torch.from_numpy(_decoded(subject)[None])) for subject in case.job.subjects]
+    seen = to_unit(torch.from_numpy(frames))
+    owner = identity.locate(judges, seen, pictures).argmax(1)
+    masks = torch.stack([owner == slot for slot in range(1, len(pictures) + 1)], 1).float()  # (F, N, H, W)
+    there = masks.mean((2, 3)) >= identity.SEEN
+    recognised, likeness, copied = [], [], []
+    for slot, subject in enumerate(scene.subjects):
+        shown = there[:, slot]
+        if not bool(shown.any()):
+            recognised.append(False)
+            likeness.append(0.0)
+            continue
+        cuts = cut_out(seen[shown], masks[shown, slot])
+        vectors = judges.embedder(cuts)
+        candidates = torch.cat([pictures[slot], _others(case.id, slot, subject)])
+        known = judges.embedder(cut_out(candidates))
+        recognised.append(int((vectors.mean(0) @ known.T).argmax()) == 0)
+        likeness.append(float((vectors @ known[0]).clamp(min=0).sum()) / len(frames))
+        copied.append(_copied(cuts, subject, pictures[slot]))
+    presence = there.float().mean(0).tolist()
+    action = scene.actions[0]
+    verb, direction = _acted(judges, seen, masks, action)
+    place = judges.places[int(judges.place(seen).mean(0).argmax())] == scene.background
+    count = all(share >= 0.5 for share in presence)
+    means = float(np.mean(copied)) if copied else 0.0
+    return Verdict(
+        case.id,
+        len(pictures),
+        tuple(recognised),
+        tuple(likeness),
+        tuple(presence),
+        count,
+        verb,
+        direction,
+        place,
+        means,
+    )
+
+
+def _decoded(subject: Subject) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(subject.pictures[0].png))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _others(id: str, slot: int, subject: world.ToySubject) -> Tensor:
+    """Pictures of other held-out identities of the same kind."""
+    rng = np.random.default_rng([83, slot, *id.encode()])
+    others = [_identity(rng, subject.kind) for _ in range(CANDIDATES - 1)]
+    pictures = [world.reference_picture(other, int(rng.integers(2**20)))[0] for other in others]
+    return to_unit(torch.from_numpy(np.stack(pictures)))
+
+
+def _copied(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -> float:
+    """How much nearer the cut-outs come to the very picture that was given than to others of the same subject.
+
+    Mean square distances of cut-outs that fill their square; 0 when the pose is free, above it when it is copied.
+    """
+    others = [world.reference_picture(subject, 900 + number)[0] for number in range(4)]
+    given, rest = cut_out(picture), cut_out(to_unit(torch.from_numpy(np.stack(others))))
+    to_given = (cuts - given).square().mean((1, 2, 3))
+    to_rest = (cuts.unsqueeze(1) - rest).square().mean((2, 3, 4)).mean(1)
+    return float((to_rest - to_given).mean())
+
+
+def _acted(judges: Judges, frames: Tensor, masks: Tensor, action: world.Action) -> tuple[bool | None, bool | None]:
+    """Whether the first action's verb and, where it has one, its direction are seen."""
+    chosen = torch.linspace(0, len(frames) - 1, MOMENTS).round().long()
+    actor = masks[chosen, action.slots[0] - 1]
+    other = masks[chosen, action.slots[1] - 1] if len(action.slots) > 1 else torch.zeros_like(actor)
+    verbs, ways = judges.action(frames[chosen][None], actor[None], other[None])
+    verb = judges.verbs[int(verbs[0].argmax())] == action.verb
+    return verb, judges.directions[int(ways[0].argmax())] == action.direction if action.direction else None
+
+
+# --- making ----------------------------------------------------------------------------------------------------------
+
+
+def made(cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str], None], name: str) -> list[Verdict]:
+    """Make every clip into a folder and judge it, with progress and time left."""
+    warm, verdicts, began = run.Warm(), [], time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, each in enumerate(cases, start=1):
+        clip = folder / f"{each.id}.mp4"
+        run.run(each.instead or each.job, _quiet, outputs=folder, clip=clip, warm=warm)
+        frames = video.read_frames(clip, display_scale=presets.load(each.job.preset).display_scale)
+        verdicts.append(judge(each, frames, judges))
+        left = (time.monotonic() - began) / number * (len(cases) - number)
+        say(f"{name}: {number} of {len(cases)}, about {duration(left)} left")
+    return verdicts
+
+
+def _quiet(message: Message) -> None:
+    """The benchmark has its own progress."""
+
+
+def drawn(cases: Sequence[Case], judges: Judges, frames: int) -> list[Verdict]:
+    """The same questions asked of ground truth: the most that the judges can find."""
+    return [judge(each, world.render(each.scene, num_frames=frames).frames, judges) for each in cases]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of all values and its 95 % interval, bootstrapped over jobs (each an inner sequence); NaN for none."""
+    jobs = [list(inner) for inner in values if len(inner)]
+    if not jobs:
+        return (float("nan"),) * 3
+    sums, counts = np.array([sum(inner) for inner in jobs]), np.array([len(inner) for inner in jobs])
+    index = np.random.default_rng(seed).integers(0, len(jobs), (2000, len(jobs)))
+    means = sums[index].sum(1) / counts[index].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+QUESTIONS: dict[str, Callable[[Verdict], list[float]]] = {
+    "own picture first of 16": lambda v: [float(x) for x in v.recognised],
+    "likeness": lambda v: list(v.likeness),
+    "weakest likeness": lambda v: [min(v.likeness)],
+    "seen": lambda v: list(v.presence),
+    "everyone there": lambda v: [float(v.count)],
+    "verb": lambda v: [] if v.verb is None else [float(v.verb)],
+    "direction": lambda v: [] if v.direction is None else [float(v.direction)],
+    "place": lambda v: [float(v.place)],
+    "pose copied": lambda v: [v.copied],
+}
+
+
+def table(verdicts: dict[str, list[Verdict]]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Row -> question -> mean, low, high; a row for all jobs and one for each number of subjects."""
+    rows = {}
+    for name, found in verdicts.items():
+        rows[name] = {question: interval([ask(v) for v in found]) for question, ask in QUESTIONS.items()}
+        for count in sorted({v.subjects for v in found}):
+            own = [v for v in found if v.subjects == count]
+            rows[f"{name}, {count} subject{'s' if count > 1 else ''}"] = {
+                question: interval([ask(v) for v in own]) for question, ask in QUESTIONS.items()
+            }
+    return rows
+
+
+def as_text(rows: dict[str, dict[str, tuple[float, float, float]]]) -> str:
+    """The table as Markdown: mean and 95 % interval."""
+    questions = list(next(iter(rows.values())))
+    lines = [f"| | {' | '.join(questions)} |", f"|---|{'---|' * len(questions)}"]
+    for name, figures in rows.items():
+        cells = [
+            "-" if np.isnan(mean) else f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in figures.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make, judge, print the table."""
+    parser = argparse.ArgumentParser(prog="python launch.py evaluate", description="Measure identity on held-out jobs.")
+    parser.add_argument("preset", nargs="?", default="toybox")
+    parser.add_argument("--full", action="store_true", help="all 180 jobs, and withheld and swapped references")
+    parser.add_argument("--out", type=Path, help="folder for jobs, clips, reports and the table; kept")
+    parser.add_argument("--judges", default="test", choices=["test", "reward"], help="which set judges")
+    parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    every = options.every or (1 if options.full else REDUCED)
+    judges, jobs = Judges.load(ASSETS / options.judges), cases(options.preset, every=every)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.out or Path(scratch)
+        verdicts = {"made": made(jobs, judges, folder / "clips", _say, "clips")}
+        if options.full:
+            pairs = [each for each in jobs if len(each.scene.subjects) == 2]
+            again = {
+                "references withheld": [withheld(each, attributes=False) for each in jobs],
+                "attributes said, references withheld": [withheld(each, attributes=True) for each in jobs],
+                "references swapped": [swapped(each) for each in pairs],
+            }
+            for name, others in again.items():
+                verdicts[name] = made(others, judges, folder / name.replace(", ", "-").replace(" ", "-"), _say, name)
+        frames = presets.load(options.preset).num_frames
+        verdicts["ground truth"] = drawn(jobs, judges, frames)
+        rows = table(verdicts)
+        print(as_text(rows))  # noqa: T201
+        if options.out:
+            _write(options.out, jobs, verdicts, rows, judges.name)
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _write(
+    folder: Path,
+    jobs: Sequence[Case],
+    verdicts: dict[str, list[Verdict]],
+    rows: dict[str, dict[str, tuple[float, float, float]]],
+    judges: str,
+) -> None:
+    """Jobs in OpenS2V's layout, pictures beside them, and all figures."""
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    listed = {}
+    for each in jobs:
+        paths = []
+        for subject in each.job.subjects:
+            path = pictures / f"{each.id}_{subject.name}.png"
+            path.write_bytes(base64.b64decode(subject.pictures[0].png))
+            paths.append(path.relative_to(folder).as_posix())
+        kinds = [subject.kind for subject in each.scene.subjects]
+        listed[each.id] = {"img_paths": paths, "prompt": each.job.prompt, "class_label": kinds}
+    (folder / "jobs.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
+    found = {name: [vars(verdict) for verdict in all_of] for name, all_of in verdicts.items()}
+    figures = {"judges": judges, "world": world.VERSION, "rows": rows, "verdicts": found}
+    (folder / "table.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
