@@ -5,7 +5,7 @@ Out: docs/measurements.md, one row per figure with the command, the commit, the 
      measured again replaces the old one.
 Knows nothing of training. Whatever has to be cold or counted apart runs in a process of its own.
 
-    python launch.py bench [sizes flops memory loop page] [--preset NAME]
+    python launch.py bench [sizes flops memory loop report page] [--preset NAME]
 """
 
 from __future__ import annotations
@@ -265,6 +265,33 @@ def _frames_of(saved: Saved, preset: str) -> bytes:
     return video.read_frames(saved.clip, display_scale=presets.load(preset).display_scale).tobytes()
 
 
+# --- the identity report ---------------------------------------------------------------------------------------------
+
+
+def report(preset: str) -> Iterator[Figure]:
+    """What judging a clip adds to a warm one, at the preset's own steps."""
+    from engine import identity
+    from engine.run import Warm, run
+
+    warm, judge, spent = Warm(), identity.Reporter._judge, 0.0
+
+    def timed(reporter: identity.Reporter) -> None:
+        nonlocal spent
+        began = time.perf_counter()
+        judge(reporter)
+        spent += time.perf_counter() - began
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(sample_job(preset, sampling={"num_inference_steps": 2}), lambda _: None, outputs=Path(folder), warm=warm)
+        identity.Reporter._judge = timed
+        try:
+            saved = run(sample_job(preset, seed=8), lambda _: None, outputs=Path(folder), warm=warm)
+        finally:
+            identity.Reporter._judge = judge
+    share = spent / saved.seconds
+    yield Figure("report-share", "Judging a clip, share of its time", f"{share:.1%}", "≤ 10 %", share <= 0.1)
+
+
 # --- memory while decoding ------------------------------------------------------------------------------------------
 
 
@@ -402,6 +429,7 @@ MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
     "flops": flops,
     "memory": memory,
     "loop": loop,
+    "report": report,
     "page": page,
 }
 
