@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from PIL import Image
 
 from engine import identity, judges
 from engine.judges import CROP, Judges, cut_out, geometry, to_unit
-from train import evaluate, world
+from train import evaluate, others, world
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "judges" / "reward"
 
@@ -116,6 +118,19 @@ def test_every_region_is_given_to_whom_it_resembles_one_to_one() -> None:
     assert identity.matched(alike, torch.tensor([True, True, False])) == [1, 0, None]
     greedy = torch.tensor([[0.9, 0.8], [0.85, 0.1]])
     assert identity.matched(greedy, torch.tensor([True, True])) == [1, 0]  # the sum counts, not the first come
+
+
+@pytest.mark.parametrize("regions", [2, 3, 5])
+def test_the_best_matching_is_the_best_of_all(regions: int) -> None:
+    alike = torch.rand(regions, 3, generator=torch.Generator().manual_seed(regions)) * 2 - 1
+    found = identity.matched(alike, torch.ones(regions, dtype=torch.bool))
+    pairs = [(region, subject) for subject, region in enumerate(found) if region is not None]
+    assert len(pairs) == min(regions, 3) == len({region for region, _ in pairs})
+    total = sum(float(alike[pair]) for pair in pairs)
+    if regions >= 3:
+        assert total == pytest.approx(
+            max(sum(float(alike[r, s]) for s, r in enumerate(order)) for order in permutations(range(regions), 3))
+        )
 
 
 def test_a_report_does_not_depend_on_how_many_frames_are_judged_at_once(raw: Judges) -> None:
@@ -247,3 +262,39 @@ def test_a_png_holds_the_picture() -> None:
     with Image.open(io.BytesIO(base64.b64decode(evaluate.as_png(picture)))) as image:
         assert np.array_equal(np.asarray(image), picture)
     assert judges.SIZE % 8 == 0
+
+
+# --- subjects that somebody else drew ---
+
+
+def drawn_shape(turn: float, scale: float, colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """An L of one colour, turned and scaled."""
+    outline = np.array([[-20, -30], [0, -30], [0, 10], [25, 10], [25, 30], [-20, 30]], float) * scale
+    c, s = np.cos(turn), np.sin(turn)
+    points = (outline @ np.array([[c, s], [-s, c]]) + 64).round().astype(np.int32)
+    mask = np.zeros((128, 128), np.uint8)
+    cv2.fillPoly(mask, [points], 1)
+    picture = np.full((128, 128, 3), 255, np.uint8)
+    picture[mask > 0] = colour
+    return picture, mask > 0
+
+
+def test_traits_do_not_care_how_large_or_turned_a_subject_is_and_tell_colours_and_shapes_apart() -> None:
+    still = others.traits(*drawn_shape(0, 1, (200, 40, 40)))
+    turned = others.traits(*drawn_shape(0.7, 0.8, (200, 40, 40)))
+    blue = others.traits(*drawn_shape(0, 1, (40, 40, 200)))
+    picture, mask = drawn_shape(0, 1, (200, 40, 40))
+    square = np.zeros_like(mask)
+    square[40:90, 40:90] = True
+    boxed = others.traits(np.where(square[..., None], [[[200, 40, 40]]], 255).astype(np.uint8), square)
+    assert others.distance(still, still) == pytest.approx(0, abs=1e-6)
+    assert others.distance(still, turned) < 0.1 < others.distance(still, boxed)
+    assert others.distance(still, blue) > 0.4
+    assert others.traits(picture, mask)[0].sum() == pytest.approx(1)
+
+
+def test_a_subject_that_cannot_be_seen_finds_nothing_and_one_that_is_copied_finds_itself() -> None:
+    known = [others.traits(*drawn_shape(0.3 * i, 0.6 + 0.03 * i, (10 * i, 255 - 12 * i, 90))) for i in range(18)]
+    assert not others.retrieved(4, None, known)
+    assert all(others.retrieved(i, known[i], known) for i in range(18))
+    assert not others.retrieved(4, known[9], [*known[:4], known[17], *known[5:]])

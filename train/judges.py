@@ -39,7 +39,7 @@ DIRECTIONS = ["left", "right"]
 MARGIN, SCALE = 0.2, 16.0  # radians and sharpness of the embedder's angular margin
 ALIKE, KINDS_AT_ONCE = 12, 4  # identities of one kind that a batch tells apart, and how many kinds it holds
 STILLS, CLIPS = 6000, 5000  # drawn for each set
-STEPS = {"embedder": 3000, "place": 400, "action": 3000, "locator": 2000}
+STEPS = {"embedder": 3000, "place": 3000, "action": 3000, "locator": 2000}
 
 
 def new_judges(name: str) -> Judges:
@@ -247,6 +247,7 @@ def place_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tensor
 def acted(rng: np.random.Generator, split: str, count: int) -> tuple[Tensor, ...]:
     """Clips with one of their actions each: frames (B, T, 3, H, W), two masks (B, T, H, W), verb, direction or -1."""
     frames, actors, others, verbs, ways = [], [], [], [], []
+    meter = checkpoint.Meter(f"clips of {split}", count, STATE / "judges")
     while len(frames) < count:
         verb = str(rng.choice(world.VERBS))
         scene = a_scene(rng, split, verb=verb)
@@ -260,6 +261,7 @@ def acted(rng: np.random.Generator, split: str, count: int) -> tuple[Tensor, ...
             others.append(held[1] if len(held) > 1 else np.zeros_like(held[0]))
             verbs.append(world.VERBS.index(action.verb))
             ways.append(DIRECTIONS.index(action.direction) if action.direction else -1)
+            meter.tick(len(frames), {})
     stacked = [torch.from_numpy(np.stack(each)) for each in (frames, actors, others)]
     return to_unit(stacked[0]), *stacked[1:], torch.tensor(verbs), torch.tensor(ways)
 
