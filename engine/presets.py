@@ -100,6 +100,8 @@ class Preset(Document):
     """Frames a second."""
     display_scale: int = Field(1, ge=1, le=16)
     """Each pixel is written this many times across and down; metrics use native frames."""
+    shared_noise: float = Field(0.0, ge=0, le=1)
+    """Share of the starting noise that all frames have in common, as the model was trained; 0 for Wan."""
     negative_prompt: str = ""
     """What to stay away from."""
     sampling: Sampling

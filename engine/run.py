@@ -92,7 +92,7 @@ def run(
                 say(Preview(step.index + 1, step.total, picture))
             pace.go_on()
 
-        latents = sampling.denoise(_noise(job, transformer, vae), predict, solver, on_step)
+        latents = sampling.denoise(_noise(job, preset, transformer, vae), predict, solver, on_step)
 
         reporter = _reporter(job, preset, warm)
         document = write_job(pictures.portable(job))
@@ -151,8 +151,8 @@ def _solver(job: GenerateJob) -> sampling.Solver:
     return sampling.SOLVERS[settings.scheduler](settings.num_inference_steps, settings.shift)
 
 
-def _noise(job: GenerateJob, transformer: Any, vae: Any) -> Tensor:
-    """Starting noise (1, C, F, h, w). Drawn on the CPU: every device then starts from the same."""
+def _noise(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any) -> Tensor:
+    """Starting noise (1, C, F, h, w), drawn on the CPU: every device then starts from the same."""
     frames, height, width = job.num_frames or 1, job.height or 0, job.width or 0
     config = vae.config
     shape = (
@@ -163,7 +163,7 @@ def _noise(job: GenerateJob, transformer: Any, vae: Any) -> Tensor:
         width // config.scale_factor_spatial,
     )
     generator = torch.Generator("cpu").manual_seed(job.seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32).to(transformer.device)
+    return sampling.starting_noise(shape, generator, preset.shared_noise).to(transformer.device)
 
 
 # --- names, folders, pace and previews ------------------------------------------------------------------------------

@@ -40,6 +40,24 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def starting_noise(shape: tuple[int, ...], generator: torch.Generator, shared: float = 0.0) -> Tensor:
+    """Gaussian noise of unit variance, fp32.
+
+    Args:
+        shape: (B, C, F, H, W).
+        generator: on the CPU, so that every device starts from the same.
+        shared: the share of the variance that all frames of a clip have in common, 0 to 1. Frames that start alike
+            end alike, which a model with little temporal attention has no other way to. Only for models trained so.
+
+    Source: the mixed noise of PYoCo, arXiv 2305.10474, section 3.3; 0 is Wan's own.
+    """
+    own = torch.randn(shape, generator=generator, dtype=torch.float32)
+    if shared == 0:
+        return own
+    common = torch.randn((*shape[:2], 1, *shape[3:]), generator=generator, dtype=torch.float32)
+    return shared**0.5 * common + (1 - shared) ** 0.5 * own
+
+
 def noised(x_0: Tensor, noise: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
     """Clean latents at a noise level, and the velocity a model should predict there.
 

@@ -122,3 +122,17 @@ def test_every_step_is_told_with_the_clip_as_the_model_sees_it():
     assert [step.index for step in told] == [0, 1, 2, 3, 4] and told[0].sigma == 1
     for step in told:
         torch.testing.assert_close(step.x_0, x_0, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.6, 1.0])
+def test_frames_share_as_much_of_their_starting_noise_as_asked_and_each_is_plain_noise(shared):
+    noise = sampling.starting_noise((1, 16, 5, 32, 32), torch.Generator().manual_seed(3), shared)
+    frames = noise[0].transpose(0, 1).flatten(1)
+    expected = torch.full((5, 5), shared).fill_diagonal_(1.0)
+    torch.testing.assert_close(torch.corrcoef(frames), expected, atol=0.04, rtol=0)
+    torch.testing.assert_close(frames.var(1), torch.ones(5), atol=0.05, rtol=0)
+
+
+def test_without_sharing_the_starting_noise_is_the_generators_own():
+    noise = sampling.starting_noise((1, 2, 3, 4, 4), torch.Generator().manual_seed(3))
+    assert torch.equal(noise, torch.randn((1, 2, 3, 4, 4), generator=torch.Generator().manual_seed(3)))

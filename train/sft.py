@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from engine.job import Document
 from engine.model import IdentityWanTransformer3DModel
-from engine.sampling import noised, shifted
+from engine.sampling import noised, shifted, starting_noise
 from engine.subject_tower import References
 from train import checkpoint
 from train.binding import Seen, binding_loss, counterparts, tokens_owner, watched
@@ -85,8 +85,10 @@ class SftConfig(Document):
     """Weight of the loss that has a subject's place in the frame look at its own pictures."""
     shift: float = Field(2.5, gt=0)
     """Shift of the noise levels of stills; above 1 more are near noise, where pictures have most to say."""
-    clip_shift: float = Field(5.0, gt=0)
+    clip_shift: float = Field(3.0, gt=0)
     """The same for clips: what nine frames share shows through noise that hides it in one."""
+    shared_noise: float = Field(0.0, ge=0, le=1)
+    """Share of a clip's noise that all of its frames have in common; the preset samples with the same."""
     seed: int = 0
     """Of weights, batches, noise and dropout."""
 
@@ -155,7 +157,8 @@ def loss_at(
     noises, shift = (config.clip_noises, config.clip_shift) if moving else (config.noises, config.shift)
     clean, owner, text = (each.repeat_interleave(noises, 0) for each in (batch.latents, batch.owner, text))
     t = noise_levels(len(clean), shift, generator)
-    noisy, target = noised(clean, torch.randn(clean.shape, generator=generator), t)
+    noise = starting_noise(tuple(clean.shape), generator, config.shared_noise if moving else 0.0)
+    noisy, target = noised(clean, noise, t)
     weight = 1 + config.subject_weight * (owner > 0).float().unsqueeze(1)
     timestep = t * 1000
     patch = int(config.architecture.get("patch_size", (1, 2, 2))[-1])
