@@ -33,7 +33,7 @@ from engine import identity, presets, run, video
 from engine.encode import render
 from engine.job import GenerateJob, Subject, make_job
 from engine.judges import MOMENTS, Judges, cut_out, to_unit
-from engine.messages import Message
+from engine.messages import Message, StudioError
 from train import world, world_captions
 from train.checkpoint import duration
 from train.sheet import sentence
@@ -323,8 +323,23 @@ def as_text(rows: dict[str, dict[str, tuple[float, float, float]]]) -> str:
     return "\n".join(lines)
 
 
+def judges_of(name: str) -> Judges:
+    """A set of judges as it ships.
+
+    Raises:
+        StudioError: it does not ship yet.
+    """
+    if not (ASSETS / name / "config.json").is_file():
+        raise StudioError(
+            f"The {name} judges are not here.",
+            "They are taught on drawings, and this clone comes without them.",
+            f"Teach them with `python -m train.judges {name}`, or ask others with --judges.",
+        )
+    return Judges.load(ASSETS / name)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Make, judge, print the table."""
+    """Make, judge, print the table; 1 with a sentence when that cannot be done."""
     parser = argparse.ArgumentParser(prog="python launch.py evaluate", description="Measure identity on held-out jobs.")
     parser.add_argument("preset", nargs="?", default="toybox")
     parser.add_argument("--full", action="store_true", help="all 180 jobs, and withheld and swapped references")
@@ -333,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     every = options.every or (1 if options.full else REDUCED)
-    judges, jobs = Judges.load(ASSETS / options.judges), cases(options.preset, every=every)
+    judges, jobs = judges_of(options.judges), cases(options.preset, every=every)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch)
         verdicts = {"made": made(jobs, judges, folder / "clips", _say, "clips")}
@@ -386,4 +401,8 @@ def _write(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except StudioError as error:
+        _say(str(error))
+        sys.exit(1)

@@ -29,7 +29,7 @@ from engine.job import GenerateJob, Picture, make_job
 from engine.judges import WHITE, Judges, to_unit
 from engine.messages import Message
 from train import world_captions
-from train.evaluate import ASSETS, CANDIDATES, as_png, interval
+from train.evaluate import CANDIDATES, as_png, interval, judges_of
 
 BINS = (4, 8, 8)  # of lightness, a, b
 COUNT = 64
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--judges", default="test", choices=["test", "reward"], help="whose locator draws the masks")
     options = parser.parse_args(argv)
-    judges, preset = Judges.load(ASSETS / options.judges), presets.load(options.preset)
+    judges, preset = judges_of(options.judges), presets.load(options.preset)
     paths = sorted(path for path in options.folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".webp"))
     shown = [
         pictures.prepare(Picture(path=str(path)), size=preset.reference_size, cut_out=True)
