@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from engine import identity, presets, run, video
-from engine.encode import render
+from engine import decode, identity, presets, run, video
+from engine.encode import clip_latents, render
 from engine.job import GenerateJob, Subject, make_job
 from engine.judges import MOMENTS, Judges, cut_out, to_unit
 from engine.messages import Message, StudioError
@@ -78,6 +79,8 @@ class Verdict:
     direction: bool | None
     place: bool
     copied: float
+    acted: float
+    """How sure the judge is of the right verb."""
 
 
 # --- the jobs --------------------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         copied.append(_copied(cuts, subject, pictures[slot]))
     presence = there.float().mean(0).tolist()
     action = scene.actions[0]
-    verb, direction = _acted(judges, seen, masks, action)
+    acted, verb, direction = _acted(judges, seen, masks, action)
     place = judges.places[int(judges.place(seen).mean(0).argmax())] == scene.background
     count = all(share >= 0.5 for share in presence)
     means = float(np.mean(copied)) if copied else 0.0
@@ -206,12 +209,13 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         direction,
         place,
         means,
+        acted,
     )
 
 
 def _decoded(subject: Subject) -> np.ndarray:
     with Image.open(io.BytesIO(base64.b64decode(subject.pictures[0].png))) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 def _others(id: str, slot: int, subject: world.ToySubject) -> Tensor:
@@ -234,14 +238,24 @@ def _copied(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -> float:
     return float((to_rest - to_given).mean())
 
 
-def _acted(judges: Judges, frames: Tensor, masks: Tensor, action: world.Action) -> tuple[bool | None, bool | None]:
-    """Whether the first action's verb and, where it has one, its direction are seen."""
+def _acted(
+    judges: Judges, frames: Tensor, masks: Tensor, action: world.Action
+) -> tuple[float, bool | None, bool | None]:
+    """How sure the judge is of the action's verb; whether it sees the verb and, where there is one, the direction."""
     chosen = torch.linspace(0, len(frames) - 1, MOMENTS).round().long()
     actor = masks[chosen, action.slots[0] - 1]
     other = masks[chosen, action.slots[1] - 1] if len(action.slots) > 1 else torch.zeros_like(actor)
     verbs, ways = judges.action(frames[chosen][None], actor[None], other[None])
-    verb = judges.verbs[int(verbs[0].argmax())] == action.verb
-    return verb, judges.directions[int(ways[0].argmax())] == action.direction if action.direction else None
+    asked = judges.verbs.index(action.verb)
+    direction = judges.directions[int(ways[0].argmax())] == action.direction if action.direction else None
+    return float(verbs[0].softmax(-1)[asked]), int(verbs[0].argmax()) == asked, direction
+
+
+def round_trip(frames: np.ndarray, vae: AutoencoderKLWan) -> np.ndarray:
+    """uint8 (F, H, W, 3) -> the same through the VAE."""
+    with torch.no_grad():
+        latents = clip_latents(torch.from_numpy(frames)[None], vae)
+        return np.concatenate([np.stack(group) for group in decode.frames(latents, vae)])
 
 
 # --- making ----------------------------------------------------------------------------------------------------------
@@ -265,9 +279,11 @@ def _quiet(message: Message) -> None:
     """The benchmark has its own progress."""
 
 
-def drawn(cases: Sequence[Case], judges: Judges, frames: int) -> list[Verdict]:
-    """The same questions asked of ground truth: the most that the judges can find."""
-    return [judge(each, world.render(each.scene, num_frames=frames).frames, judges) for each in cases]
+def drawn(cases: Sequence[Case], judges: Judges, preset: presets.Preset) -> list[Verdict]:
+    """The same questions asked of ground truth after the VAE: the most that the judges can find."""
+    vae = run.Warm().part("vae", preset)
+    clips = [world.render(each.scene, num_frames=preset.num_frames).frames for each in cases]
+    return [judge(each, round_trip(frames, vae), judges) for each, frames in zip(cases, clips, strict=True)]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -361,8 +377,7 @@ def main(argv: list[str] | None = None) -> int:
             }
             for name, others in again.items():
                 verdicts[name] = made(others, judges, folder / name.replace(", ", "-").replace(" ", "-"), _say, name)
-        frames = presets.load(options.preset).num_frames
-        verdicts["ground truth"] = drawn(jobs, judges, frames)
+        verdicts["ground truth"] = drawn(jobs, judges, presets.load(options.preset))
         rows = table(verdicts)
         print(as_text(rows))  # noqa: T201
         if options.out:
