@@ -36,6 +36,7 @@ from train.vae import stills
 JUDGES = ASSETS.parent / "judges"
 WIDTHS = {"reward": 16, "test": 20}
 DIRECTIONS = ["left", "right"]
+FROZEN = "nothing moves"  # what the action judge says of a clip that stands still where something should happen
 MARGIN, SCALE = 0.2, 16.0  # radians and sharpness of the embedder's angular margin
 ALIKE, KINDS_AT_ONCE = 12, 4  # identities of one kind that a batch tells apart, and how many kinds it holds
 STILLS, CLIPS = 6000, 5000  # drawn for each set
@@ -45,7 +46,7 @@ STEPS = {"embedder": 3000, "place": 3000, "action": 3000, "locator": 2000}
 def new_judges(name: str) -> Judges:
     """A set that has learnt nothing yet."""
     torch.manual_seed(100 + list(WIDTHS).index(name))
-    return Judges(name, WIDTHS[name], list(world.VERBS), DIRECTIONS, list(world.BACKGROUNDS))
+    return Judges(name, WIDTHS[name], [*world.VERBS, FROZEN], DIRECTIONS, list(world.BACKGROUNDS))
 
 
 # --- what they see ---------------------------------------------------------------------------------------------------
@@ -284,6 +285,11 @@ def action_loss(judges: Judges, clips: Clips, rng: np.random.Generator) -> Tenso
     """Verb and, where there is one, direction."""
     frames, actor, other, verb, way = clips.draw(rng, 24)
     B, T = frames.shape[:2]
+    stopped = torch.from_numpy(rng.random(B) < 0.1) & (verb != world.VERBS.index("stands still"))
+    moment = torch.from_numpy(rng.integers(0, T, B))
+    index = torch.where(stopped.unsqueeze(1), moment.unsqueeze(1), torch.arange(T))
+    frames, actor, other = (each[torch.arange(B).unsqueeze(1), index] for each in (frames, actor, other))
+    verb, way = torch.where(stopped, len(world.VERBS), verb), torch.where(stopped, -1, way)
     if rng.random() < 0.3:
         frames = blurred(frames.flatten(0, 1), float(rng.uniform(0.4, 1.1))).unflatten(0, (B, T))
     frames = (frames + 0.04 * torch.randn(frames.shape)).clamp(0, 1)
