@@ -241,12 +241,14 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
 
         # A patch embedding of its own, started as a copy of Wan's: a still picture of a subject on white is not a
         # noisy frame, and the two have to be free to part in training while the base may stay frozen.
+        _, down, across = patch_size
+        wider = subject_zoom - 1
         self.subject_patch_embedding = nn.Conv3d(
             in_channels,
             dim,
-            kernel_size=(1, *(side * subject_zoom for side in patch_size[1:])),
+            kernel_size=(1, down * subject_zoom, across * subject_zoom),
             stride=patch_size,
-            padding=(0, *(side * (subject_zoom - 1) // 2 for side in patch_size[1:])),
+            padding=(0, down * wider // 2, across * wider // 2),
             padding_mode="replicate",
         )
         self.slot_embedding = nn.Embedding(max_subjects, dim)

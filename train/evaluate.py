@@ -293,7 +293,7 @@ def interval(values: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float
     """Mean of all values and its 95 % interval, bootstrapped over jobs (each an inner sequence); NaN for none."""
     jobs = [list(inner) for inner in values if len(inner)]
     if not jobs:
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     sums, counts = np.array([sum(inner) for inner in jobs]), np.array([len(inner) for inner in jobs])
     index = np.random.default_rng(seed).integers(0, len(jobs), (2000, len(jobs)))
     means = sums[index].sum(1) / counts[index].sum(1)

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     judges, preset = judges_of(options.judges), presets.load(options.preset)
     paths = sorted(path for path in options.folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".webp"))
     shown = [
-        pictures.prepare(Picture(path=str(path)), size=preset.reference_size, cut_out=True)
+        pictures.prepare(Picture(path=str(path), sha256="", png=""), size=preset.reference_size, cut_out=True)
         for path in paths[: options.count]
     ]
     known = [traits(picture, picture.min(2) < WHITE * 255) for picture in shown]

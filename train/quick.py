@@ -26,15 +26,15 @@ def quick() -> Iterator[None]:
     if torch.cuda.is_available() or not torch.cpu._is_avx512_bf16_supported():
         yield
         return
-    ours, theirs = nn.functional, nn.functional.scaled_dot_product_attention
-    ours.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    theirs = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = attention
     try:
         with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
             # RMSNorm keeps fp32 weights; that costs it a fused kernel, which the processor does not have.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             yield
     finally:
-        ours.scaled_dot_product_attention = theirs
+        nn.functional.scaled_dot_product_attention = theirs
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **unused: Any) -> Tensor:
