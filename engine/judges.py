@@ -25,6 +25,7 @@ CROP = 40  # pixels; side of a cut-out subject
 MOMENTS = 9  # frames of a clip that the action judge reads
 WHITE = 0.985  # darker than this in any colour is drawn upon
 EMBEDDING = 64
+STILL, FROZEN = "stands still", "nothing moves"  # the second is said of a clip that stops where something should happen
 
 
 def _conv(into: int, out: int, stride: int = 1) -> nn.Sequential:
@@ -202,6 +203,14 @@ class Judges(nn.Module):
         self.action = ActionJudge(width // 2, len(verbs), len(directions))
         self.place = PictureJudge(width // 2, len(places))
         self.critic = PictureJudge(width // 2, 1)
+
+    def verb_shares(self, scores: Tensor) -> Tensor:
+        """The action judge's scores of verbs (B, verbs) as shares; whoever should stand still may not move at all."""
+        shares = scores.softmax(-1)
+        if STILL in self.verbs and FROZEN in self.verbs:
+            shares = shares.clone()
+            shares[:, self.verbs.index(STILL)] += shares[:, self.verbs.index(FROZEN)]
+        return shares
 
     def save(self, folder: Path) -> None:
         """Write the set into a folder: config.json and model.safetensors, half precision."""

@@ -246,9 +246,9 @@ def _acted(
     actor = masks[chosen, action.slots[0] - 1]
     other = masks[chosen, action.slots[1] - 1] if len(action.slots) > 1 else torch.zeros_like(actor)
     verbs, ways = judges.action(frames[chosen][None], actor[None], other[None])
-    asked = judges.verbs.index(action.verb)
+    asked, shares = judges.verbs.index(action.verb), judges.verb_shares(verbs)[0]
     direction = judges.directions[int(ways[0].argmax())] == action.direction if action.direction else None
-    return float(verbs[0].softmax(-1)[asked]), int(verbs[0].argmax()) == asked, direction
+    return float(shares[asked]), int(shares.argmax()) == asked, direction
 
 
 def round_trip(frames: np.ndarray, vae: AutoencoderKLWan) -> np.ndarray:

@@ -27,7 +27,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.judges import CROP, MOMENTS, Judges, cut_out, to_unit
+from engine.judges import CROP, FROZEN, MOMENTS, STILL, Judges, cut_out, to_unit
 from train import checkpoint, world
 from train.quick import quick
 from train.toybox import ASSETS, STATE
@@ -36,7 +36,6 @@ from train.vae import stills
 JUDGES = ASSETS.parent / "judges"
 WIDTHS = {"reward": 16, "test": 20}
 DIRECTIONS = ["left", "right"]
-FROZEN = "nothing moves"  # what the action judge says of a clip that stands still where something should happen
 MARGIN, SCALE = 0.2, 16.0  # radians and sharpness of the embedder's angular margin
 ALIKE, KINDS_AT_ONCE = 12, 4  # identities of one kind that a batch tells apart, and how many kinds it holds
 STILLS, CLIPS = 6000, 5000  # drawn for each set
@@ -285,7 +284,7 @@ def action_loss(judges: Judges, clips: Clips, rng: np.random.Generator) -> Tenso
     """Verb and, where there is one, direction."""
     frames, actor, other, verb, way = clips.draw(rng, 24)
     B, T = frames.shape[:2]
-    stopped = torch.from_numpy(rng.random(B) < 0.1) & (verb != world.VERBS.index("stands still"))
+    stopped = torch.from_numpy(rng.random(B) < 0.1) & (verb != world.VERBS.index(STILL))
     moment = torch.from_numpy(rng.integers(0, T, B))
     index = torch.where(stopped.unsqueeze(1), moment.unsqueeze(1), torch.arange(T))
     frames, actor, other = (each[torch.arange(B).unsqueeze(1), index] for each in (frames, actor, other))
@@ -446,7 +445,7 @@ def actions_right(judges: Judges, wear: Wear, rng: np.random.Generator, clips: i
     frames, actor, other, verb, way = acted(rng, "heldout", clips)
     seen = torch.stack([wear.round_trip(clip) for clip in frames])
     verbs, ways = judges.action(seen, actor, other)
-    told = way >= 0
+    verbs, told = judges.verb_shares(verbs), way >= 0
     right = verbs.argmax(1) == verb
     confused = sorted(
         {
