@@ -63,7 +63,8 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from engine import tiny
 
     root = tmp_path_factory.mktemp("root")
-    tiny.write_tiny(root / "assets" / "toybox", seed=0)
+    written = tiny.write_tiny(root / "assets" / "toybox", seed=0)
+    shutil.copytree(written / "judges", root / "assets" / "judges" / "reward")
     return root
 
 
