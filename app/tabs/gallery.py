@@ -168,7 +168,7 @@ def _two(first: Clip, second: Clip) -> str:
         for field, a, b in differences
     )
     same = "<p>Both were made from the same document.</p>"
-    table = f"<table><caption>What differs</caption><tbody>{rows}</tbody></table>" if rows else same
+    table = f"<table class='document'><caption>What differs</caption><tbody>{rows}</tbody></table>" if rows else same
     return f'<div class="detail two">{sides}<div class="wide">{table}</div></div>'
 
 
@@ -197,7 +197,7 @@ def _table(job: GenerateJob | None) -> str:
         many = f"{len(subject.pictures)} picture{'s' if len(subject.pictures) > 1 else ''}"
         facts[f"@{subject.name}"] = f"{subject.noun or subject.name}, {subject.role}, weight {subject.weight:g}, {many}"
     rows = "".join(f"<tr><th scope='row'>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
-    return f"<table><tbody>{rows}</tbody></table>"
+    return f"<table class='document'><tbody>{rows}</tbody></table>"
 
 
 # --- handlers --------------------------------------------------------------------------------------------------------

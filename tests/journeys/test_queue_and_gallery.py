@@ -116,7 +116,7 @@ def test_an_open_clip_shows_its_document_and_gives_its_settings_back(page: Page,
     tab(page, "Gallery")
     page.locator(f"#posters [data-act=open][data-clip='{clip.id}']").click()
     expect(page.locator("#detail video")).to_be_visible()
-    expect(page.locator("#detail table")).to_contain_text(str(clip.job.seed))
+    expect(page.locator("#detail table.document")).to_contain_text(str(clip.job.seed))
     page.locator("#detail [data-act=reuse]").click()
     expect(page.locator("#seed input, #seed textarea")).to_have_value(str(clip.job.seed))
     expect(page.locator("#prompt textarea")).to_have_value(clip.job.prompt)
@@ -131,7 +131,7 @@ def test_two_clips_stand_side_by_side_with_what_differs(page: Page, clips: list[
         )
     expect(page.locator("#detail video")).to_have_count(2)
     differences = library.compare(clips[0], clips[1])
-    expect(page.locator("#detail table tr")).to_have_count(len(differences))
+    expect(page.locator("#detail table.document tr")).to_have_count(len(differences))
 
 
 def test_a_dropped_clip_opens_its_settings_in_generate(page: Page, clips: list[library.Clip], tmp_path: Path) -> None:
