@@ -3,9 +3,9 @@
 In:  names of measurements, or none for all of them.
 Out: docs/measurements.md, one row per figure with the command, the commit, the day and the machine; a row that is
      measured again replaces the old one.
-Knows nothing of training. Whatever has to be cold or counted apart runs in a process of its own.
+Knows nothing of how a model is trained. Whatever has to be cold or counted apart runs in a process of its own.
 
-    python launch.py bench [sizes flops memory loop report page] [--preset NAME]
+    python launch.py bench [sizes flops memory loop report judges identity page] [--preset NAME]
 """
 
 from __future__ import annotations
@@ -270,12 +270,12 @@ def _frames_of(saved: Saved, preset: str) -> bytes:
 
 def report(preset: str) -> Iterator[Figure]:
     """What judging a clip adds to a warm one, at the preset's own steps."""
-    from engine import identity
+    from engine.identity import Reporter
     from engine.run import Warm, run
 
-    warm, judge, spent = Warm(), identity.Reporter._judge, 0.0
+    warm, judge, spent = Warm(), Reporter._judge, 0.0
 
-    def timed(reporter: identity.Reporter) -> None:
+    def timed(reporter: Reporter) -> None:
         nonlocal spent
         began = time.perf_counter()
         judge(reporter)
@@ -283,13 +283,62 @@ def report(preset: str) -> Iterator[Figure]:
 
     with tempfile.TemporaryDirectory() as folder:
         run(sample_job(preset, sampling={"num_inference_steps": 2}), lambda _: None, outputs=Path(folder), warm=warm)
-        identity.Reporter._judge = timed
+        Reporter._judge = timed
         try:
             saved = run(sample_job(preset, seed=8), lambda _: None, outputs=Path(folder), warm=warm)
         finally:
-            identity.Reporter._judge = judge
+            Reporter._judge = judge
     share = spent / saved.seconds
     yield Figure("report-share", "Judging a clip, share of its time", f"{share:.1%}", "≤ 10 %", share <= 0.1)
+
+
+# --- judges and checkpoint, in processes of their own ----------------------------------------------------------------
+
+
+def _json_of(module: str, *arguments: str) -> dict[str, Any]:
+    """What `python -m module` prints as JSON; its own progress goes to the terminal."""
+    command = [sys.executable, "-X", "utf8", "-m", module, *arguments]
+    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", check=True)
+    return json.loads(ran.stdout[ran.stdout.index("{") :])
+
+
+def judges(preset: str) -> Iterator[Figure]:
+    """What both sets of judges are worth on held-out drawings, and which planted faults they notice."""
+    promised = {"own of 16": 0.92, "locator IoU": 0.8, "verb": 0.95, "place": 0.98}
+    for name in ("test", "reward"):
+        found = _json_of("train.judges", "measure", name)
+        for question, least in promised.items():
+            key = f"judges-{name}-{question.replace(' ', '-').lower()}"
+            value = found[question]
+            yield Figure(key, f"{name} judges, drawings: {question}", f"{value:.3f}", f"≥ {least:g}", value >= least)
+        noticed = _json_of("train.faults", name)
+        told = ", ".join(f"{fault} {share:.2f}" for fault, share in noticed.items())
+        least = min(noticed.values())
+        yield Figure(f"judges-{name}-faults", f"{name} judges, planted faults noticed", told, "≥ .95", least >= 0.95)
+
+
+def identity(preset: str) -> Iterator[Figure]:
+    """The benchmark at its reduced size, by the test judges: mean and 95 % interval over jobs."""
+    promised = {
+        ("made, 2 subjects", "own picture first of 16"): 0.8,
+        ("made, 3 subjects", "own picture first of 16"): 0.7,
+        ("made", "direction"): 0.8,
+        ("made", "place"): 0.9,
+        ("made", "everyone there"): 0.85,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-X", "utf8", "-m", "train.evaluate", preset, "--out", folder]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        rows = json.loads((Path(folder) / "table.json").read_text(encoding="utf-8"))["rows"]
+    for name in [row for row in rows if row.startswith(("made", "ground truth"))]:
+        for question in ("own picture first of 16", "everyone there", "verb", "direction", "place", "pose copied"):
+            if rows[name][question] is None:
+                continue
+            mean, low, high = rows[name][question]
+            least = promised.get((name, question))
+            limit, holds = (f"≥ {least:g}", mean >= least) if least is not None else ("", None)
+            key = f"{name} {question}".replace(",", "").replace(" ", "-")
+            yield Figure(key, f"{name}: {question}", f"{mean:.2f} ({low:.2f} to {high:.2f})", limit, holds)
 
 
 # --- memory while decoding ------------------------------------------------------------------------------------------
@@ -430,6 +479,8 @@ MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
     "memory": memory,
     "loop": loop,
     "report": report,
+    "judges": judges,
+    "identity": identity,
     "page": page,
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from engine.presets import ROOT
+from engine.report import COLOURS
 
 STUDIO = ROOT / "assets" / "studio"
 ICON = STUDIO / "icon.png"
@@ -51,7 +52,7 @@ LIGHT = {
     "focus": "#0b62b8",
 }
 # One colour per subject, the same wherever it appears: its tile, its chip, its @name in every prompt.
-SLOTS_DARK = ("#ff9a76", "#6ed3c2", "#b8a4ff", "#7fc4ff", "#f48fc0", "#c5d86d", "#e0b080", "#9fb4c8")
+SLOTS_DARK = COLOURS
 SLOTS_LIGHT = ("#b0441c", "#0b6e5f", "#5a3fc0", "#135f9e", "#a52a68", "#566a0c", "#7a4e1d", "#44596e")
 
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "Arial", "sans-serif"]

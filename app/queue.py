@@ -276,7 +276,7 @@ class Queue:
                 return
             job, _ = _read(row["job"])
             if job is not None and saved.weakest is not None and saved.weakest < row["until"]:
-                following = job.model_copy(update={"seed": job.seed + 1})
+                following = job.model_copy(update={"seed": (job.seed + 1) % 2**63})
                 _append(db, write_job(following, indent=None), row["grouped"], row["until"], row["tries"] - 1)
 
     def fail(self, id: int, failed: Failed) -> None:

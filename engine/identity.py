@@ -16,17 +16,15 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from engine.judges import SIZE, Judges, cut_out, to_unit
-from engine.report import IdentityReport, SubjectReport
+from engine.report import COLOURS, IdentityReport, SubjectReport
 
 SEEN = 0.004  # a subject counts as there when it fills this share of a frame
 AT_ONCE = 8  # frames judged together; no more are held than these and the few that are shown
 SHOWN = 9  # frames of the strip
-# The page's colours of the first slots (app.look): an outline has its subject's colour there too.
-COLOURS = ((255, 154, 118), (110, 211, 194), (184, 164, 255), (127, 196, 255), (244, 143, 192), (197, 216, 109))
 
 
 class Reporter:
@@ -34,28 +32,31 @@ class Reporter:
 
     Args:
         judges: who judges.
-        names: of the subjects, in slot order.
+        subjects: name, and place among all subjects of the job (0 the first), of each who is to be recognised.
         pictures: the prepared pictures of each, uint8 (H, W, 3).
         fps: of the clip.
         num_frames: how many frames will come.
+        at_once: frames judged together.
     """
 
     def __init__(
         self,
         judges: Judges,
-        names: Sequence[str],
+        subjects: Sequence[tuple[str, int]],
         pictures: Sequence[Sequence[NDArray[np.uint8]]],
         *,
         fps: float,
         num_frames: int,
+        at_once: int = AT_ONCE,
     ) -> None:
-        self._judges, self._names, self._fps = judges, list(names), fps
+        self._judges, self._fps, self._at_once = judges, fps, at_once
+        self._names, places = [name for name, _ in subjects], [place for _, place in subjects]
+        self._colours = [ImageColor.getrgb(COLOURS[place % len(COLOURS)]) for place in places]
         self._pictures = [_prepared(own) for own in pictures]
         self._known = [judges.embedder(cut_out(own)) for own in self._pictures]
         self._waiting: list[NDArray[np.uint8]] = []
-        self._at_once = AT_ONCE
-        self._own: list[list[float | None]] = [[] for _ in names]
-        self._other: list[list[float | None]] = [[] for _ in names]
+        self._own: list[list[float | None]] = [[] for _ in subjects]
+        self._other: list[list[float | None]] = [[] for _ in subjects]
         self._show = set(np.linspace(0, num_frames - 1, min(SHOWN, num_frames)).round().astype(int).tolist())
         self._strip: list[NDArray[np.uint8]] = []
         self._seen = 0
@@ -91,7 +92,7 @@ class Reporter:
         for frame, own in zip(frames, owner, strict=True):
             own = self._judge_frame(to_unit(torch.from_numpy(frame)), own)
             if self._seen in self._show:
-                self._strip.append(outlined(frame, own.numpy().astype(np.uint8)))
+                self._strip.append(outlined(frame, own.numpy().astype(np.uint8), self._colours))
             self._seen += 1
 
     def _judge_frame(self, frame: Tensor, owner: Tensor) -> Tensor:
@@ -166,11 +167,13 @@ def matched(alike: Tensor, there: Tensor) -> list[int | None]:
     return list(max(best.values(), key=lambda found: found[0])[1])
 
 
-def outlined(frame: NDArray[np.uint8], owner: NDArray[np.uint8], scale: int = 4) -> NDArray[np.uint8]:
-    """A frame enlarged, every subject's outline drawn in its colour: (H, W, 3) -> (H * scale, W * scale, 3)."""
+def outlined(
+    frame: NDArray[np.uint8], owner: NDArray[np.uint8], colours: Sequence[tuple[int, ...]], scale: int = 4
+) -> NDArray[np.uint8]:
+    """A frame enlarged, (H, W, 3) -> `scale` times that; whoever owns pixels k is outlined in colours[k - 1]."""
     large = frame.repeat(scale, 0).repeat(scale, 1)
-    for slot in np.unique(owner[owner > 0]):
+    for slot, colour in enumerate(colours, start=1):
         held = (owner == slot).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
         edges, _ = cv2.findContours(held, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(large, edges, -1, COLOURS[(int(slot) - 1) % len(COLOURS)], max(1, scale // 2))
+        cv2.drawContours(large, edges, -1, colour, max(1, scale // 2))
     return large

@@ -1,4 +1,4 @@
-"""Judges of the drawn world: who is where, who is who, what they do, where, and whether it was drawn or generated.
+"""Judges of the drawn world: who is where, who is who, what they do, and where it plays.
 
 In:  frames and reference pictures, float in [0, 1], of the judges' size.
 Out: shares of pixels, embeddings, class scores. A folder holds a set of judges.
@@ -171,7 +171,7 @@ def geometry(masks: Tensor) -> Tensor:
 
 
 class PictureJudge(nn.Module):
-    """A whole frame -> class scores: where it plays, or whether it was generated."""
+    """A whole frame -> class scores: where it plays."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -202,7 +202,6 @@ class Judges(nn.Module):
         self.embedder = Embedder(width)
         self.action = ActionJudge(width // 2, len(verbs), len(directions))
         self.place = PictureJudge(width // 2, len(places))
-        self.critic = PictureJudge(width // 2, 1)
 
     def verb_shares(self, scores: Tensor) -> Tensor:
         """The action judge's scores of verbs (B, verbs) as shares; whoever should stand still may not move at all."""

@@ -53,7 +53,7 @@ def load(part: Part, folder: Path, where: torch.device) -> Any:
     Args:
         part: which one.
         folder: in diffusers' or transformers' layout.
-        where: device it goes to.
+        where: device it goes to; judges stay on the processor.
 
     Raises:
         StudioError: a file is missing, cut short, or of another model.
@@ -69,7 +69,8 @@ def load(part: Part, folder: Path, where: torch.device) -> Any:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise _damaged(part, folder, reason[0][:200] if reason else type(error).__name__) from error
-    return model.to(where).eval().requires_grad_(False)
+    # Judges look at decoded frames, which are on the processor, and are too small to be worth the way to a card.
+    return model.to("cpu" if part == "judges" else where).eval().requires_grad_(False)
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:

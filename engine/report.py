@@ -14,6 +14,8 @@ from pathlib import Path
 VERSION = 1
 REPORT, STRIP = ".identity.json", ".who.webp"  # beside the clip: the report; some frames with outlines
 MAX_BYTES = 2**20
+# One colour per subject, by its place in the job: outlines have it, and so has its name wherever a dark page shows it.
+COLOURS = ("#ff9a76", "#6ed3c2", "#b8a4ff", "#7fc4ff", "#f48fc0", "#c5d86d", "#e0b080", "#9fb4c8")
 
 
 @dataclass(frozen=True)

@@ -122,24 +122,27 @@ def run(
 
 def _reporter(job: GenerateJob, preset: presets.Preset, warm: Warm) -> identity.Reporter | None:
     """Who judges the clip while it is decoded; None where the preset names no judges, or nobody is to be recognised."""
-    asked = [subject for subject in job.subjects if subject.role != "background" and subject.weight > 0]
+    everyone = enumerate(job.subjects)
+    asked = [(place, each) for place, each in everyone if each.role != "background" and each.weight > 0]
     if not preset.components.judges or not asked:
         return None
     return identity.Reporter(
         warm.part("judges", preset),
-        [subject.name for subject in asked],
-        [pictures.prepare_subject(subject, size=preset.reference_size) for subject in asked],
+        [(each.name, place) for place, each in asked],
+        [pictures.prepare_subject(each, size=preset.reference_size) for _, each in asked],
         fps=preset.fps,
         num_frames=job.num_frames or 1,
     )
 
 
 def _write_report(reporter: identity.Reporter | None, report: IdentityReport | None, clip: Path) -> Path | None:
-    """Report and outlined frames beside the clip."""
-    if reporter is None or report is None:
-        return None
+    """Report and outlined frames beside the clip; what an earlier clip of that name left there goes."""
     path = clip.with_suffix(REPORT)
     with _explained(clip.parent):
+        for old in (path, clip.with_suffix(STRIP)):
+            old.unlink(missing_ok=True)
+        if reporter is None or report is None:
+            return None
         path.write_text(report.as_json(), encoding="utf-8")
         reporter.write_strip(clip.with_suffix(STRIP))
     return path

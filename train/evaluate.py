@@ -30,14 +30,14 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from engine import decode, identity, presets, run, video
+from engine import decode, identity, presets, run
 from engine.encode import clip_latents, render
 from engine.job import GenerateJob, Subject, make_job
 from engine.judges import MOMENTS, Judges, cut_out, to_unit
-from engine.messages import Message, StudioError
+from engine.messages import StudioError
 from train import world, world_captions
 from train.checkpoint import duration
-from train.sheet import sentence
+from train.sheet import frames_of, job_of
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "judges"
 CANDIDATES = 16  # pictures of one kind, the own one among them
@@ -53,6 +53,9 @@ CATEGORIES = {
     "four": (15, 4),
 }
 REDUCED = 3  # without --full, every third job
+
+
+Interval = tuple[float, float, float]  # mean, low, high
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Verdict:
     likeness: tuple[float, ...]
     presence: tuple[float, ...]
     count: bool
-    verb: bool | None
+    verb: bool
     direction: bool | None
     place: bool
     copied: float
@@ -121,27 +124,6 @@ def _kinds(rng: np.random.Generator, category: str, subjects: int) -> list[str]:
 
 def _identity(rng: np.random.Generator, kind: str) -> world.ToySubject:
     return world.make_subject(world.subject_seed(int(rng.integers(world.IDENTITIES)), "heldout"), kind)
-
-
-def job_of(preset: str, scene: world.Scene, pictures: Sequence[np.ndarray], *, seed: int) -> GenerateJob:
-    """The scene as a job: `@s1 chases @s2 on a beach`, a picture and a noun for each."""
-    subjects = [
-        {
-            "name": f"s{slot}",
-            "noun": world_captions.noun(subject.kind),
-            "pictures": [{"png": as_png(picture)}],
-            "cut_out": False,
-        }
-        for slot, (subject, picture) in enumerate(zip(scene.subjects, pictures, strict=True), start=1)
-    ]
-    return make_job(preset=preset, prompt=sentence(scene.facts), seed=seed, subjects=subjects)
-
-
-def as_png(picture: np.ndarray) -> str:
-    """uint8 (H, W, 3) as base64 PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def withheld(case: Case, *, attributes: bool) -> Case:
@@ -238,9 +220,7 @@ def _copied(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -> float:
     return float((to_rest - to_given).mean())
 
 
-def _acted(
-    judges: Judges, frames: Tensor, masks: Tensor, action: world.Action
-) -> tuple[float, bool | None, bool | None]:
+def _acted(judges: Judges, frames: Tensor, masks: Tensor, action: world.Action) -> tuple[float, bool, bool | None]:
     """How sure the judge is of the action's verb; whether it sees the verb and, where there is one, the direction."""
     chosen = torch.linspace(0, len(frames) - 1, MOMENTS).round().long()
     actor = masks[chosen, action.slots[0] - 1]
@@ -266,17 +246,11 @@ def made(cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str
     warm, verdicts, began = run.Warm(), [], time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     for number, each in enumerate(cases, start=1):
-        clip = folder / f"{each.id}.mp4"
-        run.run(each.instead or each.job, _quiet, outputs=folder, clip=clip, warm=warm)
-        frames = video.read_frames(clip, display_scale=presets.load(each.job.preset).display_scale)
+        frames = frames_of(each.instead or each.job, folder / f"{each.id}.mp4", warm)
         verdicts.append(judge(each, frames, judges))
         left = (time.monotonic() - began) / number * (len(cases) - number)
         say(f"{name}: {number} of {len(cases)}, about {duration(left)} left")
     return verdicts
-
-
-def _quiet(message: Message) -> None:
-    """The benchmark has its own progress."""
 
 
 def drawn(cases: Sequence[Case], judges: Judges, preset: presets.Preset) -> list[Verdict]:
@@ -289,11 +263,11 @@ def drawn(cases: Sequence[Case], judges: Judges, preset: presets.Preset) -> list
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of all values and its 95 % interval, bootstrapped over jobs (each an inner sequence); NaN for none."""
+def interval(values: Sequence[Sequence[float]], *, seed: int = 0) -> Interval | None:
+    """Mean of all values and its 95 % interval, bootstrapped over jobs (each an inner sequence); None for none."""
     jobs = [list(inner) for inner in values if len(inner)]
     if not jobs:
-        return float("nan"), float("nan"), float("nan")
+        return None
     sums, counts = np.array([sum(inner) for inner in jobs]), np.array([len(inner) for inner in jobs])
     index = np.random.default_rng(seed).integers(0, len(jobs), (2000, len(jobs)))
     means = sums[index].sum(1) / counts[index].sum(1)
@@ -307,14 +281,14 @@ QUESTIONS: dict[str, Callable[[Verdict], list[float]]] = {
     "weakest likeness": lambda v: [min(v.likeness)],
     "seen": lambda v: list(v.presence),
     "everyone there": lambda v: [float(v.count)],
-    "verb": lambda v: [] if v.verb is None else [float(v.verb)],
+    "verb": lambda v: [float(v.verb)],
     "direction": lambda v: [] if v.direction is None else [float(v.direction)],
     "place": lambda v: [float(v.place)],
     "pose copied": lambda v: [v.copied],
 }
 
 
-def table(verdicts: dict[str, list[Verdict]]) -> dict[str, dict[str, tuple[float, float, float]]]:
+def table(verdicts: dict[str, list[Verdict]]) -> dict[str, dict[str, Interval | None]]:
     """Row -> question -> mean, low, high; a row for all jobs and one for each number of subjects."""
     rows = {}
     for name, found in verdicts.items():
@@ -327,14 +301,12 @@ def table(verdicts: dict[str, list[Verdict]]) -> dict[str, dict[str, tuple[float
     return rows
 
 
-def as_text(rows: dict[str, dict[str, tuple[float, float, float]]]) -> str:
+def as_text(rows: dict[str, dict[str, Interval | None]]) -> str:
     """The table as Markdown: mean and 95 % interval."""
     questions = list(next(iter(rows.values())))
     lines = [f"| | {' | '.join(questions)} |", f"|---|{'---|' * len(questions)}"]
     for name, figures in rows.items():
-        cells = [
-            "-" if np.isnan(mean) else f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in figures.values()
-        ]
+        cells = ["-" if each is None else "{:.2f} ({:.2f} to {:.2f})".format(*each) for each in figures.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -394,7 +366,7 @@ def _write(
     folder: Path,
     jobs: Sequence[Case],
     verdicts: dict[str, list[Verdict]],
-    rows: dict[str, dict[str, tuple[float, float, float]]],
+    rows: dict[str, dict[str, Interval | None]],
     judges: str,
 ) -> None:
     """Jobs in OpenS2V's layout, pictures beside them, and all figures."""

@@ -1,8 +1,8 @@
 """Teach the judges of the drawn world, and ask what they are worth.
 
-In:  the drawn world, and the toybox's VAE, which everything a judge sees has been through in half of the cases.
+In:  the drawn world, and the toybox's VAE, which three quarters of the stills have been through.
 Out: assets/judges/<set>; `measure` says how often they are right on identities they have never seen.
-Knows nothing of the model that is judged, but for the critic, which learns from its clips.
+Knows nothing of the model that is judged.
 
     python -m train.judges reward --minutes 20     # goes on from its last save
     python -m train.judges measure reward
@@ -38,6 +38,7 @@ WIDTHS = {"reward": 16, "test": 20}
 DIRECTIONS = ["left", "right"]
 MARGIN, SCALE = 0.2, 16.0  # radians and sharpness of the embedder's angular margin
 ALIKE, KINDS_AT_ONCE = 12, 4  # identities of one kind that a batch tells apart, and how many kinds it holds
+LEAST = 60  # pixels; whoever shows less of itself cannot be told from its kind
 STILLS, CLIPS = 6000, 5000  # drawn for each set
 STEPS = {"embedder": 3000, "place": 3000, "action": 3000, "locator": 2000}
 
@@ -52,7 +53,7 @@ def new_judges(name: str) -> Judges:
 
 
 class Wear:
-    """Makes drawings look as a generator's do: through the VAE with noise on the latents, blurred, lit otherwise."""
+    """Makes drawings look as a generator's do: through the VAE, with noise on the latents."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
@@ -202,9 +203,6 @@ def embedder_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Ten
     return (_margin_loss(asked, known) + _margin_loss(known, asked)) / 2
 
 
-LEAST = 60  # pixels; whoever shows less of itself cannot be told from its kind
-
-
 def frayed(masks: Tensor, rng: np.random.Generator) -> Tensor:
     """Masks as a locator gives them: some a pixel wider or narrower, some with a hole."""
     out = masks.clone()
@@ -241,7 +239,7 @@ def place_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tensor
     return functional.cross_entropy(judges.place(pool.frame(scenes, rng)).float(), target)
 
 
-# --- actions ---------- ----------------------------------------------------------------------------------------------
+# --- actions ---------------------------------------------------------------------------------------------------------
 
 
 def acted(rng: np.random.Generator, split: str, count: int) -> tuple[Tensor, ...]:
@@ -313,15 +311,11 @@ def stills_of(name: str) -> Stills:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def _module(judges: Judges, part: str) -> nn.Module:
-    return judges.get_submodule(part)
-
-
 def teach(name: str, part: str, state: Path, seconds: float) -> bool:
     """Go on teaching one judge of a set; True when all its updates are done."""
     folder, split, total = state / name / part, f"judge-{name}", STEPS[part]
     judges = new_judges(name)
-    module = _module(judges, part).train()
+    module = judges.get_submodule(part).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.02)
     ema = checkpoint.Ema(module, 0.998)
     step = 0
@@ -336,11 +330,8 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
         return True
     pool = Clips(split, CLIPS, list(WIDTHS).index(name)) if part == "action" else stills_of(name)
     loss_of: Callable[..., Tensor] = LOSSES[part]
-    meter, began, kept = (
-        checkpoint.Meter(f"{name} {part}", total, folder, start=step),
-        time.monotonic(),
-        time.monotonic(),
-    )
+    meter = checkpoint.Meter(f"{name} {part}", total, folder, start=step)
+    began = kept = time.monotonic()
 
     def keep() -> None:
         groups = {"model": dict(module.named_parameters()), "ema": {**dict(module.named_buffers()), **ema.tensors}}
@@ -378,10 +369,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def export(name: str, state: Path) -> Judges:
     """Write the set as far as it has been taught."""
     judges = new_judges(name)
-    for part in [*STEPS, "critic"]:
+    for part in STEPS:
         saved = checkpoint.load(state / name / part)
         if saved is not None:
-            _module(judges, part).load_state_dict(saved[1]["ema"], strict=False)
+            judges.get_submodule(part).load_state_dict(saved[1]["ema"], strict=False)
     judges.save(JUDGES / name)
     return Judges.load(JUDGES / name)
 

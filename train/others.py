@@ -24,12 +24,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine import identity, pictures, presets, run, video
+from engine import identity, pictures, presets, run
 from engine.job import GenerateJob, Picture, make_job
 from engine.judges import WHITE, Judges, to_unit
-from engine.messages import Message
 from train import world_captions
-from train.evaluate import CANDIDATES, as_png, interval, judges_of
+from train.evaluate import CANDIDATES, interval, judges_of
+from train.sheet import as_png, frames_of
 
 BINS = (4, 8, 8)  # of lightness, a, b
 COUNT = 64
@@ -113,24 +113,17 @@ def main(argv: list[str] | None = None) -> int:
     right, rows, warm = [], [], run.Warm()
     with tempfile.TemporaryDirectory() as folder:
         for number, picture in enumerate(shown):
-            clip = Path(folder) / f"{number}.mp4"
-            run.run(job_of(options.preset, picture, number), _quiet, outputs=Path(folder), clip=clip, warm=warm)
-            frames = video.read_frames(clip, display_scale=preset.display_scale)
+            frames = frames_of(job_of(options.preset, picture, number), Path(folder) / f"{number}.mp4", warm)
             right.append(retrieved(number, found(frames, picture, judges), known))
             rows.append(np.concatenate([picture, *frames[np.linspace(0, len(frames) - 1, SHOWN).astype(int)]], 1))
             sys.stderr.write(f"{number + 1} of {len(shown)}: {np.mean(right):.2f} found their own picture\n")
-    mean, low, high = interval([[float(each)] for each in right])
-    print(json.dumps({"pictures": len(right), "own first of 16": mean, "interval": [low, high]}))  # noqa: T201
+    print(json.dumps({"pictures": len(right), "own first of 16": interval([[float(x)] for x in right])}))  # noqa: T201
     if options.out:
         half = (len(rows) + 1) // 2
         blank = [np.full_like(rows[0], 255)] * (2 * half - len(rows))
         columns = [np.concatenate(part) for part in (rows[:half], [*rows[half:], *blank])]
         Image.fromarray(np.concatenate(columns, 1)).save(options.out)
     return 0
-
-
-def _quiet(message: Message) -> None:
-    """Progress is a line for every clip."""
 
 
 if __name__ == "__main__":

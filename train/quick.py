@@ -1,7 +1,7 @@
 """Small transformers trained on a processor: bfloat16 where it has the instructions, attention by matrix products.
 
 In:  a forward and a backward pass, run inside `quick()`.
-Out: the same result to bfloat16's precision (fp32's without those instructions), two to three times sooner.
+Out: the same result to bfloat16's precision (fp32's without those instructions), about twice as soon.
 Knows nothing of models. On a graphics card it changes nothing: there torch's own attention is the fastest.
 """
 

@@ -14,7 +14,7 @@ import base64
 import io
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,8 @@ SCALE = 2
 SHOWN = 6  # frames of a clip
 
 
-def _png(picture: np.ndarray) -> str:
+def as_png(picture: np.ndarray) -> str:
+    """uint8 (H, W, 3) as base64 PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -51,19 +52,27 @@ def held_out_job(number: int, *, preset: str = "toybox", subjects: int = 2, verb
     rng = np.random.default_rng((61, number, subjects))
     verb = verb or str(rng.choice(world.PAIR_VERBS if subjects > 1 else world.SINGLE_VERBS))
     scene = world.make_scene(number, num_subjects=subjects, verb=verb, split="heldout")
-    return make_job(
-        preset=preset,
-        prompt=sentence(scene.facts),
-        seed=number,
-        subjects=[
-            {
-                "name": f"s{slot}",
-                "noun": world_captions.noun(subject.kind),
-                "pictures": [{"png": _png(world.reference_picture(subject, number)[0])}],
-            }
-            for slot, subject in enumerate(scene.subjects, start=1)
-        ],
-    )
+    pictures = [world.reference_picture(subject, number)[0] for subject in scene.subjects]
+    return job_of(preset, scene, pictures, seed=number)
+
+
+def job_of(preset: str, scene: world.Scene, pictures: Sequence[np.ndarray], *, seed: int) -> GenerateJob:
+    """The scene as a job: `@s1 chases @s2 on a beach`, a picture and a noun for each."""
+    subjects = [
+        {"name": f"s{slot}", "noun": world_captions.noun(subject.kind), "pictures": [{"png": as_png(picture)}]}
+        for slot, (subject, picture) in enumerate(zip(scene.subjects, pictures, strict=True), start=1)
+    ]
+    return make_job(preset=preset, prompt=sentence(scene.facts), seed=seed, subjects=subjects)
+
+
+def frames_of(job: GenerateJob, clip: Path, warm: run.Warm) -> np.ndarray:
+    """Make a job's clip into a file and give its native frames, uint8 (F, H, W, 3)."""
+    run.run(job, _quiet, outputs=clip.parent, clip=clip, warm=warm)
+    return video.read_frames(clip, display_scale=presets.load(job.preset).display_scale)
+
+
+def _quiet(message: Message) -> None:
+    """Whoever makes many clips has a progress of their own."""
 
 
 def rows(jobs: list[GenerateJob], steps: int | None) -> Iterator[Image.Image]:
@@ -73,14 +82,7 @@ def rows(jobs: list[GenerateJob], steps: int | None) -> Iterator[Image.Image]:
         for number, job in enumerate(jobs):
             if steps:
                 job = job.model_copy(update={"sampling": Sampling(num_inference_steps=steps)})
-            clip = Path(folder) / f"{number}.mp4"
-            run.run(job, _quiet, outputs=Path(folder), clip=clip, warm=warm)
-            frames = video.read_frames(clip, display_scale=presets.load(job.preset).display_scale)
-            yield _row(job, frames)
-
-
-def _quiet(message: Message) -> None:
-    """A sheet has its own progress."""
+            yield _row(job, frames_of(job, Path(folder) / f"{number}.mp4", warm))
 
 
 def _row(job: GenerateJob, frames: np.ndarray) -> Image.Image:

@@ -43,8 +43,10 @@ IDENTITY: dict[str, Any] = {
     "subject_positions": True,
     "subject_zoom": 2,
 }
+# What the shipped run had and SftConfig's defaults have not; clips share as much noise as their preset says.
+RECIPE: dict[str, Any] = {"ema": 0.999, "in_pair": 0.0, "clip_every": 3}
 SHARDS = 240
-BASE_STEPS, IDENTITY_STEPS = 4000, 20_000
+BASE_STEPS, IDENTITY_STEPS = 4000, 9600
 
 
 def vae(state: Path, seconds: float) -> bool:
@@ -106,12 +108,14 @@ def cache(state: Path, seconds: float) -> bool:
 
 def run_of(state: Path, kind: Literal["base", "identity"], **values: Any) -> Path:
     """The run folder of a transformer stage, with its document written once."""
+    from engine import presets
     from train.sft import SftConfig
 
     run = state / kind
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "run.json").exists():
-        config = SftConfig(kind=kind, cache=str(state / "cache"), **values)
+        shared = presets.load("toybox").shared_noise
+        config = SftConfig(kind=kind, cache=str(state / "cache"), shared_noise=shared, **{**RECIPE, **values})
         fresh = run / f"run.{os.getpid()}.new"  # every process of a team writes the same
         fresh.write_text(config.model_dump_json(indent=2), encoding="utf-8")
         fresh.replace(run / "run.json")

@@ -159,6 +159,15 @@ def test_variants_stand_as_they_were_asked_for_until_all_have_ended_then_the_lik
     assert [row.id for row in stage.on_stage(queue.rows())] == [ids[2], ids[3], ids[0], ids[1]]
 
 
+def test_a_second_sanity_check_shows_its_own_clip_and_not_the_first_ones(job: GenerateJob, tmp_path: Path) -> None:
+    queue = Queue(tmp_path / "queue.db")
+    for weakest in (0.9, 0.1):
+        latest = queue.add(job, group=stage.SANITY)
+        queue.take("w")
+        queue.finish(latest, Saved(tmp_path / "a.mp4", tmp_path / "a.json", tmp_path / "a.webp", 2, 9, None, weakest))
+        assert [row.id for row in stage.on_stage(queue.rows())] == [latest]
+
+
 def test_a_wish_for_a_likeness_is_checked_and_nought_is_no_wish(form: Form) -> None:
     assert replace(form, until=0, tries=5).wanted() == (None, 0)
     assert replace(form, until=0.6, tries=5).wanted() == (0.6, 5)
