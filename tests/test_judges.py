@@ -44,6 +44,7 @@ def test_a_cut_out_is_the_subject_alone_in_the_middle_whatever_lies_around_it() 
     frame = torch.rand(1, 3, 64, 64)
     mask = torch.zeros(1, 64, 64)
     mask[0, 5:25, 40:60] = 1
+    mask[0, 5:12, 40:48] = 0  # a corner of its box is not its own
     elsewhere = torch.where(mask.bool().unsqueeze(1), frame, torch.rand(1, 3, 64, 64))
     first, second = cut_out(frame, mask), cut_out(elsewhere, mask)
     assert first.shape == (1, 3, CROP, CROP)
@@ -126,11 +127,10 @@ def test_the_best_matching_is_the_best_of_all(regions: int) -> None:
     found = identity.matched(alike, torch.ones(regions, dtype=torch.bool))
     pairs = [(region, subject) for subject, region in enumerate(found) if region is not None]
     assert len(pairs) == min(regions, 3) == len({region for region, _ in pairs})
-    total = sum(float(alike[pair]) for pair in pairs)
-    if regions >= 3:
-        assert total == pytest.approx(
-            max(sum(float(alike[r, s]) for s, r in enumerate(order)) for order in permutations(range(regions), 3))
-        )
+    fewer, more = sorted((regions, 3))
+    orders = [list(zip(range(fewer), order, strict=True)) for order in permutations(range(more), fewer)]
+    totals = [sum(float(alike[(a, b) if regions <= 3 else (b, a)]) for a, b in order) for order in orders]
+    assert sum(float(alike[pair]) for pair in pairs) == pytest.approx(max(totals))
 
 
 def test_a_report_does_not_depend_on_how_many_frames_are_judged_at_once(raw: Judges) -> None:
