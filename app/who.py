@@ -30,11 +30,15 @@ def panel(clip: Path, names: Sequence[str]) -> str:
     strip = clip.with_suffix(STRIP)
     outlines = "Frames of the clip; each subject is outlined in its colour"
     picture = f'<img class="strip" alt="{outlines}" src="{markup.file_url(strip)}">' if strip.is_file() else ""
-    judge = f'<p class="about">Judged by {escape(report.judge)}; figures of other judges do not compare with these.</p>'
-    return (
-        f'<details class="who"><summary>{_line(report, names)}</summary>'
-        f"{picture}{plot(report, names)}{_table(report, names)}{judge}</details>"
-    )
+    parts = "".join(_judged(report, judge, names) for judge in report.judges)
+    return f'<details class="who"><summary>{_line(report, names)}</summary>{picture}{parts}</details>'
+
+
+def _judged(report: IdentityReport, judge: str, names: Sequence[str]) -> str:
+    """Plot and table of one judge; figures of two judges never share one."""
+    by = f'<p class="about">Judged by {escape(judge)}; figures of other judges do not compare with these.</p>'
+    subjects = report.by(judge)
+    return f"{plot(subjects, names, report.every)}{_table(subjects, names, report.every)}{by}"
 
 
 def line(clip: Path, names: Sequence[str]) -> str:
@@ -44,7 +48,7 @@ def line(clip: Path, names: Sequence[str]) -> str:
 
 
 def _line(report: IdentityReport, names: Sequence[str]) -> str:
-    weakest = min(report.subjects, key=lambda subject: subject.score)
+    weakest = min(report.by(report.judges[0]), key=lambda subject: subject.score)
     scores = " ".join(
         f'<span class="mention"{_colour(subject, names)}>@{escape(subject.name)} <b>{subject.score:.2f}</b></span>'
         for subject in report.subjects
@@ -59,12 +63,12 @@ def _colour(subject: SubjectReport, names: Sequence[str]) -> str:
     return markup.colour(list(names).index(subject.name) if subject.name in names else -1)
 
 
-def _table(report: IdentityReport, names: Sequence[str]) -> str:
+def _table(subjects: Sequence[SubjectReport], names: Sequence[str], every: int) -> str:
     rows = "".join(
         f'<tr><th scope="row"><span class="mention"{_colour(each, names)}>@{escape(each.name)}</span></th>'
         f"<td>{each.score:.2f}</td><td>{'-' if each.margin is None else f'{each.margin:+.2f}'}</td>"
-        f"<td>{each.presence:.0%}</td><td>{', '.join(str(frame + 1) for frame in each.worst_frames)}</td></tr>"
-        for each in report.subjects
+        f"<td>{each.presence:.0%}</td><td>{', '.join(str(frame * every + 1) for frame in each.worst_frames)}</td></tr>"
+        for each in subjects
     )
     heads = "".join(
         f'<th scope="col">{head}</th>' for head in ("Subject", "Likeness", "Above others", "Seen", "Worst frames")
@@ -72,12 +76,16 @@ def _table(report: IdentityReport, names: Sequence[str]) -> str:
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def plot(report: IdentityReport, names: Sequence[str]) -> str:
-    """Likeness over the frames: a line for each subject, and a dashed one for the other that it resembles most."""
-    frames = max(len(subject.own) for subject in report.subjects)
+def plot(subjects: Sequence[SubjectReport], names: Sequence[str], every: int = 1) -> str:
+    """Likeness over the frames: a line for each subject, and a dashed one for the other that it resembles most.
+
+    Args:
+        every: how many of the clip's frames lie between two figures.
+    """
+    frames = max(len(subject.own) for subject in subjects)
     lines = "".join(
         f"<g{_colour(subject, names)}>{_curve(subject.other, frames, 'other')}{_curve(subject.own, frames, 'own')}</g>"
-        for subject in report.subjects
+        for subject in subjects
     )
     grid = "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(level):.1f}" y2="{_y(level):.1f}"/>'
@@ -86,9 +94,9 @@ def plot(report: IdentityReport, names: Sequence[str]) -> str:
     )
     ends = "".join(
         f'<text x="{_x(frame, frames):.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{word}</text>'
-        for frame, anchor, word in ((0, "start", "frame 1"), (frames - 1, "end", str(frames)))
+        for frame, anchor, word in ((0, "start", "frame 1"), (frames - 1, "end", str((frames - 1) * every + 1)))
     )
-    said = "; ".join(f"@{escape(each.name)} {each.score:.2f} on average" for each in report.subjects)
+    said = "; ".join(f"@{escape(each.name)} {each.score:.2f} on average" for each in subjects)
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Likeness over the frames: {said}">'
         f'<g class="grid">{grid}{ends}</g>{lines}</svg>'

@@ -2,7 +2,8 @@
 
 In:  frames and reference pictures, float in [0, 1], of the judges' size.
 Out: shares of pixels, embeddings, class scores. A folder holds a set of judges.
-Knows nothing of models, jobs, or of what is done with a judgement (`engine.identity`, `train.evaluate`).
+Knows nothing of models, jobs, or of what is done with a judgement (`train.evaluate`); `Drawn` answers for subjects
+in an identity report.
 
 There are two sets, `reward` and `test`, of different seed, width and training identities. Whatever selects or trains
 reads `reward`; `test` is for published figures alone.
@@ -13,18 +14,24 @@ Shapes: F frames, N subjects, V pictures of each, P pictures, H x W pixels.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from engine.identity import Sight
 
 SIZE = 64  # pixels; what the judges were trained at
 CROP = 40  # pixels; side of a cut-out subject
 MOMENTS = 9  # frames of a clip that the action judge reads
 WHITE = 0.985  # darker than this in any colour is drawn upon
 EMBEDDING = 64
+SEEN = 0.004  # a subject counts as there when it fills this share of a frame
 STILL, FROZEN = "stands still", "nothing moves"  # the second is said of a clip that stops where something should happen
 
 
@@ -239,33 +246,94 @@ def to_unit(frames: Tensor) -> Tensor:
     return frames.movedim(-1, -3).float() / 255
 
 
-def cut_out(pictures: Tensor, masks: Tensor | None = None) -> Tensor:
-    """Each picture's subject alone on white, in the middle of a square of CROP pixels.
+def cut_out(pictures: Tensor, masks: Tensor | None = None, *, side: int = CROP) -> Tensor:
+    """Each picture's subject alone on white, in the middle of a square.
 
     Args:
         pictures: (P, 3, H, W).
         masks: (P, H, W), above .5 where the subject is. None: it is whatever is not white, as in a reference picture.
+        side: of the square, in pixels.
 
     Returns:
-        (P, 3, CROP, CROP); all white where there is no subject.
+        (P, 3, side, side); all white where there is no subject.
     """
     if masks is None:
         held = pictures.amin(1) < WHITE
     else:
         held = masks > 0.5
         pictures = torch.where(held.unsqueeze(1), pictures, 1.0)
-    return torch.stack([_cut(picture, own) for picture, own in zip(pictures, held, strict=True)])
+    return torch.stack([_cut(picture, own, side) for picture, own in zip(pictures, held, strict=True)])
 
 
-def _cut(picture: Tensor, held: Tensor) -> Tensor:
+def _cut(picture: Tensor, held: Tensor, side: int) -> Tensor:
     rows, columns = held.any(1).nonzero().flatten(), held.any(0).nonzero().flatten()
     if len(rows) == 0:
-        return picture.new_ones(3, CROP, CROP)
+        return picture.new_ones(3, side, side)
     part = picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     high, wide = part.shape[1:]
-    side = round(max(high, wide) * 1.1) + 1
-    top, left = (side - high) // 2, (side - wide) // 2
-    edges = (left, side - wide - left, top, side - high - top)
+    room = round(max(high, wide) * 1.1) + 1
+    top, left = (room - high) // 2, (room - wide) // 2
+    edges = (left, room - wide - left, top, room - high - top)
     square = functional.pad(part, edges, value=1.0).unsqueeze(0)
-    small = functional.interpolate(square, (CROP, CROP), mode="bilinear", antialias=True, align_corners=False)
+    small = functional.interpolate(square, (side, side), mode="bilinear", antialias=True, align_corners=False)
     return small[0].clamp(0, 1)
+
+
+# --- who is where ----------------------------------------------------------------------------------------------------
+
+
+class Drawn:
+    """The witness for drawings (`engine.identity.Witness`).
+
+    Args:
+        judges: whose eyes it has.
+        pictures: of each subject, uint8 (H, W, 3).
+    """
+
+    def __init__(self, judges: Judges, pictures: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
+        self.title = f"toybox {judges.name}"
+        self._judges = judges
+        self._pictures = [_prepared(own) for own in pictures]
+        self._known = [judges.embedder(cut_out(own)) for own in self._pictures]
+
+    @torch.no_grad()
+    def look(self, frames: NDArray[np.uint8]) -> list[Sight]:
+        """(F, H, W, 3) -> where the locator finds each subject, and whom each of those regions looks like."""
+        units = to_unit(torch.from_numpy(frames))
+        owner = locate(self._judges, units, self._pictures).argmax(1)
+        sights = []
+        for frame, held in zip(units, owner, strict=True):
+            masks = torch.stack([held == slot for slot in range(1, len(self._known) + 1)])
+            masks = masks[masks.float().mean((1, 2)) >= SEEN]
+            alike = likenesses(self._judges, frame.expand(len(masks), -1, -1, -1), masks.float(), self._known)
+            sights.append(Sight(masks.numpy(), alike.numpy()))
+        return sights
+
+
+def _prepared(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """One subject's pictures at the judges' size, (V, 3, SIZE, SIZE) in [0, 1]."""
+    whole = to_unit(torch.from_numpy(np.stack(pictures)))
+    return functional.interpolate(whole, (SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def locate(judges: Judges, frames: Tensor, pictures: Sequence[Tensor]) -> Tensor:
+    """Who is where: (F, 3, H, W) in [0, 1] and each subject's (V, 3, SIZE, SIZE) -> shares (F, N + 1, H, W).
+
+    Frames of another size are judged at the height the judges know, and the shares carried back.
+    """
+    H, W = frames.shape[-2:]
+    wide = max(8, round(W * SIZE / H / 8) * 8)
+    known = functional.interpolate(frames, (SIZE, wide), mode="bilinear", antialias=True)
+    most = max(len(own) for own in pictures)
+    # A picture shown twice counts as often as another subject's two.
+    even = torch.stack([own[torch.arange(most) % len(own)] for own in pictures])
+    shares = judges.locator(known, even)
+    return functional.interpolate(shares, (H, W), mode="bilinear", align_corners=False)
+
+
+def likenesses(judges: Judges, frames: Tensor, masks: Tensor, known: Sequence[Tensor]) -> Tensor:
+    """Cosine of every cut-out with the likest picture of each subject: (P, 3, H, W), (P, H, W) -> (P, N)."""
+    if len(masks) == 0:
+        return frames.new_zeros(0, len(known))
+    seen = judges.embedder(cut_out(frames, masks))
+    return torch.stack([(seen @ own.T).amax(1) for own in known], 1)

@@ -2,7 +2,8 @@
 
 In:  a preset and the name of a part.
 Out: a loaded model or tokenizer on the right device, in the right precision, without gradients.
-Knows nothing of jobs, of what the parts are used for, or of any network: only safetensors files, only local ones.
+Knows nothing of jobs, of what the parts are used for, or of any network: only local files, only safetensors, and ONNX
+for the two face networks, which OpenCV reads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -21,12 +23,17 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
+from engine.faces import FaceFiles
 from engine.judges import Judges
 from engine.messages import StudioError
 from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Preset
 
-Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "vlm", "vlm_tokenizer", "judges"]
+Part = Literal[
+    "transformer", "vae", "text_encoder", "tokenizer", "vlm", "vlm_tokenizer",
+    "judges", "faces", "detector", "detector_tokenizer", "segmenter", "embedder",
+]  # fmt: skip
+JUDGES: tuple[Part, ...] = ("judges", "detector", "segmenter", "embedder")
 ENCODERS: tuple[Part, ...] = ("text_encoder", "vlm")
 KEEP_ENCODERS_BYTES = 2 * 2**30  # larger encoders leave memory before sampling starts
 REMEMBERED_BYTES = 512 * 2**20  # encoded prompts and pictures that a warm worker keeps
@@ -53,7 +60,7 @@ def load(part: Part, folder: Path, where: torch.device) -> Any:
     Args:
         part: which one.
         folder: in diffusers' or transformers' layout.
-        where: device it goes to; judges stay on the processor.
+        where: device it goes to; whoever judges frames stays on the processor, where decoded frames are.
 
     Raises:
         StudioError: a file is missing, cut short, or of another model.
@@ -61,16 +68,18 @@ def load(part: Part, folder: Path, where: torch.device) -> Any:
     if not folder.is_dir():
         raise _damaged(part, folder, "The folder is not there.")
     try:
-        if part in ("tokenizer", "vlm_tokenizer"):
+        if part == "faces":
+            return FaceFiles(folder)
+        if part.endswith("tokenizer"):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        where = torch.device("cpu") if part in JUDGES else where
         model = _LOADERS[part](folder, precision(part, where))
     except StudioError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, cv2.error) as error:
         reason = str(error).strip().splitlines()
         raise _damaged(part, folder, reason[0][:200] if reason else type(error).__name__) from error
-    # Judges look at decoded frames, which are on the processor, and are too small to be worth the way to a card.
-    return model.to("cpu" if part == "judges" else where).eval().requires_grad_(False)
+    return model.to(where).eval().requires_grad_(False)
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -106,6 +115,24 @@ def _vlm(folder: Path, dtype: torch.dtype) -> nn.Module:
     return _transformers(Qwen2_5_VLForConditionalGeneration, folder, dtype, "vlm")
 
 
+def _detector(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import GroundingDinoForObjectDetection
+
+    return _transformers(GroundingDinoForObjectDetection, folder, dtype, "detector")
+
+
+def _segmenter(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import Sam2Model
+
+    return _transformers(Sam2Model, folder, dtype, "segmenter")
+
+
+def _embedder(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import Dinov2Model
+
+    return _transformers(Dinov2Model, folder, dtype, "embedder")
+
+
 def _transformers(kind: Any, folder: Path, dtype: torch.dtype, part: Part) -> nn.Module:
     model, info = kind.from_pretrained(
         folder,
@@ -125,6 +152,9 @@ _LOADERS: dict[Part, Callable[[Path, torch.dtype], nn.Module]] = {
     "text_encoder": _text_encoder,
     "vlm": _vlm,
     "judges": _judges,
+    "detector": _detector,
+    "segmenter": _segmenter,
+    "embedder": _embedder,
 }
 
 

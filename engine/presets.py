@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from engine.job import Document, GenerateJob, Sampling, rephrased
 from engine.messages import StudioError
 
+OPTIONAL = ("faces", "detector", "detector_tokenizer", "segmenter", "embedder")  # a clip is made without them, too
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "presets"
 
@@ -45,7 +46,17 @@ class Components(Document):
     vlm_tokenizer: str = ""
     """Tokenizer of the VLM."""
     judges: str = ""
-    """Judges of the identity report (`engine.judges`), or empty when this preset's clips get none."""
+    """Judges of drawings for the identity report (`engine.judges`); empty for pictures of the real world."""
+    faces: str = ""
+    """YuNet's and SFace's ONNX files: people are judged by their faces where this folder is there."""
+    detector: str = ""
+    """GroundingDinoForObjectDetection; whoever is not known by a face is found by their noun, cut out and compared."""
+    detector_tokenizer: str = ""
+    """Its tokenizer; as published it lies in the same folder."""
+    segmenter: str = ""
+    """Sam2Model, which cuts out what was found."""
+    embedder: str = ""
+    """Dinov2Model, which compares cut-outs with pictures."""
 
 
 class Cost(Document):
@@ -111,6 +122,10 @@ class Preset(Document):
     cost: Cost
     """What a clip costs."""
 
+    def has(self, part: str) -> bool:
+        """Whether one of the `components` is named and there."""
+        return bool(getattr(self.components, part)) and self.folder(part).is_dir()
+
     def folder(self, part: str) -> Path:
         """Folder of one of the `components`: in the repository, or else in the creator's own folder of models."""
         relative = getattr(self.components, part)
@@ -162,7 +177,7 @@ def check_files(preset: Preset) -> None:
     """
     for part in type(preset.components).model_fields:
         folder = getattr(preset.components, part)
-        if folder and not any(preset.folder(part).glob("*.json")):
+        if folder and part not in OPTIONAL and not any(preset.folder(part).glob("*.json")):
             raise StudioError(
                 what=f"The preset {preset.name} names {folder}, which is not there.",
                 why=f"Its {part.replace('_', ' ')} has not been put into place.",

@@ -2,7 +2,7 @@
 
 In:  figures that a judge found (`engine.identity`), or the JSON beside a clip.
 Out: an `IdentityReport` and what follows from it: score, presence, margin, worst frames, the weakest subject.
-Knows nothing of torch or of pages. Figures of different judges are not comparable, so a report names its judge.
+Knows nothing of torch or of pages. Figures of different judges are not comparable, so every subject names its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 REPORT, STRIP = ".identity.json", ".who.webp"  # beside the clip: the report; some frames with outlines
 MAX_BYTES = 2**20
 # One colour per subject, by its place in the job: outlines have it, and so has its name wherever a dark page shows it.
@@ -23,6 +23,8 @@ class SubjectReport:
     """One subject over all frames; None where it cannot be seen."""
 
     name: str
+    judge: str
+    """Who found the figures."""
     own: tuple[float | None, ...]
     """Likeness to its own pictures, cosine, -1 to 1."""
     other: tuple[float | None, ...]
@@ -53,22 +55,34 @@ class SubjectReport:
 
 @dataclass(frozen=True)
 class IdentityReport:
-    """What a judge says of one clip."""
+    """What judges say of one clip."""
 
-    judge: str
     fps: float
+    """Of the clip."""
+    every: int
+    """Figure k is of the clip's frame k times this."""
     subjects: tuple[SubjectReport, ...]
+    """In the order of the job."""
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Everyone who was asked, in the order of their first subjects."""
+        return tuple(dict.fromkeys(subject.judge for subject in self.subjects))
+
+    def by(self, judge: str) -> tuple[SubjectReport, ...]:
+        """The subjects whose figures compare with each other."""
+        return tuple(subject for subject in self.subjects if subject.judge == judge)
 
     @property
     def weakest(self) -> float:
-        """Score of the subject that looks least like itself: what variants are sorted by."""
-        return min((subject.score for subject in self.subjects), default=0.0)
+        """What variants are sorted by: the score of the subject that looks least like itself, by the first judge."""
+        return min((subject.score for judge in self.judges[:1] for subject in self.by(judge)), default=0.0)
 
     def as_json(self) -> str:
         """The report as it stands beside the clip."""
         sums = ("score", "presence", "margin", "worst_frames")
         subjects = [{**asdict(each), **{name: getattr(each, name) for name in sums}} for each in self.subjects]
-        values = {"version": VERSION, "judge": self.judge, "fps": self.fps, "weakest": self.weakest}
+        values = {"version": VERSION, "fps": self.fps, "every": self.every, "weakest": self.weakest}
         return json.dumps({**values, "subjects": subjects})
 
 
@@ -79,13 +93,19 @@ def read_report(clip: Path) -> IdentityReport | None:
         if not 0 < path.stat().st_size <= MAX_BYTES:
             return None
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["version"] != VERSION:
+        if values["version"] not in (1, VERSION):
             return None
+        # Version 1 had one judge for all, and every frame was judged.
         subjects = tuple(
-            SubjectReport(str(each["name"]), _likenesses(each["own"]), _likenesses(each["other"]))
+            SubjectReport(
+                str(each["name"]),
+                str(each.get("judge") or values["judge"]),
+                _likenesses(each["own"]),
+                _likenesses(each["other"]),
+            )
             for each in values["subjects"]
         )
-        return IdentityReport(str(values["judge"]), float(values["fps"]), subjects)
+        return IdentityReport(float(values["fps"]), int(values.get("every", 1)), subjects)
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours: the clip is shown without a report
         return None
 

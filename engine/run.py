@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from engine import conditioning, decode, encode, identity, memory, pictures, presets, sampling, video
+from engine import conditioning, decode, encode, identity, memory, pictures, presets, sampling, video, witnesses
 from engine.guidance import guided
 from engine.job import GenerateJob, write_job
 from engine.load import Warm
@@ -121,18 +121,13 @@ def run(
 
 
 def _reporter(job: GenerateJob, preset: presets.Preset, warm: Warm) -> identity.Reporter | None:
-    """Who judges the clip while it is decoded; None where the preset names no judges, or nobody is to be recognised."""
-    everyone = enumerate(job.subjects)
-    asked = [(place, each) for place, each in everyone if each.role != "background" and each.weight > 0]
-    if not preset.components.judges or not asked:
+    """Who judges the clip while it is decoded; None where nobody is to be recognised, or no judge is there."""
+    answers = witnesses.answers(job, preset, warm)
+    if not answers:
         return None
-    return identity.Reporter(
-        warm.part("judges", preset),
-        [(each.name, place) for place, each in asked],
-        [pictures.prepare_subject(each, size=preset.reference_size) for _, each in asked],
-        fps=preset.fps,
-        num_frames=job.num_frames or 1,
-    )
+    # Judges of drawings are quick; those of the real world look at one frame of each that the VAE packs together.
+    every = 1 if preset.components.judges else preset.frames_per_latent
+    return identity.Reporter(answers, fps=preset.fps, num_frames=job.num_frames or 1, every=every)
 
 
 def _write_report(reporter: identity.Reporter | None, report: IdentityReport | None, clip: Path) -> Path | None:

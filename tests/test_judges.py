@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 
 from engine import identity, presets
-from engine.judges import CROP, Judges, cut_out, geometry, to_unit
+from engine.judges import CROP, Drawn, Judges, cut_out, geometry, locate, to_unit
 from train import evaluate, faults, others, sheet, world
 from train.toybox import ASSETS
 
@@ -105,27 +105,28 @@ def test_a_set_is_read_back_as_it_was_written(raw: Judges, tmp_path: Path) -> No
 
 
 def reported(who: Judges, frames: np.ndarray, pictures: list[np.ndarray], at_once: int = identity.AT_ONCE):
-    names = [(f"s{place + 1}", place) for place in range(len(pictures))]
-    reporter = identity.Reporter(who, names, [[p] for p in pictures], fps=8, num_frames=len(frames), at_once=at_once)
+    names = tuple((f"s{place + 1}", place) for place in range(len(pictures)))
+    answer = identity.Answer(Drawn(who, [[p] for p in pictures]), names)
+    reporter = identity.Reporter([answer], fps=8, num_frames=len(frames), at_once=at_once)
     for frame in frames:
         reporter.see(frame)
     return reporter.finish()
 
 
 def test_every_region_is_given_to_whom_it_resembles_one_to_one() -> None:
-    alike = torch.tensor([[0.2, 0.9, 0.1], [0.8, 0.7, 0.1], [0.3, 0.3, 0.2]])
-    everyone = torch.tensor([True, True, True])
-    assert identity.matched(alike, everyone) == [1, 0, 2]
-    assert identity.matched(alike, torch.tensor([True, True, False])) == [1, 0, None]
-    greedy = torch.tensor([[0.9, 0.8], [0.85, 0.1]])
-    assert identity.matched(greedy, torch.tensor([True, True])) == [1, 0]  # the sum counts, not the first come
+    alike = np.array([[0.2, 0.9, 0.1], [0.8, 0.7, 0.1], [0.3, 0.3, 0.2]])
+    assert identity.matched(alike) == [1, 0, 2]
+    assert identity.matched(alike[:2]) == [1, 0, None]
+    assert identity.matched(alike[:0]) == [None, None, None]
+    greedy = np.array([[0.9, 0.8], [0.85, 0.1]])
+    assert identity.matched(greedy) == [1, 0]  # the sum counts, not the first come
 
 
 @pytest.mark.parametrize("regions", [2, 3, 5])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_best_matching_is_the_best_of_all(regions: int, seed: int) -> None:
-    alike = torch.rand(regions, 3, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    found = identity.matched(alike, torch.ones(regions, dtype=torch.bool))
+    alike = np.random.default_rng(seed).random((regions, 3)) * 2 - 1
+    found = identity.matched(alike)
     pairs = [(region, subject) for subject, region in enumerate(found) if region is not None]
     fewer, more = sorted((regions, 3))
     assert len(pairs) == fewer == len({region for region, _ in pairs})
@@ -141,16 +142,17 @@ def test_a_report_does_not_depend_on_how_many_frames_are_judged_at_once(raw: Jud
 
 
 def test_a_clip_of_another_size_is_judged_at_the_size_the_judges_know(raw: Judges) -> None:
-    shares = identity.locate(raw, torch.rand(1, 3, 96, 128), [torch.rand(1, 3, 64, 64), torch.rand(2, 3, 64, 64)])
+    shares = locate(raw, torch.rand(1, 3, 96, 128), [torch.rand(1, 3, 64, 64), torch.rand(2, 3, 64, 64)])
     assert shares.shape == (1, 3, 96, 128)
 
 
 def test_an_outline_runs_around_its_subject_and_nowhere_else() -> None:
     frame, owner = np.full((16, 16, 3), 90, np.uint8), np.zeros((16, 16), np.uint8)
     owner[4:10, 5:12] = 2
-    drawn = identity.outlined(frame, owner, [(255, 0, 0), (0, 255, 0)], scale=4)
+    drawn = identity.enlarged(frame, 64)
+    identity.outline(drawn, owner == 2, (0, 255, 0))
     changed = (drawn != 90).any(-1)
-    assert changed.any()
+    assert drawn.shape == (64, 64, 3) and changed.any()
     assert tuple(drawn[changed][0]) == (0, 255, 0)
     assert not changed[:12].any() and not changed[:, 52:].any() and not changed[24:32, 30:40].any()
 

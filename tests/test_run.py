@@ -295,7 +295,7 @@ def test_a_clip_brings_a_report_of_everyone_who_is_to_be_recognised(toybox, tmp_
     assert [subject.name for subject in found.subjects] == ["fox"]
     assert len(found.subjects[0].own) == saved.num_frames
     assert saved.weakest == found.weakest
-    assert found.judge == "toybox tiny"
+    assert found.judges == ("toybox tiny",)
     if found.subjects[0].presence:
         with Image.open(saved.clip.with_suffix(STRIP)) as strip:
             assert strip.size == (9 * 64 * 4, 64 * 4)

@@ -127,10 +127,46 @@ def test_two_processes_make_one_run_and_agree_on_its_weights(tmp_path: Path, cac
     assert any(not torch.equal(first[key], second[key]) for key in first)  # the other one's batches count too
 
 
-def test_clips_are_rare_at_first_and_every_second_update_at_the_end() -> None:
-    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=100, clip_every=10)
-    clips = [sft.kind_at(step, config) == "clip" for step in range(100)]
-    assert sum(clips[:70]) == 7 and sum(clips[70:]) == 15
+def test_stills_clips_and_sparse_clips_have_their_shares_and_are_spread_evenly() -> None:
+    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, clip_share=0.75, sparse_share=2 / 3)
+    kinds = [sft.kind_at(step, config) for step in range(400)]
+    assert (kinds.count("still"), kinds.count("clip"), kinds.count("sparse")) == (100, 100, 200)
+    assert all(sorted(kinds[i : i + 4]) == sorted(kinds[:4]) for i in range(0, 400, 4))
+
+
+def test_some_frames_of_a_clip_keep_their_moments() -> None:
+    torch.manual_seed(0)
+    model = sft.new_model(sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1)).eval()
+    moments, frames = torch.tensor([0, 2, 4]), 5
+    chosen = torch.randn(1, model.config.in_channels, 3, 4, 4)
+    wide = model.rope(torch.zeros(1, 1, frames, 4, 4))
+    with sft.at_moments(model, moments, frames):
+        told = model.rope(chosen)
+    tokens = len(told[0][0]) // 3
+    for ours, all_of in zip(told, wide, strict=True):
+        for place, moment in enumerate(moments):
+            own = ours[0, place * tokens : (place + 1) * tokens]
+            assert torch.equal(own, all_of[0, int(moment) * tokens : (int(moment) + 1) * tokens])
+    assert torch.equal(model.rope(chosen)[0], model.rope(torch.zeros(1, 1, 3, 4, 4))[0])  # outside, as before
+
+
+def test_more_weight_on_motion_leaves_what_is_asked_for_alone() -> None:
+    missed, weight = torch.randn(2, 3, 4, 5, 5), 1 + torch.rand(2, 1, 4, 5, 5)
+    plain = sft.weighted_error(missed, weight, 0.0)
+    torch.testing.assert_close(plain, (missed.square() * weight).sum() / (weight.sum() * 3))
+    still = missed.mean(2, keepdim=True).expand_as(missed)
+    torch.testing.assert_close(sft.weighted_error(still, weight, 5.0), sft.weighted_error(still, weight, 0.0))
+    moving = missed - still
+    torch.testing.assert_close(sft.weighted_error(moving, weight, 5.0), 6 * sft.weighted_error(moving, weight, 0.0))
+    assert sft.weighted_error(torch.zeros_like(missed), weight, 5.0) == 0
+
+
+def test_motion_inside_a_known_region_alone_counts() -> None:
+    weight = torch.zeros(1, 1, 3, 4, 4)
+    weight[:, :, :, 1:3] = 1
+    missed = torch.randn(1, 2, 3, 4, 4)
+    elsewhere = torch.where(weight > 0, missed, torch.randn_like(missed))
+    assert torch.equal(sft.weighted_error(missed, weight, 2.0), sft.weighted_error(elsewhere, weight, 2.0))
 
 
 def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:

@@ -30,10 +30,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from engine import decode, identity, presets, run
+from engine import decode, presets, run
 from engine.encode import clip_latents, render
 from engine.job import GenerateJob, Subject, make_job
-from engine.judges import MOMENTS, Judges, cut_out, to_unit
+from engine.judges import MOMENTS, SEEN, Judges, cut_out, locate, to_unit
 from engine.messages import StudioError
 from train import world, world_captions
 from train.checkpoint import duration
@@ -157,9 +157,9 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     scene = case.scene
     pictures = [to_unit(torch.from_numpy(_decoded(subject)[None])) for subject in case.job.subjects]
     seen = to_unit(torch.from_numpy(frames))
-    owner = identity.locate(judges, seen, pictures).argmax(1)
+    owner = locate(judges, seen, pictures).argmax(1)
     masks = torch.stack([owner == slot for slot in range(1, len(pictures) + 1)], 1).float()  # (F, N, H, W)
-    there = masks.mean((2, 3)) >= identity.SEEN
+    there = masks.mean((2, 3)) >= SEEN
     recognised, likeness, copied = [], [], []
     for slot, subject in enumerate(scene.subjects):
         shown = there[:, slot]

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine import identity, pictures, presets, run
+from engine import pictures, presets, run
 from engine.job import GenerateJob, Picture, make_job
-from engine.judges import WHITE, Judges, to_unit
+from engine.judges import SEEN, WHITE, Judges, locate, to_unit
 from train import world_captions
 from train.evaluate import CANDIDATES, interval, judges_of
 from train.sheet import as_png, frames_of
@@ -76,8 +76,8 @@ def found(frames: Pixels, picture: Pixels, judges: Judges) -> tuple[NDArray[np.f
     """Mean traits of a clip's subject over the frames that show it; None when none does."""
     shown = to_unit(torch.from_numpy(picture[None]))
     with torch.no_grad():
-        owner = identity.locate(judges, to_unit(torch.from_numpy(frames)), [shown]).argmax(1).numpy()
-    seen = [traits(f, own == 1) for f, own in zip(frames, owner, strict=True) if (own == 1).mean() >= identity.SEEN]
+        owner = locate(judges, to_unit(torch.from_numpy(frames)), [shown]).argmax(1).numpy()
+    seen = [traits(f, own == 1) for f, own in zip(frames, owner, strict=True) if (own == 1).mean() >= SEEN]
     return (np.mean([t[0] for t in seen], 0), np.mean([t[1] for t in seen], 0)) if seen else None
 
 

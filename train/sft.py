@@ -15,6 +15,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,15 +53,21 @@ class SftConfig(Document):
     architecture: dict[str, Any]
     """Arguments of the transformer's class."""
     steps: int = Field(ge=1)
-    """Updates in all; the learning rate falls to zero over the last quarter."""
+    """Updates in all."""
     still_batch: int = Field(3, ge=1)
     """Samples of a pass on single frames, each with all its noise levels; more do not stay in a core's cache."""
     clip_batch: int = Field(1, ge=1)
     """Samples of a pass on clips, each with all its noise levels."""
+    sparse_share: float = Field(0.0, ge=0, le=1)
+    """Share of clip updates that look at a few moments of more clips; a verb shows in three frames of nine as well."""
+    sparse_frames: int = Field(3, ge=2)
+    """Frames that such an update takes of each clip, drawn at random, at their own moments."""
+    sparse_batch: int = Field(2, ge=1)
+    """Samples of a pass on such clips, each with as many noise levels as a still."""
     passes: int = Field(1, ge=1)
     """Passes whose gradients are added up for one update."""
-    clip_every: int = Field(16, ge=1)
-    """Every n-th update takes clips, every second one over the last three tenths; a clip costs two to three stills."""
+    clip_share: float = Field(1 / 3, ge=0, le=1)
+    """Share of updates that take clips; a clip costs two to three stills, and it alone shows what is done."""
     noises: int = Field(4, ge=1)
     """Noise levels drawn for each still of an update; its subjects are read once for all of them."""
     clip_noises: int = Field(2, ge=1)
@@ -67,6 +76,8 @@ class SftConfig(Document):
     """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
     learning_rate: float = Field(7e-4, gt=0)
     """AdamW's peak rate, after a warm-up of 100 updates."""
+    fall: float = Field(0.25, gt=0, le=1)
+    """Share of the updates, the last ones, over which the rate falls to zero."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's, as a share of its rate."""
     ema: float = Field(0.998, ge=0, lt=1)
@@ -81,6 +92,8 @@ class SftConfig(Document):
     """Share of samples with neither."""
     subject_weight: float = Field(2.0, ge=0)
     """Extra weight of the loss where a subject is."""
+    motion_weight: float = Field(0.0, ge=0)
+    """Extra weight of what differs between a clip's frames: that part of the error is small, and is what is done."""
     binding: float = Field(0.1, ge=0)
     """Weight of the loss that has a subject's place in the frame look at its own pictures."""
     shift: float = Field(2.5, gt=0)
@@ -91,6 +104,9 @@ class SftConfig(Document):
     """Share of a clip's noise that all of its frames have in common; the preset samples with the same."""
     seed: int = 0
     """Of weights, batches, noise and dropout."""
+
+
+Kind = Literal["still", "clip", "sparse"]
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -116,6 +132,24 @@ def surroundings(owner: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
     return nn.functional.max_pool2d(coarse, 3, stride=1, padding=1) > 0
 
 
+@contextmanager
+def at_moments(model: Any, moments: Tensor, frames: int) -> Iterator[None]:
+    """Inside, a clip of M frames is taken for those `moments` (M,) of one of `frames` frames."""
+
+    def whole(rope: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][:, :, :1].expand(-1, -1, frames, -1, -1),)
+
+    def chosen(rope: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(each.unflatten(1, (frames, -1))[:, moments].flatten(1, 2) for each in output)
+
+    handles = [model.rope.register_forward_pre_hook(whole), model.rope.register_forward_hook(chosen)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def conditions(
     batch: Batch, config: SftConfig, blank: Blank, generator: torch.Generator, in_pair: float = 0.0
 ) -> tuple[Tensor, Any]:
@@ -137,12 +171,13 @@ def conditions(
 
 
 def loss_at(
-    model: Any, batch: Batch, config: SftConfig, blank: Blank, place: tuple[int, ...]
+    model: Any, batch: Batch, config: SftConfig, blank: Blank, place: tuple[int, ...], sparse: bool = False
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
 
     Reading two subjects costs as much as the frame they are in, so each sample meets several levels at once.
-    `place` is the update, and whatever tells this batch from others of it; it seeds noise and dropout.
+    `place` is the update, and whatever tells this batch from others of it; it seeds noise and dropout. `sparse`: of
+    clips, only some moments.
 
     Returns:
         The loss, and its parts as numbers.
@@ -153,8 +188,14 @@ def loss_at(
     text, references = conditions(batch, config, blank, generator, in_pair)
     identity = None if references is None else model.encode_identity(references)
 
-    moving = batch.latents.shape[2] > 1
-    noises, shift = (config.clip_noises, config.clip_shift) if moving else (config.noises, config.shift)
+    frames = batch.latents.shape[2]
+    moving, placed = frames > 1, nullcontext()
+    if sparse:
+        moments = torch.randperm(frames, generator=generator)[: config.sparse_frames].sort().values
+        batch = replace(batch, latents=batch.latents[:, :, moments], owner=batch.owner[:, moments])
+        placed = at_moments(model, moments, frames)
+    noises = config.clip_noises if moving and not sparse else config.noises
+    shift = config.clip_shift if moving else config.shift
     clean, owner, text = (each.repeat_interleave(noises, 0) for each in (batch.latents, batch.owner, text))
     t = noise_levels(len(clean), shift, generator)
     noise = starting_noise(tuple(clean.shape), generator, config.shared_noise if moving else 0.0)
@@ -169,17 +210,32 @@ def loss_at(
         noisy = torch.where(wide > 0, noisy, clean)
         weight = weight * wide
     if identity is None or references is None:
-        predicted = model(noisy, timestep, text, return_dict=False)[0]
+        with placed:
+            predicted = model(noisy, timestep, text, return_dict=False)[0]
         looks = predicted.new_zeros(())
     else:
         repeated = identity.repeat_interleave(noises)
-        with watched(model) as seen:
+        with watched(model) as seen, placed:
             predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
         looks = (
             _looks(seen, batch, references, blank, patch) if repeated.num_subject_tokens else predicted.new_zeros(())
         )
-    error = ((predicted - target).square() * weight).sum() / (weight.sum() * target.shape[1]).clamp(min=1)
+    error = weighted_error(predicted - target, weight, config.motion_weight)
     return error + config.binding * looks, {"error": error.item(), "looks": looks.item()}
+
+
+def weighted_error(missed: Tensor, weight: Tensor, motion_weight: float) -> Tensor:
+    """Mean square of what a prediction missed, with more weight on the part that differs between frames.
+
+    What is asked for stays the same, the mean of all that fits: each part of the error is least there by itself.
+
+    Args:
+        missed: (B, C, F, h, w). weight: (B, 1, F, h, w), of the places; 0 where nothing is asked.
+    """
+    asked = weight > 0
+    mean = (missed * asked).sum(2, keepdim=True) / asked.sum(2, keepdim=True).clamp(min=1)
+    square = missed.square() + motion_weight * (missed - mean).square()
+    return (square * weight).sum() / (weight.sum() * missed.shape[1]).clamp(min=1)
 
 
 def _looks(seen: Seen, batch: Batch, references: References, blank: Blank, patch: int) -> Tensor:
@@ -246,15 +302,20 @@ def new_optimizer(model: nn.Module, config: SftConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=config.weight_decay, fused=True)
 
 
-def kind_at(step: int, config: SftConfig) -> str:
-    """Whether an update takes stills or clips."""
-    every = min(2, config.clip_every) if step >= 0.7 * config.steps else config.clip_every
-    return "clip" if step % every == every - 1 else "still"
+def kind_at(step: int, config: SftConfig) -> Kind:
+    """Whether an update takes stills, clips, or some moments of clips; each share is spread evenly."""
+
+    def turn(number: int, share: float) -> bool:
+        return int((number + 1) * share + 1e-9) > int(number * share + 1e-9)
+
+    if not turn(step, config.clip_share):
+        return "still"
+    return "sparse" if turn(int(step * config.clip_share + 1e-9), config.sparse_share) else "clip"
 
 
 def schedule(step: int, config: SftConfig) -> float:
-    """Share of the peak rates: warm-up over 100 updates, flat, linear to zero over the last quarter."""
-    return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (0.25 * config.steps)))
+    """Share of the peak rates: warm-up over 100 updates, flat, linear to zero over the last of them."""
+    return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (config.fall * config.steps)))
 
 
 def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
@@ -303,15 +364,17 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
 
 
 def _one_pass(
-    model: nn.Module, cache: Cache, config: SftConfig, blank: Blank, kind: str, place: tuple[int, int, int]
+    model: nn.Module, cache: Cache, config: SftConfig, blank: Blank, kind: Kind, place: tuple[int, int, int]
 ) -> dict[str, float]:
     """Add the gradients of one batch; `place` is (step, process, pass). Returns the parts of its loss."""
     step, _, number = place
-    size = config.clip_batch if kind == "clip" else config.still_batch
+    size = {"still": config.still_batch, "clip": config.clip_batch, "sparse": config.sparse_batch}[kind]
     shape = np.random.default_rng((config.seed, step, number, 2))  # one for the team: four subjects are waited for
-    batch = cache.draw(kind, size, np.random.default_rng((config.seed, *place, 3)), shape)
+    batch = cache.draw(
+        "still" if kind == "still" else "clip", size, np.random.default_rng((config.seed, *place, 3)), shape
+    )
     with quick():
-        loss, parts = loss_at(model, batch, config, blank, place)
+        loss, parts = loss_at(model, batch, config, blank, place, sparse=kind == "sparse")
         (loss / config.passes).backward()
     return parts
 
