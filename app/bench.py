@@ -311,6 +311,7 @@ def judges(preset: str) -> Iterator[Figure]:
             key = f"judges-{name}-{question.replace(' ', '-').lower()}"
             value = found[question]
             yield Figure(key, f"{name} judges, drawings: {question}", f"{value:.3f}", f"≥ {least:g}", value >= least)
+        yield Figure(f"judges-{name}-critic", f"{name} critic: drawn or generated", f"{found['critic']:.3f}")
         noticed = _json_of("train.faults", name)
         told = ", ".join(f"{fault} {share:.2f}" for fault, share in noticed.items())
         least = min(noticed.values())
@@ -329,9 +330,13 @@ def identity(preset: str) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-X", "utf8", "-m", "train.evaluate", preset, "--out", folder]
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        rows = json.loads((Path(folder) / "table.json").read_text(encoding="utf-8"))["rows"]
+        found = json.loads((Path(folder) / "table.json").read_text(encoding="utf-8"))
+    rows, agreed = found["rows"], found["agreement"]
+    yield Figure("judges-agree", "Both sets order made clips, Spearman", f"{agreed:.2f}", "≥ .8", agreed >= 0.8)
     for name in [row for row in rows if row.startswith(("made", "ground truth"))]:
-        for question in ("own picture first of 16", "everyone there", "verb", "direction", "place", "pose copied"):
+        for question in (
+            "own picture first of 16", "everyone there", "verb", "direction", "place", "pose copied", "taken for drawn",
+        ):  # fmt: skip
             if rows[name][question] is None:
                 continue
             mean, low, high = rows[name][question]

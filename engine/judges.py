@@ -1,4 +1,4 @@
-"""Judges of the drawn world: who is where, who is who, what they do, and where it plays.
+"""Judges of the drawn world: who is where, who is who, what they do, where it plays, and whether it is drawn at all.
 
 In:  frames and reference pictures, float in [0, 1], of the judges' size.
 Out: shares of pixels, embeddings, class scores. A folder holds a set of judges.
@@ -178,7 +178,7 @@ def geometry(masks: Tensor) -> Tensor:
 
 
 class PictureJudge(nn.Module):
-    """A whole frame -> class scores: where it plays."""
+    """A whole frame -> class scores: where it plays, or whether it was drawn."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -199,9 +199,18 @@ class Judges(nn.Module):
         name: "reward" or "test".
         width: of the networks' first layers.
         verbs, directions, places: the names their scores stand for, in order.
+        critic: whether it has one; a set gets it after there is a model whose clips it can be taught on.
     """
 
-    def __init__(self, name: str, width: int, verbs: list[str], directions: list[str], places: list[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        verbs: list[str],
+        directions: list[str],
+        places: list[str],
+        critic: bool = False,
+    ) -> None:
         super().__init__()
         self.name, self.width = name, width
         self.verbs, self.directions, self.places = verbs, directions, places
@@ -209,6 +218,17 @@ class Judges(nn.Module):
         self.embedder = Embedder(width)
         self.action = ActionJudge(width // 2, len(verbs), len(directions))
         self.place = PictureJudge(width // 2, len(places))
+        self.critic = PictureJudge(width // 2, 1) if critic else None
+
+    def drawn(self, frames: Tensor) -> Tensor:
+        """(P, 3, H, W) -> how sure the critic is that each frame was drawn and not generated, (P,) from 0 to 1.
+
+        Raises:
+            ValueError: this set has no critic.
+        """
+        if self.critic is None:
+            raise ValueError(f"the {self.name} judges have no critic")
+        return self.critic(frames).squeeze(1).sigmoid()
 
     def verb_shares(self, scores: Tensor) -> Tensor:
         """The action judge's scores of verbs (B, verbs) as shares; whoever should stand still may not move at all."""
@@ -221,7 +241,7 @@ class Judges(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the set into a folder: config.json and model.safetensors, half precision."""
         names = {"verbs": self.verbs, "directions": self.directions, "places": self.places}
-        about = {"name": self.name, "width": self.width, **names}
+        about = {"name": self.name, "width": self.width, **names, "critic": self.critic is not None}
         tensors = {
             key: tensor.detach().half().contiguous() if tensor.is_floating_point() else tensor
             for key, tensor in self.state_dict().items()

@@ -45,16 +45,17 @@ def starting_noise(shape: tuple[int, ...], generator: torch.Generator, shared: f
 
     Args:
         shape: (B, C, F, H, W).
-        generator: on the CPU, so that every device starts from the same.
+        generator: on the CPU where every device should start from the same; the noise is where it is.
         shared: the share of the variance that all frames of a clip have in common, 0 to 1. Frames that start alike
             end alike, which a model with little temporal attention has no other way to. Only for models trained so.
 
     Source: the mixed noise of PYoCo, arXiv 2305.10474, section 3.3; 0 is Wan's own.
     """
-    own = torch.randn(shape, generator=generator, dtype=torch.float32)
+    drawn = {"generator": generator, "device": generator.device, "dtype": torch.float32}
+    own = torch.randn(shape, **drawn)
     if shared == 0:
         return own
-    common = torch.randn((*shape[:2], 1, *shape[3:]), generator=generator, dtype=torch.float32)
+    common = torch.randn((*shape[:2], 1, *shape[3:]), **drawn)
     return shared**0.5 * common + (1 - shared) ** 0.5 * own
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from itertools import permutations
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 
-from engine import identity, presets
+from engine import identity, presets, video
 from engine.judges import CROP, Drawn, Judges, cut_out, geometry, locate, to_unit
 from train import evaluate, faults, others, sheet, world
+from train import judges as teacher
+from train.judges import Both
 from train.toybox import ASSETS
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "judges" / "reward"
@@ -99,6 +102,35 @@ def test_a_set_is_read_back_as_it_was_written(raw: Judges, tmp_path: Path) -> No
     assert (again.name, again.verbs, again.places) == (raw.name, raw.verbs, raw.places)
     for name, value in raw.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value.half().to(value.dtype))
+
+
+def test_a_set_has_a_critic_once_it_has_been_taught_one(raw: Judges, tmp_path: Path) -> None:
+    assert raw.critic is None
+    with pytest.raises(ValueError, match="no critic"):
+        raw.drawn(torch.rand(1, 3, 64, 64))
+    both = Judges("raw", 8, raw.verbs, ["left", "right"], raw.places, critic=True)
+    both.save(tmp_path)
+    frames = torch.rand(3, 3, 64, 64)
+    sure = Judges.load(tmp_path).drawn(frames)
+    torch.testing.assert_close(sure, both.eval().drawn(frames).detach(), atol=1e-2, rtol=0)
+    assert sure.shape == (3,) and bool(((sure >= 0) & (sure <= 1)).all())
+
+
+def test_a_critic_learns_to_tell_two_kinds_of_frames() -> None:
+    pool = Both.__new__(Both)
+    rng = np.random.default_rng(0)
+    pool.drawn = rng.integers(0, 255, (24, 4, 4, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
+    pool.generated = np.clip(pool.drawn + rng.integers(-60, 60, pool.drawn.shape), 0, 255).astype(np.uint8)
+    judges = teacher.new_judges("reward").train()
+    optimizer = torch.optim.AdamW(judges.critic.parameters(), lr=5e-3)
+    for _ in range(60):
+        loss = teacher.critic_loss(judges, pool, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        sure = [judges.drawn(to_unit(torch.from_numpy(frames))) for frames in (pool.drawn, pool.generated)]
+    assert float((sure[0] > 0.5).float().mean()) > 0.9 and float((sure[1] < 0.5).float().mean()) > 0.9
 
 
 # --- the report ---
@@ -233,6 +265,30 @@ def test_an_interval_holds_its_mean_and_narrows_with_more_jobs() -> None:
     _, nearer_low, nearer_high = evaluate.interval(many)
     assert nearer_high - nearer_low < (high - low) / 3
     assert evaluate.interval([[], []]) is None
+
+
+def test_orders_agree_when_ranks_do_whatever_the_figures_are() -> None:
+    values = [0.1, 0.5, 0.2, 0.9, 0.4]
+    assert evaluate.spearman(values, [math.exp(8 * v) for v in values]) == pytest.approx(1)
+    assert evaluate.spearman(values, [-v for v in values]) == pytest.approx(-1)
+    assert evaluate.spearman([1, 1, 2, 2], [3, 3, 5, 5]) == pytest.approx(1)  # equals share a rank
+    assert evaluate.spearman([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(0.8)
+    assert evaluate.spearman(values, [0.3] * 5) == 0
+
+
+def test_two_sets_are_asked_about_the_same_clips(shipped: Judges, tmp_path: Path) -> None:
+    preset = presets.load("toybox")
+    jobs = [evaluate.case("toybox", "onething", number, 1) for number in range(3)]
+    frames = [world.render(each.scene, num_frames=9).frames for each in jobs]
+    for each, clip in zip(jobs, frames, strict=True):
+        size, scale = (64, 64), preset.display_scale
+        path = tmp_path / f"{each.id}.mp4"
+        with video.ClipWriter(path, fps=8, size=size, display_scale=scale, document="{}") as writer:
+            for frame in clip:
+                writer.write(frame)
+    found = [evaluate.judge(each, clip, shipped) for each, clip in zip(jobs, frames, strict=True)]
+    assert evaluate.agreement(jobs, found, tmp_path, shipped) >= 0.5  # mp4 changes little
+    assert evaluate.agreement(jobs, [*reversed(found)], tmp_path, shipped) < 0.5
 
 
 def test_ground_truth_is_recognised_by_the_benchmark(shipped: Judges) -> None:

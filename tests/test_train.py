@@ -14,9 +14,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine import presets
 from engine.model import IdentityAttention, IdentityWanTransformer3DModel
 from engine.subject_tower import LayerIdentity
-from train import binding, checkpoint, data, quick, sft, vae, world
+from train import binding, checkpoint, data, quick, sft, toybox, vae, world
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
@@ -148,6 +149,38 @@ def test_some_frames_of_a_clip_keep_their_moments() -> None:
             own = ours[0, place * tokens : (place + 1) * tokens]
             assert torch.equal(own, all_of[0, int(moment) * tokens : (int(moment) + 1) * tokens])
     assert torch.equal(model.rope(chosen)[0], model.rope(torch.zeros(1, 1, 3, 4, 4))[0])  # outside, as before
+
+
+def test_a_sparse_clip_holds_both_of_its_ends(cache: Path) -> None:
+    """Positions are relative: from frames in the middle alone no model can tell when they are."""
+    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=0, sparse_frames=3)
+    latents = torch.arange(7.0).view(1, 1, 7, 1, 1).expand(2, 4, 7, 4, 4).clone()
+    seen = []
+
+    class Ear(torch.nn.Module):
+        rope = torch.nn.Identity()
+
+        def forward(self, noisy: Tensor, timestep: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+            seen.append(noisy.shape[2])
+            return (noisy,)
+
+    whole = shard("clip", 1, 0)
+    batch = data.Batch(**{**{key: t[:2].float() for key, t in whole.items()}, "latents": latents,
+                          "owner": torch.zeros(2, 7, 4, 4)})  # fmt: skip
+    moments = []
+    real = sft.at_moments
+
+    def told(model: object, chosen: Tensor, frames: int):
+        moments.append((chosen.tolist(), frames))
+        return real(model, chosen, frames)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "at_moments", told)
+        for step in range(12):
+            sft.loss_at(Ear(), batch, config, BLANK, place=(step,), sparse=True)
+    assert set(seen) == {3}
+    assert all(chosen[0] == 0 and chosen[-1] == 6 and frames == 7 for chosen, frames in moments)
+    assert len({chosen[1] for chosen, _ in moments}) > 1
 
 
 def test_more_weight_on_motion_leaves_what_is_asked_for_alone() -> None:
@@ -408,3 +441,33 @@ def test_a_saved_state_replaces_the_one_before_only_when_it_is_whole(tmp_path: P
     assert saved is not None and saved[0] == 1 and torch.equal(saved[1]["model"]["a"], torch.ones(2))
     checkpoint.save(tmp_path, 2, {"model": {"a": torch.zeros(2)}}, {"loss": 0.5})
     assert checkpoint.load(tmp_path)[0] == 2  # type: ignore[index]
+
+
+# --- sizes ---
+
+
+def test_a_larger_size_has_ten_million_parameters_and_the_frozen_parts_of_the_small_one(tmp_path: Path) -> None:
+    size = toybox.SIZES["s"]
+    config = sft.read_run(toybox.run_of(tmp_path, "identity", size, tmp_path / "base", **toybox.IDENTITY))
+    with torch.device("meta"):
+        model = IdentityWanTransformer3DModel(**config.architecture)
+    assert 9e6 < sum(parameter.numel() for parameter in model.parameters()) < 11e6
+    large, small = toybox.preset_of(size), presets.load("toybox")
+    assert (large.name, large.sizes[0].width, large.num_frames) == ("toybox-s", 128, 17)
+    assert large.components.transformer != small.components.transformer
+    assert large.components.vae == small.components.vae and large.components.judges == small.components.judges
+    assert presets.check_frames(large.num_frames, large) == 17
+    with pytest.raises(SystemExit):
+        toybox.main(["text", "--size", "s", "--state", str(tmp_path)])
+
+
+def test_a_cache_holds_clips_of_the_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "SHARD", {"still": 2, "clip": 2})
+    encoders = data.Encoders.load(toybox.ASSETS)
+    number = next(n for n in range(100) if data.shape_of_shard(n) == ("clip", 2, 1))
+    large = data.make_shard(number, encoders, toybox.SIZES["s"].form)
+    assert large["latents"].shape == (2, 16, 17, 32, 32)
+    assert large["references"].shape == (2, 2, 1, 16, 32, 32) and large["owner"].shape == (2, 17, 32, 32)
+    small = data.make_shard(number, encoders)
+    assert small["latents"].shape == (2, 16, 9, 16, 16)
+    assert torch.equal(small["text"], large["text"])  # the same scenes

@@ -68,10 +68,12 @@ def counterparts(latents: Tensor, owner: Tensor, references: Tensor, white: Tens
     (B, _, F, h, w), (N, V) = latents.shape, references.shape[1:3]
     drawn = (references - white.view(-1, 1, 1)).square().mean(3) > 0.02  # (B, N, V, h, w)
     rim = torch.cat([drawn[..., 0, :], drawn[..., -1, :], drawn[..., :, 0], drawn[..., :, -1]], -1).float().mean(-1)
-    held = owner.unsqueeze(1) == torch.arange(1, N + 1).view(1, N, 1, 1, 1)  # (B, N, F, h, w)
+    slots = torch.arange(1, N + 1, device=owner.device)
+    held = owner.unsqueeze(1) == slots.view(1, N, 1, 1, 1)  # (B, N, F, h, w)
     inside, pictured = _box(held), _box(drawn)  # (B, N, F, 4), (B, N, V, 4)
 
-    ys, xs = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    sides = (torch.arange(side, device=owner.device) + 0.5 for side in (h, w))
+    ys, xs = torch.meshgrid(*sides, indexing="ij")
     cells = torch.stack([ys, xs], -1).view(1, 1, 1, 1, h * w, 2)
     straight = _carried(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=False)  # (B, N, F, V, h * w, 2)
     mirrored = _carried(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=True)
@@ -86,7 +88,7 @@ def counterparts(latents: Tensor, owner: Tensor, references: Tensor, white: Tens
     )  # (B, N, F, V, q, 2)
     away = (places.unsqueeze(-2) - centres.view(1, 1, 1, 1, 1, -1, 2)).square().sum(-1) / patch**2
     near = torch.where((rim > 0.3).view(B, N, 1, V, 1, 1), 1.0, torch.exp(-away / (2 * REACH**2)))
-    mine = tokens_owner(owner, patch).view(B, 1, F, 1, -1, 1) == torch.arange(1, N + 1).view(1, N, 1, 1, 1, 1)
+    mine = tokens_owner(owner, patch).view(B, 1, F, 1, -1, 1) == slots.view(1, N, 1, 1, 1, 1)
     return (near * mine).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, N * V * near.shape[-1])
 
 

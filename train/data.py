@@ -27,7 +27,6 @@ from train.checkpoint import Meter
 from train.team import Team
 from train.vae import stills
 
-NUM_FRAMES = 9
 SHARD = {"still": 256, "clip": 96}
 CLIP_SHARE = 4  # every fourth shard holds clips
 FIRST_SCENE = 2_000_000  # earlier ones taught the readers of words
@@ -47,6 +46,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def to(self, where: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(**{field.name: getattr(self, field.name).to(where) for field in fields(self)})
+
 
 @dataclass(frozen=True)
 class Blank:
@@ -56,9 +59,9 @@ class Blank:
     white: Tensor  # (C,), the latent of white paper
 
     @classmethod
-    def load(cls, cache: Path) -> Blank:
+    def load(cls, cache: Path, where: torch.device | None = None) -> Blank:
         """Read it from the folder of a cache."""
-        return cls(**load_file(cache / "null" / "blank.safetensors"))
+        return cls(**load_file(cache / "null" / "blank.safetensors", device=str(where or "cpu")))
 
 
 def cut_from_clip(batch: Batch, white: Tensor, rng: np.random.Generator) -> Tensor:
@@ -72,7 +75,7 @@ def cut_from_clip(batch: Batch, white: Tensor, rng: np.random.Generator) -> Tens
     B, N, V, C, h, w = batch.references.shape
     frame, reach = int(rng.integers(batch.latents.shape[2])), 3
     paper = white.view(1, 1, C, 1, 1).expand(B, N, C, h + 2 * reach, w + 2 * reach).clone()
-    held = batch.owner[:, None, frame] == torch.arange(1, N + 1).view(1, N, 1, 1)
+    held = batch.owner[:, None, frame] == torch.arange(1, N + 1, device=white.device).view(1, N, 1, 1)
     alone = torch.where(held.unsqueeze(2), batch.latents[:, None, :, frame], white.view(1, 1, C, 1, 1))
     top, left = rng.integers(0, 2 * reach + 1, 2)
     paper[..., top : top + h, left : left + w] = alone
@@ -103,6 +106,14 @@ class Encoders:
         )
 
 
+@dataclass(frozen=True)
+class Format:
+    """What clips a cache holds: square frames of so many pixels, so many of them."""
+
+    pixels: int = 64
+    num_frames: int = 9
+
+
 def shape_of_shard(number: int) -> tuple[str, int, int]:
     """Kind, subjects and pictures of each: cut so that two subjects with one picture are most common."""
     rng = np.random.default_rng((41, number))
@@ -112,12 +123,12 @@ def shape_of_shard(number: int) -> tuple[str, int, int]:
     return kind, subjects, pictures
 
 
-def _references(scene: world.Scene, pictures: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
+def _references(scene: world.Scene, pictures: int, rng: np.random.Generator, pixels: int) -> list[list[np.ndarray]]:
     """Cross-pair references: other pose, size and light than the scene's, mostly cut out on white."""
 
     def one(subject: world.ToySubject) -> np.ndarray:
         back = "white" if rng.random() < 0.88 else "scene"
-        return world.reference_picture(subject, int(rng.integers(2**28)), background=back)[0]
+        return world.reference_picture(subject, int(rng.integers(2**28)), size=pixels, background=back)[0]
 
     return [[one(subject) for _ in range(pictures)] for subject in scene.subjects]
 
@@ -135,16 +146,16 @@ def _owner_of_latents(owner: np.ndarray, frames: int, cells: int) -> Tensor:
 
 
 @torch.no_grad()
-def make_shard(number: int, encoders: Encoders) -> dict[str, Tensor]:
+def make_shard(number: int, encoders: Encoders, form: Format = Format()) -> dict[str, Tensor]:
     """Draw and encode one shard; the same number gives the same shard."""
     kind, subjects, pictures = shape_of_shard(number)
     rng = np.random.default_rng((43, number))
     clips, captions, references = [], [], []
     for i in range(SHARD[kind]):
         scene = world.make_scene(FIRST_SCENE + number * 1000 + i, num_subjects=subjects)
-        clips.append(world.render(scene, num_frames=NUM_FRAMES if kind == "clip" else 1))
+        clips.append(world.render(scene, form.pixels, num_frames=form.num_frames if kind == "clip" else 1))
         captions.append(clips[-1].caption)
-        references.append(_references(scene, pictures, rng))
+        references.append(_references(scene, pictures, rng, form.pixels))
     vae = encoders.vae
     with stills(vae):
         flat = [p for row in references for subject in row for p in subject]
@@ -174,7 +185,7 @@ def make_shard(number: int, encoders: Encoders) -> dict[str, Tensor]:
     }
 
 
-def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float) -> bool:
+def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float, form: Format = Format()) -> bool:
     """Write shards that are not there yet, up to `shards`; True once all are. A team shares them out."""
     team = Team()
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +200,7 @@ def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float
         if time.monotonic() > until:
             return False
         fresh = path.with_suffix(".new")
-        save_file({key: tensor.contiguous() for key, tensor in make_shard(number, encoders).items()}, fresh)
+        save_file({key: tensor.contiguous() for key, tensor in make_shard(number, encoders, form).items()}, fresh)
         fresh.replace(path)
         have += 1
         meter.tick(have, {})

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from engine import decode, presets, run
+from engine import decode, presets, run, video
 from engine.encode import clip_latents, render
 from engine.job import GenerateJob, Subject, make_job
 from engine.judges import MOMENTS, SEEN, Judges, cut_out, locate, to_unit
@@ -84,6 +85,13 @@ class Verdict:
     copied: float
     acted: float
     """How sure the judge is of the right verb."""
+    drawn: float | None = None
+    """How sure the critic is that the frames were drawn; None where the set has none."""
+
+    @property
+    def score(self) -> float:
+        """One number for a clip: its weakest likeness, and how sure the judge is that the right thing happens."""
+        return (min(self.likeness) + self.acted) / 2
 
 
 # --- the jobs --------------------------------------------------------------------------------------------------------
@@ -192,6 +200,7 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         place,
         means,
         acted,
+        float(judges.drawn(seen).mean()) if judges.critic is not None else None,
     )
 
 
@@ -236,6 +245,24 @@ def round_trip(frames: np.ndarray, vae: AutoencoderKLWan) -> np.ndarray:
     with torch.no_grad():
         latents = clip_latents(torch.from_numpy(frames)[None], vae)
         return np.concatenate([np.stack(group) for group in decode.frames(latents, vae)])
+
+
+def agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder: Path, other: Judges) -> float:
+    """Spearman's correlation of the verdicts' scores with another set's on the same clips, -1 to 1."""
+    scale = presets.load(cases[0].job.preset).display_scale
+    clips = [video.read_frames(folder / f"{each.id}.mp4", display_scale=scale) for each in cases]
+    theirs = [judge(each, frames, other).score for each, frames in zip(cases, clips, strict=True)]
+    return spearman([verdict.score for verdict in verdicts], theirs)
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Correlation of ranks; equal values share the mean of their ranks. 0 when all of one side are equal."""
+    ranks = []
+    for values in (np.asarray(first, float), np.asarray(second, float)):
+        below, same = values[:, None] > values, values[:, None] == values
+        ranks.append(below.sum(1) + (same.sum(1) - 1) / 2)
+    spread = float(ranks[0].std() * ranks[1].std())
+    return float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / spread) if spread else 0.0
 
 
 # --- making ----------------------------------------------------------------------------------------------------------
@@ -285,6 +312,7 @@ QUESTIONS: dict[str, Callable[[Verdict], list[float]]] = {
     "direction": lambda v: [] if v.direction is None else [float(v.direction)],
     "place": lambda v: [float(v.place)],
     "pose copied": lambda v: [v.copied],
+    "taken for drawn": lambda v: [] if v.drawn is None else [v.drawn],
 }
 
 
@@ -352,8 +380,11 @@ def main(argv: list[str] | None = None) -> int:
         verdicts["ground truth"] = drawn(jobs, judges, presets.load(options.preset))
         rows = table(verdicts)
         print(as_text(rows))  # noqa: T201
+        other = judges_of("reward" if judges.name == "test" else "test")
+        agreed = agreement(jobs, verdicts["made"], folder / "clips", other)
+        print(f"\nThe {other.name} judges put these clips in the same order: Spearman {agreed:.2f}.")  # noqa: T201
         if options.out:
-            _write(options.out, jobs, verdicts, rows, judges.name)
+            _write(options.out, jobs, verdicts, {"judges": judges.name, "agreement": agreed, "rows": rows})
     return 0
 
 
@@ -366,8 +397,7 @@ def _write(
     folder: Path,
     jobs: Sequence[Case],
     verdicts: dict[str, list[Verdict]],
-    rows: dict[str, dict[str, Interval | None]],
-    judges: str,
+    figures: dict[str, Any],
 ) -> None:
     """Jobs in OpenS2V's layout, pictures beside them, and all figures."""
     pictures = folder / "pictures"
@@ -383,8 +413,8 @@ def _write(
         listed[each.id] = {"img_paths": paths, "prompt": each.job.prompt, "class_label": kinds}
     (folder / "jobs.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
     found = {name: [vars(verdict) for verdict in all_of] for name, all_of in verdicts.items()}
-    figures = {"judges": judges, "world": world.VERSION, "rows": rows, "verdicts": found}
-    (folder / "table.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    whole = {"world": world.VERSION, **figures, "verdicts": found}
+    (folder / "table.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

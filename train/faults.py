@@ -22,7 +22,7 @@ from PIL import Image
 
 from engine.judges import Judges
 from train import world
-from train.evaluate import Case, Verdict, case, judge, judges_of, round_trip
+from train.evaluate import Case, case, judge, judges_of, round_trip
 from train.toybox import ASSETS
 
 Frames = NDArray[np.uint8]
@@ -86,11 +86,6 @@ def _turned(frame: Frames) -> Frames:
     return np.asarray(Image.merge("HSV", (moved, tinted, value)).convert("RGB"))
 
 
-def score(verdict: Verdict) -> float:
-    """One number for a clip: its weakest likeness, and how sure the judge is that the right thing happens."""
-    return (min(verdict.likeness) + verdict.acted) / 2
-
-
 def scene_of(number: int) -> Case:
     """A case in which somebody jumps over or chases somebody, so that it matters who is who."""
     category = ("twocreatures", "creaturething")[number % 2]
@@ -106,9 +101,9 @@ def noticed(judges: Judges, vae: AutoencoderKLWan, count: int) -> dict[str, floa
     for number in range(count):
         of = scene_of(number)
         clean = world.render(of.scene, num_frames=FRAMES)
-        best = score(judge(of, round_trip(clean.frames, vae), judges))
+        best = judge(of, round_trip(clean.frames, vae), judges).score
         for name, plant in FAULTS.items():
-            lower[name].append(score(judge(of, round_trip(plant(of, clean), vae), judges)) < best)
+            lower[name].append(judge(of, round_trip(plant(of, clean), vae), judges).score < best)
     return {name: float(np.mean(found)) for name, found in lower.items()}
 
 

@@ -2,9 +2,10 @@
 
 In:  the drawn world, and the toybox's VAE, which three quarters of the stills have been through.
 Out: assets/judges/<set>; `measure` says how often they are right on identities they have never seen.
-Knows nothing of the model that is judged.
+The critic alone knows the model that is judged: it is taught last, on clips that the shipped checkpoint makes.
 
     python -m train.judges reward --minutes 20     # goes on from its last save
+    python -m train.judges reward --parts critic
     python -m train.judges measure reward
 
 Each set learns from identities of its own (`judge-reward`, `judge-test`), and differs in seed and width.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
@@ -27,9 +29,12 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine import presets, run
+from engine.job import Sampling
 from engine.judges import CROP, FROZEN, MOMENTS, STILL, Judges, cut_out, to_unit
 from train import checkpoint, world
 from train.quick import quick
+from train.sheet import frames_of, job_of
 from train.toybox import ASSETS, STATE
 from train.vae import stills
 
@@ -40,13 +45,14 @@ MARGIN, SCALE = 0.2, 16.0  # radians and sharpness of the embedder's angular mar
 ALIKE, KINDS_AT_ONCE = 12, 4  # identities of one kind that a batch tells apart, and how many kinds it holds
 LEAST = 60  # pixels; whoever shows less of itself cannot be told from its kind
 STILLS, CLIPS = 6000, 5000  # drawn for each set
-STEPS = {"embedder": 3000, "place": 3000, "action": 3000, "locator": 2000}
+STEPS = {"embedder": 3000, "place": 3000, "action": 3000, "locator": 2000, "critic": 600}
+GENERATED, GENERATED_STEPS = 120, 12  # clips the critic of each set learns from, and denoising steps of each
 
 
 def new_judges(name: str) -> Judges:
     """A set that has learnt nothing yet."""
     torch.manual_seed(100 + list(WIDTHS).index(name))
-    return Judges(name, WIDTHS[name], [*world.VERBS, FROZEN], DIRECTIONS, list(world.BACKGROUNDS))
+    return Judges(name, WIDTHS[name], [*world.VERBS, FROZEN], DIRECTIONS, list(world.BACKGROUNDS), critic=True)
 
 
 # --- what they see ---------------------------------------------------------------------------------------------------
@@ -301,11 +307,61 @@ def action_loss(judges: Judges, clips: Clips, rng: np.random.Generator) -> Tenso
     return loss
 
 
+# --- the critic ------------------------------------------------------------------------------------------------------
+
+
+class Both:
+    """Frames of the same scenes, drawn and generated; the drawn ones have been through the VAE, as all generated have.
+
+    Attributes:
+        drawn, generated: uint8 (P, H, W, 3).
+    """
+
+    def __init__(self, split: str, count: int, seed: int, wear: Wear) -> None:
+        rng, warm = np.random.default_rng((76, seed)), run.Warm(torch.device("cpu"))
+        meter = checkpoint.Meter(f"clips made of {split}", count, STATE / "judges")
+        drawn, generated = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            for number in range(count):
+                clip = world.render(a_scene(rng, split), num_frames=presets.load("toybox").num_frames)
+                pictures = [reference(subject, rng) for subject in clip.scene.subjects]
+                job = job_of("toybox", clip.scene, pictures, seed=number)
+                job = job.model_copy(update={"sampling": Sampling(num_inference_steps=GENERATED_STEPS)})
+                generated.append(frames_of(job, Path(folder) / f"{number}.mp4", warm))
+                worn = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
+                drawn.append(worn.mul(255).round().byte().movedim(1, -1).numpy())
+                meter.tick(number + 1, {})
+        self.drawn, self.generated = np.concatenate(drawn), np.concatenate(generated)
+
+
+def critic_loss(judges: Judges, pool: Both, rng: np.random.Generator) -> Tensor:
+    """As many of both, each blurred or lit as the other."""
+    assert judges.critic is not None
+    scores = []
+    for frames in (pool.drawn, pool.generated):
+        chosen = to_unit(torch.from_numpy(frames[rng.integers(0, len(frames), 16)]))
+        scores.append(judges.critic(blurred_or_lit(chosen, rng)).float())
+    answers = torch.cat([torch.ones(16), torch.zeros(16)])
+    return functional.binary_cross_entropy_with_logits(torch.cat(scores).squeeze(1), answers)
+
+
 @cache
 def stills_of(name: str) -> Stills:
     """The pool of a set, drawn when it is first asked for."""
-    vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae", torch_dtype=torch.float32).eval()
-    return Stills(f"judge-{name}", STILLS, list(WIDTHS).index(name), Wear(vae))
+    return Stills(f"judge-{name}", STILLS, list(WIDTHS).index(name), Wear(_vae()))
+
+
+def pool_of(part: str, name: str) -> Any:
+    """What a judge of a set learns from."""
+    if part == "action":
+        return Clips(f"judge-{name}", CLIPS, list(WIDTHS).index(name))
+    if part == "critic":
+        return Both(f"judge-{name}", GENERATED, list(WIDTHS).index(name), Wear(_vae()))
+    return stills_of(name)
+
+
+def _vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan.from_pretrained(ASSETS / "vae", torch_dtype=torch.float32).eval()
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -313,7 +369,7 @@ def stills_of(name: str) -> Stills:
 
 def teach(name: str, part: str, state: Path, seconds: float) -> bool:
     """Go on teaching one judge of a set; True when all its updates are done."""
-    folder, split, total = state / name / part, f"judge-{name}", STEPS[part]
+    folder, total = state / name / part, STEPS[part]
     judges = new_judges(name)
     module = judges.get_submodule(part).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.02)
@@ -328,7 +384,7 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
         checkpoint.restore_optimizer(optimizer, groups["optimizer"])
     if step >= total:
         return True
-    pool = Clips(split, CLIPS, list(WIDTHS).index(name)) if part == "action" else stills_of(name)
+    pool = pool_of(part, name)
     loss_of: Callable[..., Tensor] = LOSSES[part]
     meter = checkpoint.Meter(f"{name} {part}", total, folder, start=step)
     began = kept = time.monotonic()
@@ -363,16 +419,21 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "embedder": embedder_loss,
     "action": action_loss,
     "place": place_loss,
+    "critic": critic_loss,
 }
 
 
 def export(name: str, state: Path) -> Judges:
-    """Write the set as far as it has been taught."""
+    """Write the set as far as it has been taught; a part that has no state here stays as it is shipped."""
     judges = new_judges(name)
-    for part in STEPS:
-        saved = checkpoint.load(state / name / part)
-        if saved is not None:
-            judges.get_submodule(part).load_state_dict(saved[1]["ema"], strict=False)
+    shipped = Judges.load(JUDGES / name) if (JUDGES / name / "config.json").is_file() else None
+    if shipped is not None:
+        judges.load_state_dict(shipped.state_dict(), strict=False)
+    taught = {part: saved for part in STEPS if (saved := checkpoint.load(state / name / part)) is not None}
+    for part, (_, groups, _) in taught.items():
+        judges.get_submodule(part).load_state_dict(groups["ema"], strict=False)
+    if "critic" not in taught and (shipped is None or shipped.critic is None):
+        judges.critic = None
     judges.save(JUDGES / name)
     return Judges.load(JUDGES / name)
 
@@ -399,6 +460,10 @@ def measure(judges: Judges, vae: AutoencoderKLWan, *, scenes: int = 160, seed: i
     found["locator IoU"] = float(np.mean(overlaps))
     found["own of 16"] = own_picture_found(judges, wear, rng, rounds=max(1, scenes // 4))
     found |= actions_right(judges, wear, rng, clips=scenes)
+    if judges.critic is not None:
+        both = Both("heldout", max(1, scenes // 8), 99, wear)
+        sure = [judges.drawn(to_unit(torch.from_numpy(each))) for each in (both.drawn, both.generated)]
+        found["critic"] = float(torch.cat([sure[0] > 0.5, sure[1] < 0.5]).float().mean())
     return found
 
 
@@ -461,8 +526,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.what == "measure":
-        vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae", torch_dtype=torch.float32).eval()
-        figures = measure(Judges.load(JUDGES / options.name), vae)
+        figures = measure(Judges.load(JUDGES / options.name), _vae())
         print(json.dumps(figures, indent=1))  # noqa: T201
         return 0
     until = time.monotonic() + options.minutes * 60

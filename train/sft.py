@@ -37,6 +37,7 @@ from train.data import Batch, Blank, Cache, cut_from_clip
 from train.quick import quick
 from train.team import Team
 
+CPU = torch.device("cpu")
 BETAS = (0.9, 0.99)  # of AdamW
 ZERO_START = 4.0  # times the rate, for stage 3's output projections
 
@@ -61,9 +62,11 @@ class SftConfig(Document):
     sparse_share: float = Field(0.0, ge=0, le=1)
     """Share of clip updates that look at a few moments of more clips; a verb shows in three frames of nine as well."""
     sparse_frames: int = Field(3, ge=2)
-    """Frames that such an update takes of each clip, drawn at random, at their own moments."""
-    sparse_batch: int = Field(2, ge=1)
-    """Samples of a pass on such clips, each with as many noise levels as a still."""
+    """Frames that such an update takes of each clip: the first, the last, and others drawn at random."""
+    sparse_batch: int = Field(4, ge=1)
+    """Samples of a pass on such clips, each with as many noise levels as a whole one."""
+    sparse_shift: float = Field(16.0, gt=0)
+    """Shift of their noise levels: near pure noise a verb alone says who is where at which moment."""
     passes: int = Field(1, ge=1)
     """Passes whose gradients are added up for one update."""
     clip_share: float = Field(1 / 3, ge=0, le=1)
@@ -114,7 +117,7 @@ Kind = Literal["still", "clip", "sparse"]
 
 def noise_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
     """Logit-normal noise levels, shifted, (B,) in (0, 1)."""
-    return shifted(torch.sigmoid(torch.randn(count, generator=generator)), shift)
+    return shifted(torch.sigmoid(torch.randn(count, generator=generator, device=generator.device)), shift)
 
 
 def surroundings(owner: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
@@ -126,8 +129,10 @@ def surroundings(owner: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
     Returns:
         (B, F, h / patch, w / patch), True inside.
     """
-    slots = [int(rng.choice(np.unique(clip[clip > 0]))) if bool((clip > 0).any()) else 0 for clip in owner.numpy()]
-    held = (owner == torch.tensor(slots).view(-1, 1, 1, 1)).float()
+    slots = [
+        int(rng.choice(np.unique(clip[clip > 0]))) if bool((clip > 0).any()) else 0 for clip in owner.cpu().numpy()
+    ]
+    held = (owner == torch.tensor(slots, device=owner.device).view(-1, 1, 1, 1)).float()
     coarse = nn.functional.max_pool2d(held, patch)
     return nn.functional.max_pool2d(coarse, 3, stride=1, padding=1) > 0
 
@@ -154,7 +159,7 @@ def conditions(
     batch: Batch, config: SftConfig, blank: Blank, generator: torch.Generator, in_pair: float = 0.0
 ) -> tuple[Tensor, Any]:
     """UMT5 states and `References` of a batch after condition dropout: text .1, subjects .1, both .1."""
-    roll = torch.rand(len(batch), generator=generator)
+    roll = torch.rand(len(batch), generator=generator, device=generator.device)
     no_text = roll < config.drop_text + config.drop_both
     no_subjects = (roll >= config.drop_text) & (roll < config.drop_text + config.drop_both + config.drop_subjects)
     text = torch.where(no_text.view(-1, 1, 1), blank.text, batch.text)
@@ -164,8 +169,8 @@ def conditions(
     heard = batch.vlm_mask & ~(no_text | no_subjects).unsqueeze(1)
     pictures = batch.references
     if in_pair > 0:
-        same = torch.rand(len(batch), generator=generator) < in_pair
-        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        same = torch.rand(len(batch), generator=generator, device=generator.device) < in_pair
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator, device=generator.device)))
         pictures = torch.where(same.view(-1, 1, 1, 1, 1, 1), cut_from_clip(batch, blank.white, rng), pictures)
     return text, References(pictures, there, vlm_states=batch.vlm, vlm_mask=heard)
 
@@ -183,7 +188,7 @@ def loss_at(
         The loss, and its parts as numbers.
     """
     rng = np.random.default_rng((config.seed, *place, 1))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
     in_pair = config.in_pair * max(0.0, 1 - 2 * place[0] / config.steps)
     text, references = conditions(batch, config, blank, generator, in_pair)
     identity = None if references is None else model.encode_identity(references)
@@ -191,11 +196,14 @@ def loss_at(
     frames = batch.latents.shape[2]
     moving, placed = frames > 1, nullcontext()
     if sparse:
-        moments = torch.randperm(frames, generator=generator)[: config.sparse_frames].sort().values
+        # Wan's positions are relative: without both ends no frame could tell which moment it is.
+        between = 1 + torch.randperm(frames - 2, generator=generator, device=generator.device)
+        ends = between.new_tensor([0, frames - 1])
+        moments = torch.cat([ends, between[: config.sparse_frames - 2]]).sort().values
         batch = replace(batch, latents=batch.latents[:, :, moments], owner=batch.owner[:, moments])
         placed = at_moments(model, moments, frames)
-    noises = config.clip_noises if moving and not sparse else config.noises
-    shift = config.clip_shift if moving else config.shift
+    noises = config.clip_noises if moving else config.noises
+    shift = config.sparse_shift if sparse else config.clip_shift if moving else config.shift
     clean, owner, text = (each.repeat_interleave(noises, 0) for each in (batch.latents, batch.owner, text))
     t = noise_levels(len(clean), shift, generator)
     noise = starting_noise(tuple(clean.shape), generator, config.shared_noise if moving else 0.0)
@@ -324,13 +332,15 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     Under torchrun every process draws batches of its own and the gradients are averaged.
     """
     config, team = read_run(run), Team()
-    model = new_model(config).train()
+    where = torch.device("cuda", team.rank % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
+    model: Any = new_model(config)
+    model.to(where).train()
     optimizer = new_optimizer(model, config)
     ema = checkpoint.Ema(model, config.ema)
     step = resume(run, model, ema, optimizer)
     cache = Cache(Path(config.cache))
     cache.refresh()
-    blank = Blank.load(Path(config.cache))
+    blank = Blank.load(Path(config.cache), where)
     last = config.steps if updates is None else min(config.steps, step + updates)
     meter, began, kept = checkpoint.Meter(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
 
@@ -373,6 +383,7 @@ def _one_pass(
     batch = cache.draw(
         "still" if kind == "still" else "clip", size, np.random.default_rng((config.seed, *place, 3)), shape
     )
+    batch = batch.to(blank.text.device)
     with quick():
         loss, parts = loss_at(model, batch, config, blank, place, sparse=kind == "sparse")
         (loss / config.passes).backward()
@@ -380,7 +391,7 @@ def _one_pass(
 
 
 def resume(run: Path, model: nn.Module, ema: checkpoint.Ema, optimizer: torch.optim.Optimizer) -> int:
-    """Put back the run's last save; the step it belongs to, 0 when there is none."""
+    """Put back the run's last save, wherever the model is; the step it belongs to, 0 when there is none."""
     saved = checkpoint.load(run)
     if saved is None:
         return 0

@@ -31,7 +31,7 @@ class Team:
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([float(stop)])])
+        flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([float(stop)])])
         dist.all_reduce(flat)
         parts = flat[:-1].div_(self.size).split([g.numel() for g in gradients])
         for gradient, part in zip(gradients, parts, strict=True):

@@ -8,8 +8,11 @@ Knows nothing of the studio.
     python -m train.toybox all
     GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m train.toybox identity
 
-Under torchrun the stages cache, base and identity are done by all processes together. `adopt`, then cache and
-identity, goes on from the shipped checkpoint where the state is lost.
+    python -m train.toybox cache --size s && python -m train.toybox identity --size s    # larger, for a large card
+
+Under torchrun the stages cache, base, identity and motion are done by all processes together. `adopt`, then cache and
+motion, goes on from the shipped checkpoint where the state is lost. Size s has a transformer of its own, upon the
+frozen parts of size xs.
 """
 
 from __future__ import annotations
@@ -18,38 +21,63 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from engine.presets import Preset
+from train.data import Format
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "toybox"
 STATE = Path.home() / ".cache" / "idcrafter-studio" / "toybox"
 
-# Identity blocks in four of six layers (the paper: 20 of 30). A token is 8x8 pixels of one frame.
-WAN: dict[str, Any] = {
-    "num_attention_heads": 5,
-    "attention_head_dim": 32,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 96,
-    "freq_dim": 64,
-    "ffn_dim": 640,
-    "num_layers": 6,
-    "rope_max_seq_len": 512,
+
+@dataclass(frozen=True)
+class Size:
+    """One size of the checkpoint. Identity blocks are in two of three layers, as in the paper (20 of 30)."""
+
+    preset: str
+    form: Format
+    heads: int
+    ffn_dim: int
+    layers: int
+
+    @property
+    def wan(self) -> dict[str, Any]:
+        """Arguments of Wan's transformer. A token is 8x8 pixels of one frame."""
+        names = {"num_attention_heads": self.heads, "ffn_dim": self.ffn_dim, "num_layers": self.layers}
+        ends = {"attention_head_dim": 32, "in_channels": 16, "out_channels": 16, "text_dim": 96, "freq_dim": 64}
+        return {**names, **ends, "rope_max_seq_len": 512}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The same with identity blocks."""
+        own = {"identity_layers": 2 * self.layers // 3, "max_subjects": 4, "vlm_dim": 128}
+        return {**self.wan, **own, "subject_positions": True, "subject_zoom": 2}
+
+
+SIZES = {
+    "xs": Size("toybox", Format(64, 9), heads=5, ffn_dim=640, layers=6),  # 4M parameters, for two processor cores
+    "s": Size("toybox-s", Format(128, 17), heads=7, ffn_dim=896, layers=8),  # 10M, for one large card
 }
-IDENTITY: dict[str, Any] = {
-    "identity_layers": 4,
-    "max_subjects": 4,
-    "vlm_dim": 128,
-    "subject_positions": True,
-    "subject_zoom": 2,
+# What the shipped runs had and SftConfig's defaults have not; clips share as much noise as their preset says.
+IDENTITY = {"steps": 9600, "clip_share": 0.4, "in_pair": 0.0, "ema": 0.999}
+MOTION = {
+    "steps": 10000,
+    "clip_share": 0.85,
+    "sparse_share": 2 / 3,
+    "clip_shift": 4.0,
+    "motion_weight": 2.0,
+    "binding": 0.2,
+    "fall": 0.5,
+    "in_pair": 0.0,
+    "ema": 0.999,
 }
-# What the shipped run had and SftConfig's defaults have not; clips share as much noise as their preset says.
-RECIPE: dict[str, Any] = {"ema": 0.999, "in_pair": 0.0, "clip_every": 3}
 SHARDS = 240
-BASE_STEPS, IDENTITY_STEPS = 4000, 9600
+BASE_STEPS = 4000
 
 
-def vae(state: Path, seconds: float) -> bool:
+def vae(state: Path, seconds: float, size: Size) -> bool:
     """Fit the video VAE and write it under `<state>/parts`."""
     from train import vae as stage
 
@@ -57,7 +85,7 @@ def vae(state: Path, seconds: float) -> bool:
     return True
 
 
-def tokenizers(state: Path, seconds: float) -> bool:
+def tokenizers(state: Path, seconds: float, size: Size) -> bool:
     """Train both tokenizers."""
     from train import text
 
@@ -65,21 +93,21 @@ def tokenizers(state: Path, seconds: float) -> bool:
     return True
 
 
-def read_captions(state: Path, seconds: float) -> bool:
+def read_captions(state: Path, seconds: float, size: Size) -> bool:
     """Teach UMT5 what captions say."""
     from train import text
 
     return text.train_text_encoder(state / "text", text.load_tokenizer(state / "tokenizer"), seconds=seconds)
 
 
-def describe_pictures(state: Path, seconds: float) -> bool:
+def describe_pictures(state: Path, seconds: float, size: Size) -> bool:
     """Teach Qwen2.5-VL what pictures show."""
     from train import text
 
     return text.train_vlm(state / "vlm", text.load_tokenizer(state / "vlm_tokenizer"), seconds=seconds)
 
 
-def write_parts(state: Path, seconds: float) -> bool:
+def write_parts(state: Path, seconds: float, size: Size) -> bool:
     """Write the readers of words (tokenizers, UMT5, Qwen2.5-VL) under `<state>/parts`, half precision."""
     from train import text
 
@@ -87,7 +115,7 @@ def write_parts(state: Path, seconds: float) -> bool:
     return True
 
 
-def cache(state: Path, seconds: float) -> bool:
+def cache(state: Path, seconds: float, size: Size) -> bool:
     """Draw and encode the training scenes."""
     import numpy as np
     from safetensors.torch import save_file
@@ -95,7 +123,7 @@ def cache(state: Path, seconds: float) -> bool:
     from engine.encode import picture_latents, text_states
     from train.data import Encoders, write_cache
 
-    encoders = Encoders.load(state / "parts")
+    encoders = Encoders.load(state / "parts" if (state / "parts").is_dir() else ASSETS)
     null = state / "cache" / "null"
     null.mkdir(parents=True, exist_ok=True)
     fresh = null / f"blank.{os.getpid()}.new"
@@ -103,43 +131,55 @@ def cache(state: Path, seconds: float) -> bool:
     blank = {"text": text_states([""], encoders.tokenizer, encoders.text_encoder), "white": paper[0, :, 8, 8]}
     save_file({name: tensor.contiguous() for name, tensor in blank.items()}, fresh)
     fresh.replace(null / "blank.safetensors")
-    return write_cache(state / "cache", encoders, shards=SHARDS, seconds=seconds)
+    return write_cache(state / "cache", encoders, shards=SHARDS, seconds=seconds, form=size.form)
 
 
-def run_of(state: Path, kind: Literal["base", "identity"], **values: Any) -> Path:
+def run_of(state: Path, name: str, size: Size, start: Path | None, **values: Any) -> Path:
     """The run folder of a transformer stage, with its document written once."""
     from engine import presets
     from train.sft import SftConfig
 
-    run = state / kind
+    run = state / name
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "run.json").exists():
-        shared = presets.load("toybox").shared_noise
-        config = SftConfig(kind=kind, cache=str(state / "cache"), shared_noise=shared, **{**RECIPE, **values})
+        plain = name == "base"
+        own = {
+            "kind": "base" if plain else "identity",
+            "cache": str(state / "cache"),
+            "start": str(start or ""),
+            "architecture": size.wan if plain else size.identity,
+            "shared_noise": presets.load(ASSETS.name).shared_noise,
+        }
         fresh = run / f"run.{os.getpid()}.new"  # every process of a team writes the same
-        fresh.write_text(config.model_dump_json(indent=2), encoding="utf-8")
+        fresh.write_text(SftConfig(**own, **values).model_dump_json(indent=2), encoding="utf-8")
         fresh.replace(run / "run.json")
     return run
 
 
-def base(state: Path, seconds: float) -> bool:
+def base(state: Path, seconds: float, size: Size) -> bool:
     """Train the plain text-to-video base that every later run starts from."""
     from train import sft
 
-    return sft.train(run_of(state, "base", architecture=WAN, steps=BASE_STEPS), seconds=seconds)
+    return sft.train(run_of(state, "base", size, None, steps=BASE_STEPS), seconds=seconds)
 
 
-def identity(state: Path, seconds: float) -> bool:
-    """Train the identity blocks, and the base with them; from the shipped checkpoint where `adopt` brought it."""
+def identity(state: Path, seconds: float, size: Size) -> bool:
+    """Train the identity blocks, and the base with them: who is who."""
+    from train import sft
+
+    return sft.train(run_of(state, "identity", size, state / "base", **IDENTITY), seconds=seconds)
+
+
+def motion(state: Path, seconds: float, size: Size) -> bool:
+    """Train on, clips above all: who does what; from the shipped checkpoint where `adopt` brought it."""
     from train import sft
 
     adopted = state / "adopted"
-    start = adopted if adopted.is_dir() else state / "base"
-    run = run_of(state, "identity", architecture={**WAN, **IDENTITY}, start=str(start), steps=IDENTITY_STEPS)
-    return sft.train(run, seconds=seconds)
+    start = adopted if adopted.is_dir() else state / "identity"
+    return sft.train(run_of(state, "motion", size, start, **MOTION), seconds=seconds)
 
 
-def adopt(state: Path, seconds: float) -> bool:
+def adopt(state: Path, seconds: float, size: Size) -> bool:
     """Go on from the shipped checkpoint where the training state is lost: its frozen parts and its transformer."""
     import shutil
 
@@ -149,19 +189,42 @@ def adopt(state: Path, seconds: float) -> bool:
     return True
 
 
-def export(state: Path, seconds: float) -> bool:
-    """Write assets/toybox: the frozen parts and the averaged transformer."""
+def export(state: Path, seconds: float, size: Size) -> bool:
+    """Write assets/toybox: frozen parts and averaged transformer; of another size its transformer and its preset."""
     import shutil
 
+    from engine import presets
     from train import sft
 
-    for part in (state / "parts").iterdir():
-        shutil.copytree(part, ASSETS / part.name, dirs_exist_ok=True)
-    sft.export(state / "identity", ASSETS / "transformer")
+    if size.preset == ASSETS.name:
+        for part in (state / "parts").iterdir():
+            shutil.copytree(part, ASSETS / part.name, dirs_exist_ok=True)
+    else:
+        path = presets.PRESETS / f"{size.preset}.json"
+        path.write_text(preset_of(size).model_dump_json(indent=2) + "\n", encoding="utf-8")
+    sft.export(state / "motion", ASSETS.with_name(size.preset) / "transformer")
     return True
 
 
-STAGES: dict[str, Callable[[Path, float], bool]] = {
+def preset_of(size: Size) -> Preset:
+    """The toybox's preset with another size's transformer, pixels and frames."""
+    from engine import presets
+
+    small, pixels = presets.load(ASSETS.name), size.form.pixels
+    parts = small.components.model_copy(update={"transformer": f"assets/{size.preset}/transformer"})
+    changed = {
+        "name": size.preset,
+        "title": f"Toybox, {pixels} pixels",
+        "components": parts,
+        "reference_size": pixels,
+        "sizes": (presets.Size(width=pixels, height=pixels),),
+        "num_frames": size.form.num_frames,
+        "display_scale": 256 // pixels,
+    }
+    return small.model_copy(update=changed)
+
+
+STAGES: dict[str, Callable[[Path, float, Size], bool]] = {
     "vae": vae,
     "tokenizers": tokenizers,
     "text": read_captions,
@@ -170,8 +233,10 @@ STAGES: dict[str, Callable[[Path, float], bool]] = {
     "cache": cache,
     "base": base,
     "identity": identity,
+    "motion": motion,
     "export": export,
 }
+OF_ANY_SIZE = ("cache", "base", "identity", "motion", "export")  # the stages before them are size xs's, for all
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,10 +244,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.toybox", description="Train the toybox checkpoint.")
     parser.add_argument("stage", choices=[*STAGES, "all", "adopt"])
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this long; the next call goes on")
-    parser.add_argument("--state", type=Path, default=STATE, help="folder that holds the training state between calls")
+    parser.add_argument("--size", choices=[*SIZES], default="xs", help="xs: two processor cores; s: one large card")
+    parser.add_argument("--state", type=Path, help="folder that holds the training state between calls")
     options = parser.parse_args(argv)
-    for name in STAGES if options.stage == "all" else [options.stage]:
-        if not (STAGES | {"adopt": adopt})[name](options.state, options.minutes * 60):
+    size = SIZES[options.size]
+    state = options.state or STATE.with_name(size.preset)
+    stages = [name for name in STAGES if options.size == "xs" or name in OF_ANY_SIZE]
+    if options.stage not in ("all", "adopt", *stages):
+        parser.error(f"size {options.size} has the stages {', '.join(stages)}; the others are size xs's")
+    for name in stages if options.stage == "all" else [options.stage]:
+        if not (STAGES | {"adopt": adopt})[name](state, options.minutes * 60, size):
             return 3
     return 0
 
