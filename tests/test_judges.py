@@ -271,7 +271,7 @@ def test_orders_agree_when_ranks_do_whatever_the_figures_are() -> None:
     values = [0.1, 0.5, 0.2, 0.9, 0.4]
     assert evaluate.spearman(values, [math.exp(8 * v) for v in values]) == pytest.approx(1)
     assert evaluate.spearman(values, [-v for v in values]) == pytest.approx(-1)
-    assert evaluate.spearman([1, 1, 2, 2], [3, 3, 5, 5]) == pytest.approx(1)  # equals share a rank
+    assert evaluate.spearman([1, 1, 2, 3], [1, 2, 2, 3]) == pytest.approx(5 / 6)  # equals share the mean of their ranks
     assert evaluate.spearman([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(0.8)
     assert evaluate.spearman(values, [0.3] * 5) == 0
 

@@ -196,7 +196,8 @@ def test_more_weight_on_motion_leaves_what_is_asked_for_alone() -> None:
 
 def test_motion_inside_a_known_region_alone_counts() -> None:
     weight = torch.zeros(1, 1, 3, 4, 4)
-    weight[:, :, :, 1:3] = 1
+    weight[:, :, :2, 1:3] = 1
+    weight[:, :, 1:, :, 1:3] = 1  # it moves with its subject
     missed = torch.randn(1, 2, 3, 4, 4)
     elsewhere = torch.where(weight > 0, missed, torch.randn_like(missed))
     assert torch.equal(sft.weighted_error(missed, weight, 2.0), sft.weighted_error(elsewhere, weight, 2.0))

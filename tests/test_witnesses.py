@@ -95,6 +95,16 @@ def test_a_picture_without_a_face_is_no_face(faces: Path) -> None:
     assert len(files.known([frame_with((0, 0, BLUE)), frame_with((0, 0, RED))])) == 1
 
 
+def test_of_two_faces_in_a_picture_the_surer_one_is_meant(faces: Path) -> None:
+    files = FaceFiles(faces)
+    picture = frame_with((32, 32, RED), (32, 128, MAGENTA), size=(96, 192))
+    picture[32:50, 32:64] = 255  # less than half of a face
+    boxes, _ = files.find(picture)
+    assert len(boxes) == 2
+    meant = files.known([frame_with((32, 32, MAGENTA))])
+    np.testing.assert_allclose(files.known([picture]), meant, atol=1e-3)
+
+
 def test_of_several_years_the_newest_detector_is_read(faces: Path) -> None:
     (faces / "face_detection_yunet_2023mar.onnx").write_bytes(b"for older versions")
     assert len(FaceFiles(faces).known([frame_with((0, 0, RED))])) == 1
