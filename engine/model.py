@@ -55,6 +55,36 @@ MATCH = 22.0  # score of stage 3, before any training, where a video token equal
 # --- the video side: stage 3 inside Wan's block ---------------------------------------------------------------------
 
 
+class VideoPositions(nn.Module):
+    """Where in the frame and when in the clip each token is, as something to add to it; starts at nothing.
+
+    Shares of height, width and length, told by half waves: a longer clip, too, runs from its beginning to its end.
+    """
+
+    WAVES = 6
+
+    def __init__(self, dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(3 * 2 * self.WAVES, dim, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, latents_BCFHW: Tensor) -> Tensor:
+        """(1, Q, D), in the order of the video's tokens; of the latents only the shape is read."""
+        weight, grid = self.proj.weight, latents_BCFHW.shape[2:]
+        sides = [size // patch for size, patch in zip(grid, self.patch_size, strict=True)]
+        waves = torch.pi * torch.arange(1, self.WAVES + 1, device=weight.device)
+        told = []
+        for axis, count in enumerate(sides):
+            share = (torch.arange(count, device=weight.device) + 0.5) / count
+            angles = share.unsqueeze(1) * waves
+            one = torch.cat([angles.sin(), angles.cos()], 1)
+            shape = [1, 1, 1, one.shape[1]]
+            shape[axis] = count
+            told.append(one.view(shape).expand(*sides, -1))
+        return self.proj(torch.cat(told, -1).flatten(0, 2).unsqueeze(0).to(weight.dtype))
+
+
 class IdentityAttention(nn.Module):
     """Stage 3 as the video sees it: what is added to Z. Its output projection is the only one that starts at zero."""
 
@@ -174,6 +204,8 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         subject_zoom: how much larger pictures show a subject than clips do. A subject token then covers so many times
             a video token's side, at the same stride, so that neighbours overlap; there are as many tokens as before.
             1, each token apart, is the paper's.
+        video_positions: each video token is also told where in the frame and when in the clip it is. The paper has no
+            such thing, and Wan's RoPE is relative: in pure noise nothing says which moment a frame is.
     """
 
     _gradient_checkpointing_func: Callable[..., Any]  # set by diffusers' `enable_gradient_checkpointing`
@@ -207,6 +239,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         identity_cross: bool = True,
         subject_positions: bool = False,
         subject_zoom: int = 1,
+        video_positions: bool = False,
     ) -> None:
         if patch_size[0] != 1 or not 0 < identity_layers <= num_layers:
             raise ValueError(
@@ -252,6 +285,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             padding_mode="replicate",
         )
         self.slot_embedding = nn.Embedding(max_subjects, dim)
+        self.video_position_embedding = VideoPositions(dim, patch_size) if video_positions else None
         self.vlm_projector = VLMProjector(vlm_dim, dim, eps) if vlm_dim else None
         stages = {"intra": identity_intra, "inter": identity_inter, "cross": identity_cross}
         self.subject_blocks = nn.ModuleList(
@@ -266,9 +300,12 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
                 continue
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
+        if self.video_position_embedding is not None:
+            nn.init.zeros_(self.video_position_embedding.proj.weight)
         # About a sixth of a patch token's size: seen from the first step, and the picture stays the louder of the two.
         nn.init.normal_(self.slot_embedding.weight, std=0.1)
         _start_as_copy(self.subject_patch_embedding, self.patch_embedding, self.config["subject_zoom"])
@@ -405,7 +442,10 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError("Give either `identity` (read before) or `references` (to read now), not both.")
         grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.config["patch_size"], strict=True)]
         rotary_emb = self.rope(hidden_states)
+        told = self.video_position_embedding(hidden_states) if self.video_position_embedding is not None else None
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        if told is not None:
+            hidden_states = hidden_states + told
 
         per_token = timestep.shape[1] if timestep.ndim == 2 else None
         temb, modulation, text, image = self.condition_embedder(
@@ -471,7 +511,13 @@ def _start_as_matched_filter(video: IdentityAttention, subjects: SubjectBlock) -
 
 def is_identity_key(name: str) -> bool:
     """Whether a parameter or module of that name belongs to the identity blocks, not to plain Wan."""
-    own = ("subject_blocks.", "subject_patch_embedding.", "slot_embedding.", "vlm_projector.")
+    own = (
+        "subject_blocks.",
+        "subject_patch_embedding.",
+        "slot_embedding.",
+        "vlm_projector.",
+        "video_position_embedding.",
+    )
     return name.startswith(own) or ".identity." in name
 
 
@@ -479,6 +525,7 @@ def parameter_counts(model: WanTransformer3DModel) -> dict[str, int]:
     """How many parameters belong to what: base, attention (with gates), norms, patches, slots, vlm."""
     counts: dict[str, int] = dict.fromkeys(("base", "attention", "norms", "patches", "slots", "vlm"), 0)
     groups = {"subject_patch_embedding": "patches", "slot_embedding": "slots", "vlm_projector": "vlm"}
+    groups["video_position_embedding"] = "patches"
     for name, parameter in model.named_parameters():
         if not is_identity_key(name):
             group = "base"

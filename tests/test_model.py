@@ -469,6 +469,20 @@ def test_positions_tell_two_places_of_an_even_picture_apart_and_leave_the_start_
 
 
 @torch.no_grad()
+def test_in_an_even_clip_only_positions_tell_its_moments_apart_and_they_start_at_nothing(plain) -> None:
+    even, time, text = torch.full((1, tiny.LATENT_CHANNELS, 5, 8, 8), 0.3), torch.tensor([900.0]), _inputs()[2][:1]
+    without, told = _with_identity(plain), _with_identity(plain, video_positions=True)
+
+    def moments(model) -> Tensor:
+        with torch.no_grad():
+            return model(even, time, text).sample.mean((1, 3, 4))[0]
+
+    assert torch.equal(moments(told), moments(without))
+    assert float(moments(without).std()) < 1e-5  # RoPE is relative, and a softmax of equals is the same everywhere
+    torch.nn.init.normal_(told.video_position_embedding.proj.weight, std=0.3)
+    assert float(moments(told).std()) > 1e-3
+
+
 def test_a_zoomed_subject_token_sees_what_wan_sees_in_the_picture_made_half_as_large(plain) -> None:
     zoomed = _with_identity(plain, subject_zoom=2)
     picture = torch.randn(1, tiny.LATENT_CHANNELS, 1, 8, 12)

@@ -151,6 +151,26 @@ def test_some_frames_of_a_clip_keep_their_moments() -> None:
     assert torch.equal(model.rope(chosen)[0], model.rope(torch.zeros(1, 1, 3, 4, 4))[0])  # outside, as before
 
 
+def test_a_model_goes_on_with_positions_that_it_has_not_had(tmp_path: Path) -> None:
+    first = sft.SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
+    sft.new_model(first).save_pretrained(tmp_path)
+    grown = first.model_copy(update={"start": str(tmp_path), "architecture": {**IDENTITY, "video_positions": True}})
+    model = sft.new_model(grown)
+    assert not model.video_position_embedding.proj.weight.any()
+    for name, value in sft.new_model(first.model_copy(update={"start": str(tmp_path)})).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    rates = {id(p): group["peak"] for group in sft.new_optimizer(model, grown).param_groups for p in group["params"]}
+    assert rates[id(model.video_position_embedding.proj.weight)] == sft.ZERO_START * grown.learning_rate
+    torch.nn.init.normal_(model.video_position_embedding.proj.weight)
+    moments, chosen = torch.tensor([0, 1, 4]), torch.randn(1, 4, 3, 4, 4)
+    whole = model.video_position_embedding(torch.zeros(1, 4, 5, 4, 4)).unflatten(1, (5, -1))
+    with sft.at_moments(model, moments, 5):
+        assert torch.equal(model.video_position_embedding(chosen), whole[:, moments].flatten(1, 2))
+    other = grown.model_copy(update={"architecture": {**IDENTITY, "num_layers": 3}})
+    with pytest.raises(ValueError, match="another architecture"):
+        sft.new_model(other)
+
+
 def test_a_sparse_clip_holds_both_of_its_ends(cache: Path) -> None:
     """Positions are relative: from frames in the middle alone no model can tell when they are."""
     config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=0, sparse_frames=3)

@@ -39,7 +39,7 @@ from train.team import Team
 
 CPU = torch.device("cpu")
 BETAS = (0.9, 0.99)  # of AdamW
-ZERO_START = 4.0  # times the rate, for stage 3's output projections
+ZERO_START = 4.0  # times the rate, for what starts at zero
 
 
 class SftConfig(Document):
@@ -141,13 +141,21 @@ def surroundings(owner: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
 def at_moments(model: Any, moments: Tensor, frames: int) -> Iterator[None]:
     """Inside, a clip of M frames is taken for those `moments` (M,) of one of `frames` frames."""
 
-    def whole(rope: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    def whole(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0][:, :, :1].expand(-1, -1, frames, -1, -1),)
 
-    def chosen(rope: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(each.unflatten(1, (frames, -1))[:, moments].flatten(1, 2) for each in output)
+    def chosen(module: nn.Module, inputs: tuple[Tensor], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(chosen(module, inputs, each) for each in output)
+        return output.unflatten(1, (frames, -1))[:, moments].flatten(1, 2)
 
-    handles = [model.rope.register_forward_pre_hook(whole), model.rope.register_forward_hook(chosen)]
+    places = [model.rope, getattr(model, "video_position_embedding", None)]
+    handles = [
+        handle
+        for module in places
+        if module is not None
+        for handle in (module.register_forward_pre_hook(whole), module.register_forward_hook(chosen))
+    ]
     try:
         yield
     finally:
@@ -268,9 +276,22 @@ def new_model(config: SftConfig) -> WanTransformer3DModel:
         return kind(**config.architecture)
     source = _started(Path(config.start))
     if isinstance(source, kind):
-        return source
+        return _grown(source, config.architecture)
     extra = {key: value for key, value in config.architecture.items() if key not in source.config}
     return IdentityWanTransformer3DModel.from_plain_wan(source, **extra)
+
+
+def _grown(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTransformer3DModel:
+    """The model itself, or with what its architecture has not had so far, which starts at nothing."""
+    held = {key: value for key, value in source.config.items() if not key.startswith("_")}
+    if {**held, **architecture} == held:
+        return source
+    grown = type(source)(**{**held, **architecture})
+    missing, unexpected = grown.load_state_dict(source.state_dict(), strict=False)
+    strangers = [key for key in missing if not key.startswith("video_position_embedding.")] + unexpected
+    if strangers:
+        raise ValueError(f"the model to start from has another architecture, the first key is {strangers[0]}")
+    return grown
 
 
 def _started(start: Path) -> WanTransformer3DModel:
@@ -305,7 +326,8 @@ def new_optimizer(model: nn.Module, config: SftConfig) -> torch.optim.AdamW:
     """AdamW; what starts at zero moves faster, as B of a low-rank pair does (LoRA+, arXiv 2402.12354)."""
     rates: dict[float, list[nn.Parameter]] = {1.0: [], ZERO_START: []}
     for name, parameter in model.named_parameters():
-        rates[ZERO_START if name.endswith(".identity.to_out.weight") else 1.0].append(parameter)
+        zero = name.endswith((".identity.to_out.weight", "video_position_embedding.proj.weight"))
+        rates[ZERO_START if zero else 1.0].append(parameter)
     groups = [{"params": own, "peak": rate * config.learning_rate} for rate, own in rates.items() if own]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=config.weight_decay, fused=True)
 

@@ -53,7 +53,7 @@ class Size:
     def identity(self) -> dict[str, Any]:
         """The same with identity blocks."""
         own = {"identity_layers": 2 * self.layers // 3, "max_subjects": 4, "vlm_dim": 128}
-        return {**self.wan, **own, "subject_positions": True, "subject_zoom": 2}
+        return {**self.wan, **own, "subject_positions": True, "subject_zoom": 2, "video_positions": True}
 
 
 SIZES = {
