@@ -39,6 +39,8 @@ from train.team import Team
 
 CPU = torch.device("cpu")
 BETAS = (0.9, 0.99)  # of AdamW
+TOLD = 0.1  # size of the weights of positions that a model starts with
+COARSE = 4  # latent pixels; two video tokens
 ZERO_START = 4.0  # times the rate, for what starts at zero
 
 
@@ -96,7 +98,7 @@ class SftConfig(Document):
     subject_weight: float = Field(2.0, ge=0)
     """Extra weight of the loss where a subject is."""
     motion_weight: float = Field(0.0, ge=0)
-    """Extra weight of what differs between a clip's frames: that part of the error is small, and is what is done."""
+    """Extra weight of what differs between a clip's frames, seen coarsely: a small part, and what is done."""
     binding: float = Field(0.1, ge=0)
     """Weight of the loss that has a subject's place in the frame look at its own pictures."""
     shift: float = Field(2.5, gt=0)
@@ -241,17 +243,30 @@ def loss_at(
 
 
 def weighted_error(missed: Tensor, weight: Tensor, motion_weight: float) -> Tensor:
-    """Mean square of what a prediction missed, with more weight on the part that differs between frames.
+    """Mean square of what a prediction missed, with more weight on what differs between frames, seen coarsely.
 
-    What is asked for stays the same, the mean of all that fits: each part of the error is least there by itself.
+    What is asked for stays the same, the mean of all that fits: each part of the error is least there by itself. Fine
+    detail cannot be foretold from words and drowns what can; in means of COARSE x COARSE latent pixels it is quiet.
 
     Args:
         missed: (B, C, F, h, w). weight: (B, 1, F, h, w), of the places; 0 where nothing is asked.
     """
-    asked = weight > 0
+    channels = missed.shape[1]
+    error = (missed.square() * weight).sum() / (weight.sum() * channels).clamp(min=1)
+    if motion_weight == 0 or missed.shape[2] == 1:
+        return error
+    asked = (weight > 0).to(missed.dtype)
     mean = (missed * asked).sum(2, keepdim=True) / asked.sum(2, keepdim=True).clamp(min=1)
-    square = missed.square() + motion_weight * (missed - mean).square()
-    return (square * weight).sum() / (weight.sum() * missed.shape[1]).clamp(min=1)
+    moving, share = (_coarse(each) for each in ((missed - mean) * asked, weight))
+    # A mean of n numbers that have nothing in common is n times quieter; those that move together are not.
+    moved = COARSE**2 * (moving.square() * share).sum() / (share.sum() * channels).clamp(min=1e-6)
+    return error + motion_weight * moved
+
+
+def _coarse(values: Tensor) -> Tensor:
+    """Means over squares of COARSE latent pixels: (B, C, F, h, w) -> (B, C, F, h', w')."""
+    flat = nn.functional.avg_pool2d(values.flatten(0, 1), COARSE, ceil_mode=True)
+    return flat.unflatten(0, values.shape[:2])
 
 
 def _looks(seen: Seen, batch: Batch, references: References, blank: Blank, patch: int) -> Tensor:
@@ -287,6 +302,8 @@ def _grown(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTr
     if {**held, **architecture} == held:
         return source
     grown = type(source)(**{**held, **architecture})
+    if grown.video_position_embedding is not None:  # heard at once: at zero it had hardly moved after 600 updates
+        nn.init.normal_(grown.video_position_embedding.proj.weight, std=TOLD)
     missing, unexpected = grown.load_state_dict(source.state_dict(), strict=False)
     strangers = [key for key in missing if not key.startswith("video_position_embedding.")] + unexpected
     if strangers:
