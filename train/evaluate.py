@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="all 180 jobs, and withheld and swapped references")
     parser.add_argument("--out", type=Path, help="folder for jobs, clips, reports and the table; kept")
     parser.add_argument("--judges", default="test", choices=["test", "reward"], help="which set judges")
-    parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--every", type=int, help="each n-th job of every category; 3, with --full 1")
     options = parser.parse_args(argv)
     every = options.every or (1 if options.full else REDUCED)
     judges, jobs = judges_of(options.judges), cases(options.preset, every=every)
