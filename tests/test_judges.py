@@ -216,6 +216,15 @@ def test_a_fault_changes_what_it_says_and_nothing_else() -> None:
     assert not (faults.missing(of, clean) == clean.frames).all()
 
 
+def test_the_shipped_critic_tells_the_shipped_clip_from_drawings(shipped: Judges) -> None:
+    vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae").float().eval()
+    clips = [world.render(world.make_scene(number, split="heldout"), num_frames=1).frames for number in range(12)]
+    drawings = evaluate.round_trip(np.concatenate(clips)[:9], vae)
+    made = video.read_frames(ASSETS.parent / "sanity.mp4", display_scale=presets.load("toybox").display_scale)
+    of_drawings, of_made = (float(shipped.drawn(to_unit(torch.from_numpy(each))).mean()) for each in (drawings, made))
+    assert of_made < 0.5 < of_drawings
+
+
 def test_a_subject_is_nearer_to_its_own_picture_than_to_others_of_its_kind(shipped: Judges) -> None:
     robots = subjects_of(*range(40, 48))
     known = shipped.embedder(cut_out(to_unit(torch.from_numpy(np.stack(pictures_of(robots))))))

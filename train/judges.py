@@ -45,7 +45,7 @@ MARGIN, SCALE = 0.2, 16.0  # radians and sharpness of the embedder's angular mar
 ALIKE, KINDS_AT_ONCE = 12, 4  # identities of one kind that a batch tells apart, and how many kinds it holds
 LEAST = 60  # pixels; whoever shows less of itself cannot be told from its kind
 STILLS, CLIPS = 6000, 5000  # drawn for each set
-STEPS = {"embedder": 3000, "place": 3000, "action": 3000, "locator": 2000, "critic": 600}
+STEPS = {"embedder": 3000, "place": 3000, "action": 3000, "locator": 2000, "critic": 4000}
 GENERATED, GENERATED_STEPS = 120, 12  # clips the critic of each set learns from, and denoising steps of each
 
 
