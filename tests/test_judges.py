@@ -308,6 +308,13 @@ def test_ground_truth_is_recognised_by_the_benchmark(shipped: Judges) -> None:
     assert "| drawn |" in evaluate.as_text(rows)
 
 
+@pytest.mark.parametrize("subjects", [1, 2, 3, 4])
+def test_a_sheet_has_jobs_for_every_number_of_subjects(subjects: int) -> None:
+    for number in range(6):
+        job = sheet.held_out_job(number, subjects=subjects)
+        assert len(job.subjects) == subjects and job == sheet.held_out_job(number, subjects=subjects)
+
+
 def test_a_png_holds_the_picture() -> None:
     picture = np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)
     with Image.open(io.BytesIO(base64.b64decode(sheet.as_png(picture)))) as image:

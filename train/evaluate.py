@@ -38,7 +38,7 @@ from engine.judges import MOMENTS, SEEN, Judges, cut_out, locate, to_unit
 from engine.messages import StudioError
 from train import world, world_captions
 from train.checkpoint import duration
-from train.sheet import frames_of, job_of
+from train.sheet import frames_of, job_of, verbs_for
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "judges"
 CANDIDATES = 16  # pictures of one kind, the own one among them
@@ -109,10 +109,9 @@ def case(preset: str, category: str, number: int, subjects: int) -> Case:
     """One job: held-out identities of the category's kinds, a prompt as a person would write it, no attributes."""
     rng = np.random.default_rng((81, list(CATEGORIES).index(category), number))
     cast = tuple(_identity(rng, kind) for kind in _kinds(rng, category, subjects))
-    verbs = (
-        world.SINGLE_VERBS if subjects == 1 else world.PAIR_VERBS if subjects == 2 else ("chases", "pushes", "meets")
+    scene = world.make_scene(
+        int(rng.integers(2**30)), subjects=cast, verb=str(rng.choice(verbs_for(subjects))), split="heldout"
     )
-    scene = world.make_scene(int(rng.integers(2**30)), subjects=cast, verb=str(rng.choice(verbs)), split="heldout")
     pictures = [world.reference_picture(subject, number)[0] for subject in cast]
     return Case(f"{category}_{number + 1}", scene, job_of(preset, scene, pictures, seed=number))
 

@@ -24,6 +24,7 @@ from engine import presets, run, video
 from engine.job import GenerateJob, Sampling, make_job
 from engine.messages import Message
 from train import world, world_captions
+from train.world_layout import IN_A_ROW
 
 SCALE = 2
 SHOWN = 6  # frames of a clip
@@ -47,10 +48,15 @@ def sentence(facts: world.Facts) -> str:
     return f"{' and '.join(clauses)} {world_captions.PLACES[facts.background][0]}"
 
 
+def verbs_for(subjects: int) -> tuple[str, ...]:
+    """What can lead a scene of so many: in a crowd, pairs that leave room for others."""
+    return world.SINGLE_VERBS if subjects == 1 else world.PAIR_VERBS if subjects == 2 else IN_A_ROW
+
+
 def held_out_job(number: int, *, preset: str = "toybox", subjects: int = 2, verb: str | None = None) -> GenerateJob:
     """A job on identities no training has seen, worded as a person would: names, no attributes."""
     rng = np.random.default_rng((61, number, subjects))
-    verb = verb or str(rng.choice(world.PAIR_VERBS if subjects > 1 else world.SINGLE_VERBS))
+    verb = verb or str(rng.choice(verbs_for(subjects)))
     scene = world.make_scene(number, num_subjects=subjects, verb=verb, split="heldout")
     pictures = [world.reference_picture(subject, number)[0] for subject in scene.subjects]
     return job_of(preset, scene, pictures, seed=number)
