@@ -32,9 +32,8 @@ class FaceFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        cv2.utils.logging.setLogLevel(
-            cv2.utils.logging.LOG_LEVEL_ERROR
-        )  # its new graph engine warns of a setting nobody made
+        # OpenCV's new graph engine warns of a setting that nobody made.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
         yunet, sface = (_newest(folder, name) for name in ("face_detection_yunet", "face_recognition_sface"))
         self._detector = cv2.FaceDetectorYN.create(str(yunet), "", (320, 320), score_threshold=CERTAIN)
         self._recognizer = cv2.FaceRecognizerSF.create(str(sface), "")

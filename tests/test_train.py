@@ -166,6 +166,9 @@ def test_a_model_goes_on_with_positions_that_it_has_not_had(tmp_path: Path) -> N
     whole = model.video_position_embedding(torch.zeros(1, 4, 5, 4, 4)).unflatten(1, (5, -1))
     with sft.at_moments(model, moments, 5):
         assert torch.equal(model.video_position_embedding(chosen), whole[:, moments].flatten(1, 2))
+    sft.new_model(sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1)).save_pretrained(tmp_path / "plain")
+    for start in ("", str(tmp_path / "plain")):  # a run of its own, and one upon a plain base
+        assert sft.new_model(grown.model_copy(update={"start": start})).video_position_embedding.proj.weight.any()
     other = grown.model_copy(update={"architecture": {**IDENTITY, "num_layers": 3}})
     with pytest.raises(ValueError, match="another architecture"):
         sft.new_model(other)
@@ -484,8 +487,9 @@ def test_a_larger_size_has_ten_million_parameters_and_the_frozen_parts_of_the_sm
     assert large.components.transformer != small.components.transformer
     assert large.components.vae == small.components.vae and large.components.judges == small.components.judges
     assert presets.check_frames(large.num_frames, large) == 17
-    with pytest.raises(SystemExit):
-        toybox.main(["text", "--size", "s", "--state", str(tmp_path)])
+    for stage in ("text", "adopt"):
+        with pytest.raises(SystemExit):
+            toybox.main([stage, "--size", "s", "--state", str(tmp_path)])
 
 
 def test_a_cache_holds_clips_of_the_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,12 +288,21 @@ def new_model(config: SftConfig) -> WanTransformer3DModel:
     torch.manual_seed(config.seed)
     kind = IdentityWanTransformer3DModel if config.kind == "identity" else WanTransformer3DModel
     if not config.start:
-        return kind(**config.architecture)
+        model = kind(**config.architecture)
+        return _told(model) if isinstance(model, IdentityWanTransformer3DModel) else model
     source = _started(Path(config.start))
     if isinstance(source, kind):
         return _grown(source, config.architecture)
     extra = {key: value for key, value in config.architecture.items() if key not in source.config}
-    return IdentityWanTransformer3DModel.from_plain_wan(source, **extra)
+    return _told(IdentityWanTransformer3DModel.from_plain_wan(source, **extra))
+
+
+def _told(model: Any) -> Any:
+    """Positions are heard at once: started at zero, as in a model that has to equal Wan, they had hardly moved after
+    600 updates."""
+    if model.video_position_embedding is not None:
+        nn.init.normal_(model.video_position_embedding.proj.weight, std=TOLD)
+    return model
 
 
 def _grown(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTransformer3DModel:
@@ -302,8 +311,7 @@ def _grown(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTr
     if {**held, **architecture} == held:
         return source
     grown = type(source)(**{**held, **architecture})
-    if grown.video_position_embedding is not None:  # heard at once: at zero it had hardly moved after 600 updates
-        nn.init.normal_(grown.video_position_embedding.proj.weight, std=TOLD)
+    _told(grown)
     missing, unexpected = grown.load_state_dict(source.state_dict(), strict=False)
     strangers = [key for key in missing if not key.startswith("video_position_embedding.")] + unexpected
     if strangers:

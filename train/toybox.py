@@ -6,9 +6,8 @@ Knows nothing of the studio.
 
     python -m train.toybox text --minutes 30
     python -m train.toybox all
-    GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m train.toybox identity
-
-    python -m train.toybox cache --size s && python -m train.toybox identity --size s    # larger, for a large card
+    python -m train.toybox all --size s    # larger, for a large card
+    GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m train.toybox motion
 
 Under torchrun the stages cache, base, identity and motion are done by all processes together. `adopt`, then cache and
 motion, goes on from the shipped checkpoint where the state is lost. Size s has a transformer of its own, upon the
@@ -250,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     size = SIZES[options.size]
     state = options.state or STATE.with_name(size.preset)
     stages = [name for name in STAGES if options.size == "xs" or name in OF_ANY_SIZE]
-    if options.stage not in ("all", "adopt", *stages):
+    if options.stage not in ("all", *stages, *(["adopt"] if options.size == "xs" else [])):
         parser.error(f"size {options.size} has the stages {', '.join(stages)}; the others are size xs's")
     for name in stages if options.stage == "all" else [options.stage]:
         if not (STAGES | {"adopt": adopt})[name](state, options.minutes * 60, size):
