@@ -46,10 +46,12 @@ from engine.subject_tower import (
     Tower,
     VLMProjector,
     picture_positions,
+    slots_of,
     start,
     true_mask,
 )
 
+SLOT_KEY = 0.5  # size of what a key wears of its slot, before any training; keys themselves have about 2
 MATCH = 22.0  # score of stage 3, before any training, where a video token equals a subject token
 
 # --- the video side: stage 3 inside Wan's block ---------------------------------------------------------------------
@@ -206,6 +208,8 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             1, each token apart, is the paper's.
         video_positions: each video token is also told where in the frame and when in the clip it is. The paper has no
             such thing, and Wan's RoPE is relative: in pure noise nothing says which moment a frame is.
+        slot_keys: the keys of stage 3 wear their subject's slot in every layer. What D4 adds to a subject's tokens once
+            has become quiet by then, and near pure noise the words' "subject 2" is all that says who belongs where.
     """
 
     _gradient_checkpointing_func: Callable[..., Any]  # set by diffusers' `enable_gradient_checkpointing`
@@ -240,6 +244,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         subject_positions: bool = False,
         subject_zoom: int = 1,
         video_positions: bool = False,
+        slot_keys: bool = False,
     ) -> None:
         if patch_size[0] != 1 or not 0 < identity_layers <= num_layers:
             raise ValueError(
@@ -288,8 +293,9 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         self.video_position_embedding = VideoPositions(dim, patch_size) if video_positions else None
         self.vlm_projector = VLMProjector(vlm_dim, dim, eps) if vlm_dim else None
         stages = {"intra": identity_intra, "inter": identity_inter, "cross": identity_cross}
+        worn = max_subjects if slot_keys else 0
         self.subject_blocks = nn.ModuleList(
-            [SubjectBlock(dim, num_attention_heads, eps, **stages) for _ in range(identity_layers)]
+            [SubjectBlock(dim, num_attention_heads, eps, **stages, slot_keys=worn) for _ in range(identity_layers)]
         )
         self.init_identity()
 
@@ -312,6 +318,9 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         for block, subjects in zip(self.blocks, cast(list[SubjectBlock], list(self.subject_blocks)), strict=False):
             if isinstance(block, IdentityWanTransformerBlock) and block.identity is not None:
                 _start_as_matched_filter(block.identity, subjects)
+        for block in cast(list[SubjectBlock], list(self.subject_blocks)):
+            if block.slot_key is not None:
+                nn.init.normal_(block.slot_key.weight, std=SLOT_KEY)
         # Stages 1 and 2 start quiet, though not silent: at full size what they add, an average over many tokens and so
         # nearly the same for each, halves within four layers what tells one token from another.
         for block in cast(list[SubjectBlock], list(self.subject_blocks)):
@@ -377,7 +386,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         """One layer after the other, so that whoever does not keep them holds one at a time."""
         tokens = tower.tokens
         for block in self.subject_blocks:
-            arguments = (tokens, tower.vlm, tower.weights, tower.rotary_emb, tower.masks)
+            arguments = (tokens, tower.vlm, tower.weights, tower.slots, tower.rotary_emb, tower.masks)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens, key, value = self._gradient_checkpointing_func(block, *arguments)
             else:
@@ -402,10 +411,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         rotary_emb = self.rope(pictures)
         tokens = self.subject_patch_embedding(pictures.to(self.subject_patch_embedding.weight.dtype))
         tokens = tokens.flatten(2).transpose(1, 2).unflatten(0, (-1, N))  # (B, N, V * h * w, D)
-        slots = references.slots
-        if slots is None:
-            slots = torch.arange(N, device=tokens.device).unsqueeze(0)
-        tokens = tokens + self.slot_embedding(slots).unsqueeze(2)
+        tokens = tokens + self.slot_embedding(slots_of(references, N, tokens.device)).unsqueeze(2)
         if self.config["subject_positions"]:
             _, down, across = self.config["patch_size"]
             grid = picture_positions(latents.shape[-2] // down, latents.shape[-1] // across, tokens.shape[-1])
@@ -530,6 +536,7 @@ def parameter_counts(model: WanTransformer3DModel) -> dict[str, int]:
         if not is_identity_key(name):
             group = "base"
         else:
-            group = groups.get(name.split(".")[0]) or ("norms" if "norm" in name.split(".")[-2] else "attention")
+            own = "slots" if ".slot_key." in name else groups.get(name.split(".")[0])
+            group = own or ("norms" if "norm" in name.split(".")[-2] else "attention")
         counts[group] += parameter.numel()
     return counts

@@ -161,7 +161,9 @@ class SubjectBlock(nn.Module):
     A stage that is switched off has no parameters and passes its input through.
     """
 
-    def __init__(self, dim: int, num_heads: int, eps: float, *, intra: bool, inter: bool, cross: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, eps: float, *, intra: bool, inter: bool, cross: bool, slot_keys: int = 0
+    ) -> None:
         super().__init__()
         head = {"dim": dim, "heads": num_heads, "dim_head": dim // num_heads, "eps": eps}
         self.norm1 = FP32LayerNorm(dim, eps) if intra else None
@@ -173,12 +175,14 @@ class SubjectBlock(nn.Module):
         self.to_k = nn.Linear(dim, dim) if cross else None
         self.to_v = nn.Linear(dim, dim) if cross else None
         self.norm_k = nn.RMSNorm(dim, eps=eps) if cross else None
+        self.slot_key = nn.Embedding(slot_keys, dim) if cross and slot_keys else None
 
     def forward(
         self,
         tokens_BNLD: Tensor | None,
         vlm_BTD: Tensor | None,
         weights_BN: Tensor | None,
+        slots_BN: Tensor | None,
         rotary_emb: tuple[Tensor, Tensor] | None,
         masks: TowerMasks,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -193,7 +197,13 @@ class SubjectBlock(nn.Module):
         value = self.to_v(context)
         if weights_BN is not None and tokens_BNLD is not None:
             value = value * _per_key(weights_BN.to(value.dtype), tokens_BNLD.shape[2], value.shape[1]).unsqueeze(-1)
-        return tokens_BNLD, self.norm_k(self.to_k(context)), value
+        key = self.norm_k(self.to_k(context))
+        if self.slot_key is not None and tokens_BNLD is not None and slots_BN is not None:
+            worn = (
+                self.slot_key(slots_BN).to(key.dtype).repeat_interleave(tokens_BNLD.shape[2], 1)
+            )  # (B or 1, N * L, D)
+            key = key + nn.functional.pad(worn, (0, 0, 0, key.shape[1] - worn.shape[1]))
+        return tokens_BNLD, key, value
 
     def _within(self, f: Tensor, rotary_emb: tuple[Tensor, Tensor] | None, masks: TowerMasks) -> Tensor:
         """Stage 1, with the residual that S.9 leaves out (a zero start would erase the subject otherwise)."""
@@ -259,6 +269,7 @@ class Tower(NamedTuple):
     tokens: Tensor | None  # (B, N, L, D)
     vlm: Tensor | None  # (B, T, D)
     weights: Tensor | None  # (B, N)
+    slots: Tensor | None  # (B, N) or (1, N)
     rotary_emb: tuple[Tensor, Tensor] | None
     masks: TowerMasks
     chosen: Tensor | None  # numbers of the keys of stage 3 that exist; None: all do, or they differ between clips
@@ -296,8 +307,15 @@ def start(
         if len(chosen) == 0:
             return None
     mask, present = _usable(keys)
-    weights = references.weights
-    return Tower(tokens_BNLD, vlm_BTD, weights, rotary_emb, masks, chosen, mask, present, num_subject_keys)
+    weights, slots = references.weights, None
+    if tokens_BNLD is not None:
+        slots = slots_of(references, tokens_BNLD.shape[1], tokens_BNLD.device)
+    return Tower(tokens_BNLD, vlm_BTD, weights, slots, rotary_emb, masks, chosen, mask, present, num_subject_keys)
+
+
+def slots_of(references: References, N: int, device: torch.device) -> Tensor:
+    """Which slot each of N subjects wears: (B, N) or (1, N)."""
+    return torch.arange(N, device=device).unsqueeze(0) if references.slots is None else references.slots
 
 
 def _presence(references: References) -> Tensor | None:

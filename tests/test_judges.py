@@ -256,6 +256,19 @@ def test_candidates_are_of_the_subjects_kind_and_never_itself() -> None:
     assert min(float((other - own_picture).abs().mean()) for other in others) > 0.005
 
 
+def test_every_candidate_is_looked_for_in_the_same_way(shipped: Judges) -> None:
+    """Which of them is the own one is nowhere told: in another order each has the figure it had."""
+    case = evaluate.case("toybox", "twocreatures", 2, 2)
+    frames = to_unit(torch.from_numpy(world.render(case.scene, num_frames=5).frames))
+    pictures = [to_unit(torch.from_numpy(evaluate._decoded(subject)[None])) for subject in case.job.subjects]
+    candidates = torch.cat([pictures[1], evaluate._others(case.id, 1, case.scene.subjects[1])[:4]])
+    found = evaluate._alike(shipped, frames, pictures, 1, candidates)
+    assert found[0] == max(found) > 0.5
+    turned = evaluate._alike(shipped, frames, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
+    assert turned[::-1] == pytest.approx(found, abs=1e-5)
+    assert evaluate._alike(shipped, torch.ones_like(frames), pictures, 1, candidates) == [0.0] * 5
+
+
 def test_withheld_references_leave_words_alone_and_swapped_ones_keep_them() -> None:
     case = evaluate.case("toybox", "samekind", 1, 2)
     alone = evaluate.withheld(case, attributes=False).instead

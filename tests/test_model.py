@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import tiny
-from engine.model import IdentityWanTransformer3DModel, is_identity_key, parameter_counts
+from engine.model import SLOT_KEY, IdentityWanTransformer3DModel, is_identity_key, parameter_counts
 from engine.subject_tower import References
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
@@ -481,6 +481,32 @@ def test_in_an_even_clip_only_positions_tell_its_moments_apart_and_they_start_at
     assert float(moments(without).std()) < 1e-5  # RoPE is relative, and a softmax of equals is the same everywhere
     torch.nn.init.normal_(told.video_position_embedding.proj.weight, std=0.3)
     assert float(moments(told).std()) > 1e-3
+
+
+@torch.no_grad()
+def test_a_slot_is_heard_in_the_keys_of_every_layer_and_leaves_the_start_plain(plain) -> None:
+    without, worn = _with_identity(plain), _with_identity(plain, slot_keys=True)
+    without.slot_embedding.weight.zero_()
+    worn.slot_embedding.weight.zero_()
+    twins = _subjects(1)
+    twins = dataclasses.replace(twins, latents=twins.latents.expand(1, 2, -1, -1, -1, -1))  # the same picture twice
+    alike, apart = without.encode_identity(twins), worn.encode_identity(twins)
+    half = apart.num_subject_tokens // 2
+    for same, told in zip(alike.layers, apart.layers, strict=True):
+        assert torch.equal(same.key[:, :half], same.key[:, half : 2 * half])
+        first, second = told.key[:, :half], told.key[:, half : 2 * half]
+        assert float((first - second).std()) > SLOT_KEY / 2
+        assert torch.equal(
+            told.value[:, :half], told.value[:, half : 2 * half]
+        )  # who it is, and not what it looks like
+    moved = worn.encode_identity(dataclasses.replace(twins, slots=torch.tensor([[1, 0]])))
+    for told, turned in zip(apart.layers, moved.layers, strict=True):
+        assert torch.equal(told.key[:, :half], turned.key[:, half : 2 * half])
+        assert torch.equal(told.key[:, 2 * half :], turned.key[:, 2 * half :])  # the VLM wears none
+    inputs = _inputs()
+    assert torch.equal(_run(worn, inputs, references=twins), _run(plain, inputs))
+    counts = [parameter_counts(model)["slots"] for model in (without, worn)]
+    assert counts[1] == counts[0] * 3  # of the tokens once, and of the keys in both layers
 
 
 def test_a_zoomed_subject_token_sees_what_wan_sees_in_the_picture_made_half_as_large(plain) -> None:

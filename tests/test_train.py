@@ -17,7 +17,7 @@ from torch import Tensor
 from engine import presets
 from engine.model import IdentityAttention, IdentityWanTransformer3DModel
 from engine.subject_tower import LayerIdentity
-from train import binding, checkpoint, data, quick, sft, toybox, vae, world
+from train import binding, checkpoint, data, quick, sft, text, toybox, vae, world
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
@@ -169,9 +169,37 @@ def test_a_model_goes_on_with_positions_that_it_has_not_had(tmp_path: Path) -> N
     sft.new_model(sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1)).save_pretrained(tmp_path / "plain")
     for start in ("", str(tmp_path / "plain")):  # a run of its own, and one upon a plain base
         assert sft.new_model(grown.model_copy(update={"start": start})).video_position_embedding.proj.weight.any()
+    worn = sft.new_model(grown.model_copy(update={"architecture": {**IDENTITY, "slot_keys": True}}))
+    assert float(worn.subject_blocks[0].slot_key.weight.detach().std()) > 0.1
     other = grown.model_copy(update={"architecture": {**IDENTITY, "num_layers": 3}})
     with pytest.raises(ValueError, match="another architecture"):
         sft.new_model(other)
+
+
+def test_a_caption_lets_one_know_who_does_what_to_whom() -> None:
+    facts = world.Facts(("fox", "kite"), (world.Action("chases", (2, 1), "left"),), "beach", "pan left")
+    told = text.answers(facts, "subject 1, a fox, is chased by subject 2, a kite, on a beach, the camera pans left")
+    assert told["part"] == [1, 0] and told["with"] == [2, 1]
+    assert [text.Quiz.SLOT["kind"][answer] for answer in told["kind"]] == ["fox", "kite"]
+    assert told["way"] == [0, 0]  # the camera's left is not theirs
+    assert text.Quiz.WHOLE["camera"][told["camera"]] == "pan left"
+    told = text.answers(facts, "subject 2 chases subject 1 to the left")
+    assert told["way"] == [1, 1] and told["kind"] == [0, 0] and told["camera"] == 0
+    tokenizer = text.load_tokenizer(toybox.ASSETS / "tokenizer")
+    words = tokenizer("subject 2 chases subject 1 to the left", return_tensors="pt")["input_ids"]
+    numbers = text.asked(words, tokenizer)
+    assert numbers[numbers > 0].tolist() == [2, 1]
+
+
+def test_captions_for_readers_are_about_what_scenes_are_about() -> None:
+    rng = np.random.default_rng(0)
+    stories = [world.make_facts(rng)[0] for _ in range(600)]
+    scenes = [world.make_scene(seed).facts for seed in range(600)]
+    for question in (lambda f: len(f.kinds), lambda f: f.actions[0].verb, lambda f: f.camera):
+        told, shown = ([question(facts) for facts in each] for each in (stories, scenes))
+        assert set(told) == set(shown)
+        for answer in set(shown):
+            assert abs(told.count(answer) - shown.count(answer)) < 80
 
 
 def test_a_sparse_clip_holds_both_of_its_ends(cache: Path) -> None:

@@ -29,6 +29,7 @@ from train.vae import stills
 
 SHARD = {"still": 256, "clip": 96}
 CLIP_SHARE = 4  # every fourth shard holds clips
+MIXED = 240  # later ones all do
 FIRST_SCENE = 2_000_000  # earlier ones taught the readers of words
 
 
@@ -117,7 +118,7 @@ class Format:
 def shape_of_shard(number: int) -> tuple[str, int, int]:
     """Kind, subjects and pictures of each: cut so that two subjects with one picture are most common."""
     rng = np.random.default_rng((41, number))
-    kind = "clip" if number % CLIP_SHARE == CLIP_SHARE - 1 else "still"
+    kind = "clip" if number % CLIP_SHARE == CLIP_SHARE - 1 or number >= MIXED else "still"
     subjects = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.42, 0.18, 0.1]))
     pictures = 2 if subjects < 3 and rng.random() < 0.2 else 1
     return kind, subjects, pictures

@@ -7,8 +7,9 @@ Knows nothing of training. Published figures come from the `test` judges, which 
     python launch.py evaluate toybox             # every third job, no withheld or swapped references
     python launch.py evaluate toybox --full --out results
 
-A subject counts as recognised when its cut-outs, averaged over the clip, lie nearest to its own picture among sixteen
-of its kind. The same jobs are made again with references withheld, and two-subject ones with references swapped.
+A subject counts as recognised when the clip shows more of its own picture than of any of fifteen others of its kind,
+each looked for in turn. The same jobs are made again with references withheld, and two-subject ones with references
+swapped.
 """
 
 from __future__ import annotations
@@ -170,17 +171,12 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     recognised, likeness, copied = [], [], []
     for slot, subject in enumerate(scene.subjects):
         shown = there[:, slot]
-        if not bool(shown.any()):
-            recognised.append(False)
-            likeness.append(0.0)
-            continue
-        cuts = cut_out(seen[shown], masks[shown, slot])
-        vectors = judges.embedder(cuts)
+        if bool(shown.any()):
+            copied.append(_copied(cut_out(seen[shown], masks[shown, slot]), subject, pictures[slot]))
         candidates = torch.cat([pictures[slot], _others(case.id, slot, subject)])
-        known = judges.embedder(cut_out(candidates))
-        recognised.append(int((vectors.mean(0) @ known.T).argmax()) == 0)
-        likeness.append(float((vectors @ known[0]).clamp(min=0).sum()) / len(frames))
-        copied.append(_copied(cuts, subject, pictures[slot]))
+        found = _alike(judges, seen, pictures, slot, candidates)
+        recognised.append(found[0] > max(found[1:]))
+        likeness.append(found[0])
     presence = there.float().mean(0).tolist()
     action = scene.actions[0]
     acted, verb, direction = _acted(judges, seen, masks, action)
@@ -201,6 +197,22 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         acted,
         float(judges.drawn(seen).mean()) if judges.critic is not None else None,
     )
+
+
+def _alike(judges: Judges, frames: Tensor, pictures: Sequence[Tensor], slot: int, candidates: Tensor) -> list[float]:
+    """How much a clip shows of each candidate (P, 3, H, W) for one slot: cosine of its cut-outs, 0 where it is not.
+
+    Every candidate is looked for with its own picture, beside the other slots' pictures, so that none has the advantage
+    that what is cut out was chosen by it.
+    """
+    known, found = judges.embedder(cut_out(candidates)), []
+    for candidate, vector in zip(candidates, known, strict=True):
+        instead = [*pictures[:slot], candidate[None], *pictures[slot + 1 :]]
+        mask = (locate(judges, frames, instead).argmax(1) == slot + 1).float()  # (F, H, W)
+        there = mask.mean((1, 2)) >= SEEN
+        cuts = judges.embedder(cut_out(frames[there], mask[there])) if bool(there.any()) else vector.new_zeros(0, 1)
+        found.append(float((cuts @ vector).clamp(min=0).sum()) / len(frames) if len(cuts) else 0.0)
+    return found
 
 
 def _decoded(subject: Subject) -> np.ndarray:

@@ -306,14 +306,15 @@ def _told(model: Any) -> Any:
 
 
 def _grown(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTransformer3DModel:
-    """The model itself, or with what its architecture has not had so far, which starts at nothing."""
+    """The model itself, or with what its architecture has not had so far, as that starts."""
     held = {key: value for key, value in source.config.items() if not key.startswith("_")}
     if {**held, **architecture} == held:
         return source
     grown = type(source)(**{**held, **architecture})
     _told(grown)
     missing, unexpected = grown.load_state_dict(source.state_dict(), strict=False)
-    strangers = [key for key in missing if not key.startswith("video_position_embedding.")] + unexpected
+    own = ("video_position_embedding.", ".slot_key.")
+    strangers = [key for key in missing if not any(each in key for each in own)] + unexpected
     if strangers:
         raise ValueError(f"the model to start from has another architecture, the first key is {strangers[0]}")
     return grown

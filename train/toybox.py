@@ -52,7 +52,14 @@ class Size:
     def identity(self) -> dict[str, Any]:
         """The same with identity blocks."""
         own = {"identity_layers": 2 * self.layers // 3, "max_subjects": 4, "vlm_dim": 128}
-        return {**self.wan, **own, "subject_positions": True, "subject_zoom": 2, "video_positions": True}
+        return {
+            **self.wan,
+            **own,
+            "subject_positions": True,
+            "subject_zoom": 2,
+            "video_positions": True,
+            "slot_keys": True,
+        }
 
 
 SIZES = {
@@ -72,7 +79,7 @@ MOTION = {
     "in_pair": 0.0,
     "ema": 0.999,
 }
-SHARDS = 240
+SHARDS = 300
 BASE_STEPS = 4000
 
 
