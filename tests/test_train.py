@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanAttention
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,6 +37,7 @@ def shard(kind: str, subjects: int, seed: int) -> dict[str, Tensor]:
         "latents": torch.randn(6, 4, frames, 4, 4, generator=g).half(),
         "owner": owner,
         "text": torch.randn(6, 5, 8, generator=g).half(),
+        "numbers": torch.tensor([[0, 1, 0, 2, 0]], dtype=torch.uint8).repeat(6, 1),
         "references": torch.randn(6, subjects, 1, 4, 4, 4, generator=g).half(),
         "vlm": torch.randn(6, 7 + seed, 6, generator=g).half(),
         "vlm_mask": torch.ones(6, 7 + seed, dtype=torch.bool),
@@ -287,7 +289,8 @@ def test_the_binding_loss_falls_when_each_place_looks_at_whoever_is_there() -> N
     subjects = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).unsqueeze(0)
 
     def loss(key: Tensor, owner: Tensor, near: Tensor = subjects) -> float:
-        return binding.binding_loss([(attention, z, LayerIdentity(key, key, None, None))], owner, near).item()
+        seen = binding.Seen(pictures=[(attention, z, LayerIdentity(key, key, None, None))])
+        return binding.binding_loss(seen, owner, near).item()
 
     swapped = keys[:, [2, 3, 0, 1, 4]]
     assert loss(keys, owner) < 0.5 * loss(swapped, owner)
@@ -296,6 +299,42 @@ def test_the_binding_loss_falls_when_each_place_looks_at_whoever_is_there() -> N
     assert loss(keys, torch.full_like(owner, -1)) == 0
     half = subjects * torch.tensor([1.0, 0, 1, 0])  # one part of each subject is the right one
     assert loss(keys, owner, half) > loss(keys, owner)
+
+
+def test_the_reading_loss_falls_when_each_place_reads_the_word_that_numbers_whoever_is_there() -> None:
+    reader = WanAttention(dim=8, heads=2, dim_head=4, cross_attention_dim_head=4)
+    for projection in (reader.to_q, reader.to_k):
+        torch.nn.init.eye_(projection.weight)
+        torch.nn.init.zeros_(projection.bias)
+    words = 3 * torch.eye(8)[[7, 0, 6, 1, 5]].unsqueeze(0)  # "subject 1 meets subject 2"
+    numbers = torch.tensor([[0, 1, 0, 2, 0]])
+    owner = torch.tensor([[1, 2, 0, 1]])
+
+    def loss(z: Tensor, owner: Tensor, numbers: Tensor = numbers) -> float:
+        return binding.reading_loss(binding.Seen(words=[(reader, z, words)]), owner, numbers).item()
+
+    reads = 3 * torch.eye(8)[[0, 1, 7, 0]].unsqueeze(0)
+    assert loss(reads, owner) < 0.5 * loss(reads, torch.tensor([[2, 1, 0, 2]]))
+    assert loss(reads, owner, numbers.flip(1)) == pytest.approx(loss(reads, torch.tensor([[2, 1, 0, 2]])), rel=1e-5)
+    elsewhere = reads.clone()
+    elsewhere[0, 2] = 9.0  # nobody is there, so nothing is asked
+    assert loss(elsewhere, owner) == loss(reads, owner)
+    other_heads = reads.clone()
+    other_heads[..., 4:] = 5.0  # the second head may read what it likes
+    reader.norm_q = torch.nn.Identity()
+    assert loss(other_heads, owner) == pytest.approx(loss(reads, owner))
+    assert loss(reads, torch.zeros_like(owner)) == loss(reads, torch.full_like(owner, 3)) == 0  # 3 is never numbered
+
+
+def test_whose_caption_was_dropped_is_asked_to_read_nothing(cache: Path) -> None:
+    config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, drop_subjects=0)
+    model, dealt = sft.new_model(config), data.Cache(cache)
+    dealt.refresh()
+    batch = dealt.draw("still", 4, np.random.default_rng(0))
+    silent = config.model_copy(update={"drop_text": 1.0, "drop_both": 0.0})
+    told = config.model_copy(update={"drop_text": 0.0, "drop_both": 0.0})
+    assert sft.loss_at(model, batch, silent, BLANK, place=(0,))[1]["reads"] == 0
+    assert sft.loss_at(model, batch, told, BLANK, place=(0,))[1]["reads"] > 0
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

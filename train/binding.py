@@ -1,18 +1,20 @@
-"""Teach stage 3 where to look: a place in the frame at the same part of whoever is there, background at the VLM.
+"""Teach attention where to look: a place in the frame at the word that numbers whoever is there, and at the same part
+of that subject's picture; background at the VLM.
 
-In:  a batch's owner maps, latents and reference latents; what stage 3 read while it predicted.
-Out: one loss. The paper has no such term: it is FastComposer's localised attention (arXiv 2305.10431), taken down to
-parts. Without it attention stayed even within a subject for as long as we watched (docs/log.md).
+In:  a batch's owner maps, numbers, latents and reference latents; what attention read while the model predicted.
+Out: two losses. The paper has no such terms: they are FastComposer's localised attention (arXiv 2305.10431), for words
+as it is, for pictures taken down to parts. Without them attention stayed even for as long as we watched (docs/log.md).
 Knows nothing of noise levels, optimisers or runs.
 
 Shapes: B samples, N subjects, V pictures of each, C latent channels, F latent frames, h x w latent pixels, Q video
-tokens, S keys (N * V * tokens of a picture, then the VLM's).
+tokens, L text tokens, S keys of stage 3 (N * V * tokens of a picture, then the VLM's).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,20 +24,36 @@ from engine.model import IdentityAttention
 from engine.subject_tower import LayerIdentity
 
 REACH = 0.7  # tokens; how far from the right part of a picture a look may land
-Seen = list[tuple[IdentityAttention, Tensor, LayerIdentity]]
+
+
+@dataclass
+class Seen:
+    """What attention read in one forward."""
+
+    pictures: list[tuple[IdentityAttention, Tensor, LayerIdentity]] = field(default_factory=list)
+    """Of each stage 3: the module, Z (B, Q, D), and the layer's keys."""
+    words: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)
+    """Of each cross-attention to text: the module, its normed Z (B, Q, D), and the text (B, L, D)."""
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Seen]:
-    """Inside, what the last three stages 3 read is noted down: the module, Z (B, Q, D), and the layer's keys."""
-    seen: Seen = []
-    watching = [m for m in model.modules() if isinstance(m, IdentityAttention)][-3:]
+    """Inside, what the last three blocks that have a stage 3 read is noted down."""
+    seen = Seen()
+    blocks: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "identity", None), IdentityAttention)][-3:]
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note_pictures(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, IdentityAttention)
-        seen.append((module, *inputs))
+        seen.pictures.append((module, *inputs))
 
-    handles = [module.register_forward_pre_hook(note) for module in watching]
+    def note_words(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.words.append((module, inputs[0], inputs[1]))
+
+    handles = [
+        module.register_forward_pre_hook(note)
+        for block in blocks
+        for module, note in ((block.identity, note_pictures), (block.attn2, note_words))
+    ]
     try:
         yield seen
     finally:
@@ -139,7 +157,7 @@ def binding_loss(seen: Seen, owner_BQ: Tensor, near_BQS: Tensor) -> Tensor:
     """
     losses = []
     count = near_BQS.shape[-1]
-    for module, z, layer in seen:
+    for module, z, layer in seen.pictures:
         if layer.key.shape[1] < count:  # the batch's subjects were all dropped
             continue
         query = module.norm_q(module.to_q(module.norm(z))).unflatten(-1, (module.heads, -1))
@@ -152,4 +170,26 @@ def binding_loss(seen: Seen, owner_BQ: Tensor, near_BQS: Tensor) -> Tensor:
         surprise = -right.clamp(min=1e-6).log()
         for places in (owner_BQ > 0, owner_BQ == 0):
             losses.append((surprise * places).sum() / places.sum().clamp(min=1))
+    return torch.stack(losses).mean() if losses else torch.zeros(())
+
+
+def reading_loss(seen: Seen, owner_BQ: Tensor, numbers_BL: Tensor) -> Tensor:
+    """-log of the share of attention that a place's first head gives to the words that number whoever is there.
+
+    One head of each watched cross-attention is enough to say who it is; the others stay free for what happens.
+
+    Args:
+        seen: what `watched` noted down.
+        owner_BQ: the slot at each video token; 0 and below: nothing is asked.
+        numbers_BL: the slot that each word numbers, 0 for other words.
+    """
+    losses = []
+    right = owner_BQ.unsqueeze(-1) == numbers_BL.unsqueeze(1)  # (B, Q, L)
+    places = (owner_BQ > 0) & right.any(-1)
+    for module, z, text in seen.words:
+        width = module.inner_dim // module.heads
+        query, key = module.norm_q(module.to_q(z)), module.norm_k(module.to_k(text))
+        shares = (query[..., :width] @ key[..., :width].transpose(1, 2) * width**-0.5).softmax(-1)
+        surprise = -(shares * right).sum(-1).clamp(min=1e-6).log()
+        losses.append((surprise * places).sum() / places.sum().clamp(min=1))
     return torch.stack(losses).mean() if losses else torch.zeros(())

@@ -25,6 +25,7 @@ from engine import encode
 from train import world
 from train.checkpoint import Meter
 from train.team import Team
+from train.text import asked, load_tokenizer
 from train.vae import stills
 
 SHARD = {"still": 256, "clip": 96}
@@ -40,6 +41,7 @@ class Batch:
     latents: Tensor  # (B, C, F, h, w), normalised
     owner: Tensor  # (B, F, h, w), the slot that holds each latent pixel, 0 for the background
     text: Tensor  # (B, L, text_dim), UMT5's states
+    numbers: Tensor  # (B, L), the slot that a word of the caption numbers, 0 for all other words
     references: Tensor  # (B, N, V, C, h, w), normalised
     vlm: Tensor  # (B, T, vlm_dim), last hidden states
     vlm_mask: Tensor  # (B, T), True where a token counts
@@ -96,8 +98,6 @@ class Encoders:
     @classmethod
     def load(cls, folder: Path) -> Encoders:
         """Read them from a folder in the layout of assets/toybox, in fp32."""
-        from train.text import load_tokenizer
-
         return cls(
             AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval(),
             load_tokenizer(folder / "tokenizer"),
@@ -180,10 +180,17 @@ def make_shard(number: int, encoders: Encoders, form: Format = Format()) -> dict
         "latents": latents.half(),
         "owner": torch.stack([_owner_of_latents(c.owner, latents.shape[2], cells) for c in clips]),
         "text": text.half(),
+        "numbers": _numbers(captions, text.shape[1], encoders.tokenizer),
         "references": torch.cat(pages).unflatten(0, shape).half(),
         "vlm": torch.cat(vlm).half(),
         "vlm_mask": torch.cat(mask),
     }
+
+
+def _numbers(captions: list[str], length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(B, L): which subject each word of a caption numbers."""
+    words = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return asked(words["input_ids"], tokenizer).to(torch.uint8)
 
 
 def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float, form: Format = Format()) -> bool:

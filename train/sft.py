@@ -32,7 +32,7 @@ from engine.model import IdentityWanTransformer3DModel
 from engine.sampling import noised, shifted, starting_noise
 from engine.subject_tower import References
 from train import checkpoint
-from train.binding import Seen, binding_loss, counterparts, tokens_owner, watched
+from train.binding import Seen, binding_loss, counterparts, reading_loss, tokens_owner, watched
 from train.data import Batch, Blank, Cache, cut_from_clip
 from train.quick import quick
 from train.team import Team
@@ -101,6 +101,8 @@ class SftConfig(Document):
     """Extra weight of what differs between a clip's frames, seen coarsely: a small part, and what is done."""
     binding: float = Field(0.1, ge=0)
     """Weight of the loss that has a subject's place in the frame look at its own pictures."""
+    reading: float = Field(0.1, ge=0)
+    """Weight of the loss that has a subject's place read, in one head, the word that numbers it."""
     shift: float = Field(2.5, gt=0)
     """Shift of the noise levels of stills; above 1 more are near noise, where pictures have most to say."""
     clip_shift: float = Field(3.0, gt=0)
@@ -230,7 +232,7 @@ def loss_at(
     if identity is None or references is None:
         with placed:
             predicted = model(noisy, timestep, text, return_dict=False)[0]
-        looks = predicted.new_zeros(())
+        looks = reads = predicted.new_zeros(())
     else:
         repeated = identity.repeat_interleave(noises)
         with watched(model) as seen, placed:
@@ -238,8 +240,11 @@ def loss_at(
         looks = (
             _looks(seen, batch, references, blank, patch) if repeated.num_subject_tokens else predicted.new_zeros(())
         )
+        told = torch.where((text == blank.text).flatten(1).all(1, keepdim=True), 0, tokens_owner(owner, patch))
+        reads = reading_loss(seen, told, batch.numbers.repeat_interleave(noises, 0))
     error = weighted_error(predicted - target, weight, config.motion_weight)
-    return error + config.binding * looks, {"error": error.item(), "looks": looks.item()}
+    parts = {"error": error.item(), "looks": looks.item(), "reads": reads.item()}
+    return error + config.binding * looks + config.reading * reads, parts
 
 
 def weighted_error(missed: Tensor, weight: Tensor, motion_weight: float) -> Tensor:
@@ -276,7 +281,7 @@ def _looks(seen: Seen, batch: Batch, references: References, blank: Blank, patch
     owner = tokens_owner(batch.owner, patch)
     asked = torch.where(there & (heard | (owner > 0)), owner, -1)
     near = counterparts(batch.latents, batch.owner, references.latents, blank.white, patch)
-    noises = len(seen[0][1]) // len(batch)
+    noises = len(seen.pictures[0][1]) // len(batch)
     return binding_loss(seen, *(each.repeat_interleave(noises, 0) for each in (asked, near)))
 
 
