@@ -10,10 +10,11 @@ Shapes: B clips (1 here), C latent channels, F latent frames, H x W latent pixel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import Tensor
 
 from engine.guidance import Branch
@@ -29,15 +30,22 @@ class Encoded:
     Args:
         prompt_embeds, negative_prompt_embeds: UMT5 states (1, tokens, text_dim).
         references: the subjects, with the VLM's reading of prompt and pictures; None without subjects.
+        frames: the subjects' pictures at the clip's own size, each a latent frame, (1, C, N, H, W); None without any.
+        side: what VACE's side branch reads, (1, channels, N + F, H, W); the N frames of the pictures come first.
     """
 
     prompt_embeds: Tensor
     negative_prompt_embeds: Tensor
     references: References | None = None
+    frames: Tensor | None = None
+    side: Tensor | None = None
 
 
 class Conditioning(Protocol):
     """What the denoise loop sees of a model."""
+
+    lead: int
+    """Latent frames in front of the clip that are drawn with it and then dropped."""
 
     def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
         """Velocity of the latents' shape at noise level `sigma` in [0, 1]."""
@@ -53,6 +61,8 @@ class IdentityBlocks:
         keep: hold the cache (fast). False reads the subjects again in every forward (`IdentityCache.num_bytes` less
             memory), with the same result.
     """
+
+    lead = 0
 
     def __init__(self, transformer: IdentityWanTransformer3DModel, encoded: Encoded, *, keep: bool = True) -> None:
         self._transformer = transformer
@@ -89,6 +99,8 @@ class IdentityBlocks:
 class PlainText:
     """A Wan model without subjects: prompt and negative prompt are all there is."""
 
+    lead = 0
+
     def __init__(self, transformer: WanTransformer3DModel, encoded: Encoded) -> None:
         self._transformer = transformer
         self._text = _texts(encoded, transformer.dtype)
@@ -98,13 +110,73 @@ class PlainText:
         return _velocity(self._transformer, latents_BCFHW, sigma, self._text[branch])
 
 
-def prepare(kind: str, transformer: WanTransformer3DModel, encoded: Encoded) -> Conditioning:
-    """The conditioning that a preset names: "identity" or "none".
+class ReferenceFrames:
+    """Phantom and RefAlign: plain Wan, the pictures as clean frames behind the clip, put there anew in every step.
+
+    RoPE gives them the moments after the clip's end. In the branches without subjects they are zeros, as both were
+    trained. What the model predicts for them is dropped, so that no picture leaks into the clip.
+
+    Source: Phantom's sampler, `phantom_wan/subject2video.py`; RefAlign's negative branch is the same.
+    """
+
+    lead = 0
+
+    def __init__(self, transformer: WanTransformer3DModel, encoded: Encoded) -> None:
+        self._transformer = transformer
+        self._text = _texts(encoded, transformer.dtype)
+        self._frames = encoded.frames
+
+    def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
+        """See `Conditioning`."""
+        if self._frames is None:
+            return _velocity(self._transformer, latents_BCFHW, sigma, self._text[branch])
+        shown = self._frames if branch in ("subjects", "full") else torch.zeros_like(self._frames)
+        whole = torch.cat([latents_BCFHW, shown.to(latents_BCFHW).expand(len(latents_BCFHW), -1, -1, -1, -1)], 2)
+        return _velocity(self._transformer, whole, sigma, self._text[branch])[:, :, : latents_BCFHW.shape[2]]
+
+
+class SideBranch:
+    """VACE: a side branch reads pictures, video and mask and adds to Wan's blocks.
+
+    The pictures' frames come first and are drawn together with the clip. Without subjects the side branch's say is
+    scaled to zero.
+
+    Source: diffusers' `WanVACEPipeline`, whose guidance is "dual" with a subject scale of 1.
+    """
+
+    def __init__(self, transformer: WanVACETransformer3DModel, encoded: Encoded) -> None:
+        assert encoded.side is not None, "a clip always has a side branch, if only an empty one"
+        self._transformer = transformer
+        self._text = _texts(encoded, transformer.dtype)
+        self._side = encoded.side.to(transformer.dtype)
+        self.lead = 0 if encoded.frames is None else encoded.frames.shape[2]
+
+    def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
+        """See `Conditioning`."""
+        layers: Any = self._transformer.config
+        scale = self._side.new_full((len(layers.vace_layers),), 1.0 if branch in ("subjects", "full") else 0.0)
+        side = {"control_hidden_states": self._side, "control_hidden_states_scale": scale}
+        return _velocity(self._transformer, latents_BCFHW, sigma, self._text[branch], **side)
+
+
+def prepare(kind: str, transformer: Any, encoded: Encoded) -> Conditioning:
+    """The conditioning that a preset names: "identity", "frames", "side" or "none".
 
     Raises:
-        StudioError: "identity" with a transformer that has no identity blocks. They could be added untrained, and
-            then every subject would be ignored.
+        StudioError: the transformer is of another kind. Identity blocks, say, could be added untrained, and then every
+            subject would be ignored.
     """
+    if isinstance(transformer, WanVACETransformer3DModel) != (kind == "side"):
+        raise StudioError(
+            what=f"This model does not take subjects by {kind!r}.",
+            why=f"Its transformer is a {type(transformer).__name__}.",
+            next_step="Mend the preset's `conditioning`, or fetch its own files.",
+            field="preset",
+        )
+    if kind == "side":
+        return SideBranch(transformer, encoded)
+    if kind == "frames":
+        return ReferenceFrames(transformer, encoded)
     if kind == "none":
         return PlainText(transformer, encoded)
     if not isinstance(transformer, IdentityWanTransformer3DModel):
@@ -129,9 +201,7 @@ def _without_vlm(references: References | None) -> References | None:
 
 
 @torch.no_grad()
-def _velocity(
-    transformer: WanTransformer3DModel, latents_BCFHW: Tensor, sigma: float, text: Tensor, **subjects: object
-) -> Tensor:
+def _velocity(transformer: Any, latents_BCFHW: Tensor, sigma: float, text: Tensor, **subjects: object) -> Tensor:
     """One forward; Wan counts time in thousandths."""
     timestep = torch.full((latents_BCFHW.shape[0],), sigma * 1000, device=latents_BCFHW.device)
     subjects = {name: value for name, value in subjects.items() if value is not None}

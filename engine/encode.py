@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from engine.conditioning import Encoded
 from engine.job import MENTION, GenerateJob, Subject
 from engine.load import Warm, fingerprint
-from engine.pictures import prepare_subject
+from engine.pictures import on_canvas, prepare_subject
 from engine.presets import Preset
 from engine.subject_tower import References
 
@@ -249,6 +249,10 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
         return Encoded(text, negative)
     # A weight of 0 leaves a subject out everywhere, also where the VLM would see it.
     shown = [prepare_subject(s, size=preset.reference_size) if s.weight > 0 else [] for s in job.subjects]
+    if preset.conditioning in ("frames", "side"):
+        frames = _reference_frames(job, shown, preset, warm)
+        side = _side(job, frames, preset, warm) if preset.conditioning == "side" else None
+        return Encoded(text, negative, frames=frames, side=side)
     if not any(shown):
         return Encoded(text, negative)  # without subjects the model is plain Wan, as it was in training
     states, mask = _vlm(prompt, shown, preset, warm)
@@ -293,6 +297,48 @@ def _references(shown: Sequence[Sequence[Picture]], weights: Sequence[float], pr
         mask=None if bool(there.all()) else there.unsqueeze(0),
         weights=None if all(weight == 1 for weight in weights) else torch.tensor([weights], device=padded.device),
     )
+
+
+def _reference_frames(
+    job: GenerateJob, shown: Sequence[Sequence[Picture]], preset: Preset, warm: Warm
+) -> Tensor | None:
+    """Every picture at the clip's size on white, each a latent frame: (1, C, N, h, w); None without any.
+
+    A subject's weight, 1 as trained, scales its latents, since zeros are what a model of this kind takes for nobody.
+    """
+    vae_files, latents = fingerprint(preset.folder("vae")), []
+    for subject, own in zip(job.subjects, shown, strict=True):
+        for picture in own:
+            page = on_canvas(picture, job.width or 0, job.height or 0)
+            key = ("frame", vae_files, _hash(page))
+            made = warm.remembered(key, lambda page=page: picture_latents([page], warm.part("vae", preset)))
+            latents.append(subject.weight * made)
+    return torch.stack(latents, dim=2) if latents else None
+
+
+def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -> Tensor:
+    """What VACE's side branch reads where everything is to be made: an even grey video, and a mask that says "all".
+
+    Pictures come first, the last one first of all, as kept content with a mask of zeros.
+
+    Source: `prepare_video_latents` and `prepare_masks` of diffusers' `WanVACEPipeline`, for a clip without a video.
+    """
+    vae = warm.part("vae", preset)
+    grey = torch.zeros(1, 3, job.num_frames or 1, job.height or 0, job.width or 0, device=vae.device, dtype=vae.dtype)
+
+    def empty() -> Tensor:
+        with torch.no_grad():
+            return normalised(vae.encode(grey, return_dict=False)[0].mode().float(), vae)
+
+    video = warm.remembered(("grey", fingerprint(preset.folder("vae")), tuple(grey.shape)), empty)
+    cells: Any = vae.config.scale_factor_spatial
+    mask = video.new_ones(1, cells**2, *video.shape[2:])
+    clip = torch.cat([video, video, mask], 1)
+    if frames is None:
+        return clip
+    kept = frames.flip(2)
+    nothing = kept.new_zeros(1, kept.shape[1] + cells**2, *kept.shape[2:])
+    return torch.cat([torch.cat([kept, nothing], 1), clip], 2)
 
 
 def _hash(picture: Picture) -> str:

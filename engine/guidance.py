@@ -30,7 +30,8 @@ Branch = Literal["none", "subjects", "text", "full"]
 def branches(sampling: Sampling) -> tuple[Branch, ...]:
     """The predictions that one step needs, in the order they are made. As many forwards as there are names."""
     if sampling.guidance == "dual":
-        return ("none", "subjects", "full")
+        # With a subject scale of 1 the prediction without subjects cancels out: the prompt alone is guided.
+        return ("none", "subjects", "full") if sampling.subject_scale != 1 else ("subjects", "full")
     if sampling.guidance == "chained":
         return ("none", "text", "full")
     if sampling.guidance == "joint" and sampling.guidance_scale != 1:
@@ -46,6 +47,8 @@ def guided(sampling: Sampling, predict: Callable[[Branch], Tensor]) -> Tensor:
         predict: velocity (B, C, F, H, W) of one branch.
     """
     v = {branch: predict(branch) for branch in branches(sampling)}
+    if sampling.guidance == "dual" and "none" not in v:
+        return joint(v["subjects"], v["full"], _set(sampling.text_scale))
     if sampling.guidance == "dual":
         return chain(v["none"], v["subjects"], v["full"], _set(sampling.subject_scale), _set(sampling.text_scale))
     if sampling.guidance == "chained":

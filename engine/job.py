@@ -78,7 +78,7 @@ class Sampling(Document):
 
     num_inference_steps: int | None = Field(default=None, ge=1, le=100)
     """Denoising steps. Time grows with them; past 50 the picture hardly changes."""
-    scheduler: Literal["euler", "unipc"] | None = None
+    scheduler: Literal["euler", "unipc", "wan_unipc"] | None = None
     """Solver of the flow: Euler, or UniPC for presets trained with it."""
     shift: float | None = Field(default=None, ge=0.1, le=20.0)
     """Shift of the noise schedule; larger spends more steps on layout."""

@@ -18,6 +18,7 @@ import cv2
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
@@ -83,9 +84,12 @@ def load(part: Part, folder: Path, where: torch.device) -> Any:
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """With identity blocks when the folder's config says so, else plain Wan."""
+    """With identity blocks, with VACE's side branch, or plain Wan: the folder's config says which."""
     written_by = _config(folder).get("_class_name")
-    kinds = {kind.__name__: kind for kind in (IdentityWanTransformer3DModel, WanTransformer3DModel)}
+    kinds = {
+        kind.__name__: kind
+        for kind in (IdentityWanTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel)
+    }
     if written_by not in kinds:
         raise _damaged("transformer", folder, f"It holds a {written_by}, not one of {', '.join(kinds)}.")
     return _diffusers(kinds[written_by], folder, dtype, "transformer")

@@ -121,6 +121,23 @@ def prepare_subject(subject: Subject, *, size: int) -> list[Pixels]:
     ]
 
 
+def on_canvas(picture: Pixels, width: int, height: int) -> Pixels:
+    """A prepared picture at a clip's size: its drawn part as large as fits, white around it, (height, width, 3).
+
+    Source: Phantom's `generate.py`, which fits pictures into the clip's size on white.
+    """
+    drawn = picture.min(axis=2) < 250
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+    canvas = Image.new("RGB", (width, height), "white")
+    if len(rows):
+        part = Image.fromarray(picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        scale = min(width / part.width, height / part.height)
+        shape = (max(1, round(part.width * scale)), max(1, round(part.height * scale)))
+        small = part.resize(shape, Image.Resampling.LANCZOS)
+        canvas.paste(small, ((width - shape[0]) // 2, (height - shape[1]) // 2))
+    return np.asarray(canvas)
+
+
 # --- pictures that travel inside a document --------------------------------------------------------------------------
 
 

@@ -89,8 +89,8 @@ class Preset(Document):
     """Where the weights come from."""
     components: Components
     """The parts."""
-    conditioning: Literal["identity", "none"] = "identity"
-    """How subjects enter."""
+    conditioning: Literal["identity", "frames", "side", "none"] = "identity"
+    """How subjects enter: by identity blocks, as frames behind the clip (Phantom, RefAlign), by VACE's side branch."""
     mention: Literal["slot", "noun"] = "slot"
     """How @fox is written for the model: "subject 2, a fox", or the noun phrase itself."""
     max_subjects: int = Field(ge=0, le=8)

@@ -78,6 +78,7 @@ def run(
         say(Progress("load", 0, 1))
         transformer, vae = warm.part("transformer", preset), warm.part("vae", preset)
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
+        lead = conditions.lead
 
         def predict(latents: Tensor, sigma: float) -> Tensor:
             return guided(job.sampling, lambda branch: conditions.predict(latents, sigma, branch))
@@ -88,11 +89,12 @@ def run(
         def on_step(step: sampling.Step) -> None:
             say(Progress("sample", step.index + 1, step.total, eta_s=pace.left(step.index + 1, step.total)))
             if previews.due(step.index + 1, step.total):
-                picture = previews.write(lambda: decode.preview(step.x_0, vae), preset.display_scale)
+                picture = previews.write(lambda: decode.preview(step.x_0[:, :, lead:], vae), preset.display_scale)
                 say(Preview(step.index + 1, step.total, picture))
             pace.go_on()
 
-        latents = sampling.denoise(_noise(job, preset, transformer, vae), predict, solver, on_step)
+        noise = _noise(job, preset, transformer, vae, lead)
+        latents = sampling.denoise(noise, predict, solver, on_step)[:, :, lead:]
 
         reporter = _reporter(job, preset, warm)
         document = write_job(pictures.portable(job))
@@ -149,14 +151,14 @@ def _solver(job: GenerateJob) -> sampling.Solver:
     return sampling.SOLVERS[settings.scheduler](settings.num_inference_steps, settings.shift)
 
 
-def _noise(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any) -> Tensor:
-    """Starting noise (1, C, F, h, w), drawn on the CPU: every device then starts from the same."""
+def _noise(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any, lead: int) -> Tensor:
+    """Starting noise (1, C, lead + F, h, w), drawn on the CPU: every device then starts from the same."""
     frames, height, width = job.num_frames or 1, job.height or 0, job.width or 0
     config = vae.config
     shape = (
         1,
         transformer.config.in_channels,
-        (frames - 1) // config.scale_factor_temporal + 1,
+        lead + (frames - 1) // config.scale_factor_temporal + 1,
         height // config.scale_factor_spatial,
         width // config.scale_factor_spatial,
     )

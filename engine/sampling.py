@@ -11,8 +11,9 @@ Shapes: B clips, C latent channels, F latent frames, H x W latent pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
@@ -80,6 +81,7 @@ class Solver(Protocol):
     """Follows the velocity from one noise level to the next."""
 
     sigmas: Tensor  # (steps + 1,), fp32, falling, the last one 0
+    times: Tensor  # (steps,), fp32, what a model is told of each level; Wan's UniPC leaves out thousandths' fractions
 
     def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
         """Latents at `sigmas[index]` -> latents at `sigmas[index + 1]`, fp32."""
@@ -91,6 +93,7 @@ class Euler:
 
     def __init__(self, num_inference_steps: int, shift: float) -> None:
         self.sigmas = sigmas(num_inference_steps, shift)
+        self.times = self.sigmas[:-1]
 
     def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
         """x + (sigma_next - sigma) * v."""
@@ -98,14 +101,21 @@ class Euler:
 
 
 class UniPC:
-    """diffusers' second-order multistep solver, as presets use it that were trained with it."""
+    """diffusers' second-order multistep solver, as presets use it that were trained with it.
 
-    def __init__(self, num_inference_steps: int, shift: float) -> None:
+    Args:
+        num_inference_steps, shift: as in `sigmas`.
+        first, last: noise levels before the shift; of diffusers' own Wan pipelines where left out.
+    """
+
+    def __init__(self, num_inference_steps: int, shift: float, first: float = 1.0, last: float = 1 / 1000) -> None:
         self._scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
         )
-        self._scheduler.set_timesteps(num_inference_steps)
+        levels: Any = np.linspace(first, last, num_inference_steps + 1)[:-1]  # called a list there, used as an array
+        self._scheduler.set_timesteps(sigmas=levels)
         self.sigmas = self._scheduler.sigmas.clone()
+        self.times = self._scheduler.timesteps.float() / 1000
 
     def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
         """One step of the scheduler, which counts for itself."""
@@ -113,7 +123,12 @@ class UniPC:
         return self._scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
 
-SOLVERS: dict[str, Callable[[int, float], Solver]] = {"euler": Euler, "unipc": UniPC}
+def wan_unipc(num_inference_steps: int, shift: float) -> UniPC:
+    """UniPC at the levels of Wan's own code, and so of Phantom's: the first is .999, the last before 0 a step lower."""
+    return UniPC(num_inference_steps, shift, first=0.999, last=0.0)
+
+
+SOLVERS: dict[str, Callable[[int, float], Solver]] = {"euler": Euler, "unipc": UniPC, "wan_unipc": wan_unipc}
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -134,7 +149,7 @@ def denoise(latents: Tensor, predict: Predict, solver: Solver, on_step: Callable
 
     Args:
         latents: noise, (B, C, F, H, W).
-        predict: velocity at latents and sigma; in any dtype.
+        predict: velocity at latents and a time of the solver's; in any dtype.
         solver: where to evaluate and how to step.
         on_step: called after every step; what it raises ends the loop (that is how a clip is cancelled).
 
@@ -149,7 +164,7 @@ def denoise(latents: Tensor, predict: Predict, solver: Solver, on_step: Callable
     total = len(solver.sigmas) - 1
     for index in range(total):
         sigma = solver.sigmas[index].item()
-        velocity = predict(latents, sigma).float()
+        velocity = predict(latents, solver.times[index].item()).float()
         x_0 = latents - sigma * velocity
         check_alive(x_0, index + 1, total)
         latents = solver.step(velocity, latents, index)

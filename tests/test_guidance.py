@@ -45,6 +45,12 @@ def test_equal_scales_make_every_chain_the_joint_way(velocities, kind):
     torch.testing.assert_close(merged, joint(velocities["none"], velocities["full"], 2.5))
 
 
+def test_with_a_subject_scale_of_one_dual_guides_the_prompt_alone(velocities):
+    merged = guided(_settings("dual", subjects=1, text=4.0), velocities.__getitem__)
+    whole = chain(velocities["none"], velocities["subjects"], velocities["full"], 1, 4.0)
+    torch.testing.assert_close(merged, whole)
+
+
 @pytest.mark.parametrize(
     ("settings", "asked"),
     [
@@ -53,6 +59,7 @@ def test_equal_scales_make_every_chain_the_joint_way(velocities, kind):
         (_settings("joint", joint_scale=1), ("full",)),
         (_settings("dual"), ("none", "subjects", "full")),
         (_settings("chained"), ("none", "text", "full")),
+        (_settings("dual", subjects=1), ("subjects", "full")),
     ],
 )
 def test_only_the_predictions_that_are_needed_are_made(velocities, settings, asked):

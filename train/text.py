@@ -31,13 +31,15 @@ from transformers import (
 
 from engine.encode import vlm_inputs
 from train import checkpoint, world
-from train.world_captions import CAMERA_WORDS, described, noun, say, with_article
+from train.world_captions import CAMERA_WORDS, described, noun, with_article
 
 TEXT_TOKENS = 64
 TEXT_STEPS, TEXT_BATCH = 1000, 96
 # Times the rate, for UMT5's table of distances. It starts near nothing, and which verb belongs to which subject is told
 # by nearness: at the rate of all else, 700 updates left it at .71 of the verbs; now .99 after 150.
 NEARNESS = 20.0
+MOMENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a clip, at which a subject's place is asked for
+WAYS = ("left", "leftwards", "right", "rightwards")
 VLM_STEPS, VLM_BATCH = 1600, 16
 VLM_ALONE = 0.7  # share of the updates on one subject: seeing comes first, telling subjects apart second
 VLM_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -104,7 +106,9 @@ def new_text_encoder(vocab_size: int) -> UMT5EncoderModel:
 class Quiz(nn.Module):
     """Questions put to a caption's states: of the whole (place, camera), and at each word that numbers a subject.
 
-    The second kind is answered by that one word's state, so that whoever looks for "who jumps" finds it at the number.
+    The second kind is answered by that one word's state, in straight lines, so that whoever looks for "who jumps" finds
+    it at the number. Among them is the subject's way through the frame as far as words foretell it: a place in the
+    video then finds the number of whoever belongs there by one product of query and key.
     """
 
     WHOLE: dict[str, tuple[str, ...]] = {  # noqa: RUF012 - constant
@@ -125,13 +129,17 @@ class Quiz(nn.Module):
         self.look = nn.MultiheadAttention(width, 4, batch_first=True)
         self.whole = nn.ModuleDict({key: nn.Linear(width, len(names)) for key, names in self.WHOLE.items()})
         self.slots = nn.ModuleDict({key: nn.Linear(width, len(names)) for key, names in self.SLOT.items()})
+        self.path = nn.Linear(width, 3 * len(MOMENTS))
 
     def forward(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """(B, T, D), (B, T) -> logits: of each question of the whole (B, answers), of a slot (B, T, answers)."""
+        """(B, T, D), (B, T) -> logits: of each question of the whole (B, answers), of a slot (B, T, answers).
+
+        "path" are no logits but numbers, as `path_of` gives them: (B, T, 3 * moments).
+        """
         query = self.query.expand(len(states), -1, -1)
         seen = self.look(query, states, states, key_padding_mask=~mask.bool(), need_weights=False)[0][:, 0]
         whole = {key: head(seen) for key, head in self.whole.items()}
-        return whole | {key: head(states) for key, head in self.slots.items()}
+        return whole | {key: head(states) for key, head in self.slots.items()} | {"path": self.path(states)}
 
 
 def answers(facts: world.Facts, text: str) -> dict[str, Any]:
@@ -153,7 +161,18 @@ def answers(facts: world.Facts, text: str) -> dict[str, Any]:
     return {"place": world.BACKGROUNDS.index(facts.background), "camera": camera_said, **slots}
 
 
-WAYS = ("left", "leftwards", "right", "rightwards")
+def path_of(scene: world.Scene) -> list[list[float]]:
+    """For each slot x, y and size at MOMENTS, as the camera sees it, about zero mean and unit spread."""
+    seen = [world.poses_at(scene, moment, duration=1.0) for moment in MOMENTS]
+    return [
+        [
+            value
+            for poses in seen
+            for pose in [poses[k]]
+            for value in (4 * pose.x - 2, 4 * pose.y - 2, 8 * pose.scale - 3)
+        ]
+        for k in range(len(scene.subjects))
+    ]
 
 
 def asked(numbers: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -167,11 +186,20 @@ def asked(numbers: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 def _loss_of_quiz(
     logits: dict[str, Tensor], targets: Sequence[dict[str, Any]], slots: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """Cross entropy of all questions, and the share of right answers to each. `slots`: what `asked` gives."""
+    """Cross entropy of all questions, and the share of right answers to each; of the path, mean squares.
+
+    Args:
+        slots: what `asked` gives.
+    """
     row, word = slots.nonzero(as_tuple=True)
     numbered = slots[row, word].tolist()
     losses, right = [], {}
     for key, values in logits.items():
+        if key == "path":
+            way = torch.tensor([targets[i][key][slot - 1] for i, slot in zip(row.tolist(), numbered, strict=True)])
+            losses.append(F.mse_loss(values[row, word], way))
+            right[key] = losses[-1].item()
+            continue
         if key in Quiz.WHOLE:
             wanted = torch.tensor([target[key] for target in targets])
         else:
@@ -199,12 +227,11 @@ def train_text_encoder(state: Path, tokenizer: PreTrainedTokenizerFast, *, secon
 
 def _captions(step: int) -> tuple[list[str], list[dict[str, Any]]]:
     """One batch of captions and what they let one know."""
-    rng = np.random.default_rng((22, step))
     texts, targets = [], []
-    for _ in range(TEXT_BATCH):
-        facts, cast = world.make_facts(rng)
-        texts.append(say(facts, cast if rng.random() < 0.25 else None, rng))
-        targets.append(answers(facts, texts[-1]))
+    for seed in range(step * TEXT_BATCH, (step + 1) * TEXT_BATCH):
+        scene = world.make_scene(10_000 + seed)
+        texts.append(world.caption(scene))
+        targets.append({**answers(scene.facts, texts[-1]), "path": path_of(scene)})
     return texts, targets
 
 

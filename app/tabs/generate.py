@@ -143,7 +143,10 @@ def _advanced(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) ->
         with gr.Row(elem_classes="numbers"):
             form["num_inference_steps"] = gr.Number(start.num_inference_steps, label="Steps", precision=0, min_width=70)
             form["scheduler"] = gr.Dropdown(
-                [("Euler", "euler"), ("UniPC", "unipc")], value=start.scheduler, label="Solver", min_width=90
+                [("Euler", "euler"), ("UniPC", "unipc"), ("UniPC, Wan's levels", "wan_unipc")],
+                value=start.scheduler,
+                label="Solver",
+                min_width=90,
             )
             form["shift"] = gr.Number(start.shift, label="Shift", step=0.1, min_width=70)
         modes = [("None", "none"), ("Joint", "joint"), ("Dual", "dual"), ("Chained", "chained")]
