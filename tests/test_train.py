@@ -328,6 +328,38 @@ def test_the_reading_loss_falls_when_each_place_reads_the_word_that_numbers_whoe
     assert loss(reads, torch.zeros_like(owner)) == loss(reads, torch.full_like(owner, 3)) == 0  # 3 is never numbered
 
 
+def test_the_naming_loss_asks_for_the_slot_and_not_for_what_a_picture_looks_like() -> None:
+    attention, worn = IdentityAttention(8, 2, 1e-6), 2 * torch.eye(8)[:4]
+    torch.nn.init.eye_(attention.to_q.weight)
+    torch.nn.init.zeros_(attention.to_q.bias)
+    owner = torch.tensor([[1, 2, 0, -1]])
+    z = 3 * torch.eye(8)[[0, 1, 5, 6]].unsqueeze(0)
+
+    def loss(z: Tensor, owner: Tensor, count: int = 2) -> float:
+        return binding.naming_loss(binding.Seen(slots=[(attention, z, worn)]), owner, count).item()
+
+    assert loss(z, owner) < 0.5 * loss(z, torch.tensor([[2, 1, 0, -1]]))
+    assert loss(z, owner) < loss(z, owner, count=4)  # more to be taken for
+    elsewhere = z.clone()
+    elsewhere[0, 2:] = 7 * torch.randn(2, 8)
+    assert loss(elsewhere, owner) == pytest.approx(loss(z, owner))
+    assert loss(z, owner.clamp(max=1), count=1) == 0  # alone there is nothing to tell
+    assert loss(z, torch.zeros_like(owner)) == 0
+
+
+def test_keys_that_wear_no_slots_are_not_asked_for_them(cache: Path) -> None:
+    dealt = data.Cache(cache)
+    dealt.refresh()
+    batch = dealt.draw("clip", 4, np.random.default_rng(0))
+    assert batch.references.shape[1] == 2
+    batch.owner[:, :, 2:, 2:] = 2
+    for worn in (False, True):
+        architecture = {**IDENTITY, "slot_keys": worn}
+        config = sft.SftConfig(kind="identity", cache=str(cache), architecture=architecture, steps=1, drop_both=0)
+        parts = sft.loss_at(sft.new_model(config), batch, config, BLANK, place=(0,))[1]
+        assert (parts["names"] > 0) == worn
+
+
 def test_whose_caption_was_dropped_is_asked_to_read_nothing(cache: Path) -> None:
     config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, drop_subjects=0)
     model, dealt = sft.new_model(config), data.Cache(cache)

@@ -2,8 +2,9 @@
 of that subject's picture; background at the VLM.
 
 In:  a batch's owner maps, numbers, latents and reference latents; what attention read while the model predicted.
-Out: two losses. The paper has no such terms: they are FastComposer's localised attention (arXiv 2305.10431), for words
-as it is, for pictures taken down to parts. Without them attention stayed even for as long as we watched (docs/log.md).
+Out: three losses. The paper has no such terms: they are FastComposer's localised attention (arXiv 2305.10431), for
+words as it is, for pictures taken down to parts, and for what joins the two, the slot. Without them attention stayed
+even for as long as we watched (docs/log.md).
 Knows nothing of noise levels, optimisers or runs.
 
 Shapes: B samples, N subjects, V pictures of each, C latent channels, F latent frames, h x w latent pixels, Q video
@@ -32,19 +33,24 @@ class Seen:
 
     pictures: list[tuple[IdentityAttention, Tensor, LayerIdentity]] = field(default_factory=list)
     """Of each stage 3: the module, Z (B, Q, D), and the layer's keys."""
+    slots: list[tuple[IdentityAttention, Tensor, Tensor]] = field(default_factory=list)
+    """Of each stage 3 whose keys wear slots: the module, Z, and what a key wears of each slot (max_subjects, D)."""
     words: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)
     """Of each cross-attention to text: the module, its normed Z (B, Q, D), and the text (B, L, D)."""
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Seen]:
+def watched(model: Any) -> Iterator[Seen]:
     """Inside, what the last three blocks that have a stage 3 read is noted down."""
     seen = Seen()
-    blocks: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "identity", None), IdentityAttention)][-3:]
+    blocks = [m for m in model.modules() if isinstance(getattr(m, "identity", None), IdentityAttention)][-3:]
+    worn = {block.identity: towers.slot_key for block, towers in zip(model.blocks, model.subject_blocks, strict=False)}
 
     def note_pictures(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, IdentityAttention)
         seen.pictures.append((module, *inputs))
+        if worn[module] is not None:
+            seen.slots.append((module, inputs[0], worn[module].weight))
 
     def note_words(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.words.append((module, inputs[0], inputs[1]))
@@ -170,6 +176,28 @@ def binding_loss(seen: Seen, owner_BQ: Tensor, near_BQS: Tensor) -> Tensor:
         surprise = -right.clamp(min=1e-6).log()
         for places in (owner_BQ > 0, owner_BQ == 0):
             losses.append((surprise * places).sum() / places.sum().clamp(min=1))
+    return torch.stack(losses).mean() if losses else torch.zeros(())
+
+
+def naming_loss(seen: Seen, owner_BQ: Tensor, count: int) -> Tensor:
+    """Cross entropy of the slot that a place's query asks for, by what keys wear of their slots alone.
+
+    What pictures look like is left out, which near pure noise is louder than who is meant.
+
+    Args:
+        seen: what `watched` noted down.
+        owner_BQ: the slot at each video token; 0 and below: nothing is asked.
+        count: how many subjects there are.
+    """
+    losses = []
+    places = owner_BQ > 0
+    wanted = (owner_BQ - 1).clamp(min=0)
+    for module, z, worn in seen.slots:
+        query = module.norm_q(module.to_q(module.norm(z)))
+        width = query.shape[-1] // module.heads
+        scores = query @ worn[:count].T / (module.heads * width**0.5)  # mean over heads
+        surprise = nn.functional.cross_entropy(scores.transpose(1, 2), wanted, reduction="none")
+        losses.append((surprise * places).sum() / places.sum().clamp(min=1))
     return torch.stack(losses).mean() if losses else torch.zeros(())
 
 

@@ -32,7 +32,7 @@ from engine.model import IdentityWanTransformer3DModel
 from engine.sampling import noised, shifted, starting_noise
 from engine.subject_tower import References
 from train import checkpoint
-from train.binding import Seen, binding_loss, counterparts, reading_loss, tokens_owner, watched
+from train.binding import Seen, binding_loss, counterparts, naming_loss, reading_loss, tokens_owner, watched
 from train.data import Batch, Blank, Cache, cut_from_clip
 from train.quick import quick
 from train.team import Team
@@ -100,7 +100,7 @@ class SftConfig(Document):
     motion_weight: float = Field(0.0, ge=0)
     """Extra weight of what differs between a clip's frames, seen coarsely: a small part, and what is done."""
     binding: float = Field(0.1, ge=0)
-    """Weight of the loss that has a subject's place in the frame look at its own pictures."""
+    """Weight of the losses that have a subject's place in the frame look at its own pictures, and ask for its slot."""
     reading: float = Field(0.1, ge=0)
     """Weight of the loss that has a subject's place read, in one head, the word that numbers it."""
     shift: float = Field(2.5, gt=0)
@@ -232,19 +232,20 @@ def loss_at(
     if identity is None or references is None:
         with placed:
             predicted = model(noisy, timestep, text, return_dict=False)[0]
-        looks = reads = predicted.new_zeros(())
+        looks = names = reads = predicted.new_zeros(())
     else:
         repeated = identity.repeat_interleave(noises)
         with watched(model) as seen, placed:
             predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
-        looks = (
-            _looks(seen, batch, references, blank, patch) if repeated.num_subject_tokens else predicted.new_zeros(())
-        )
+        looks = names = predicted.new_zeros(())
+        if repeated.num_subject_tokens:
+            looks, names = _looks(seen, batch, references, blank, patch)
         told = torch.where((text == blank.text).flatten(1).all(1, keepdim=True), 0, tokens_owner(owner, patch))
         reads = reading_loss(seen, told, batch.numbers.repeat_interleave(noises, 0))
     error = weighted_error(predicted - target, weight, config.motion_weight)
-    parts = {"error": error.item(), "looks": looks.item(), "reads": reads.item()}
-    return error + config.binding * looks + config.reading * reads, parts
+    parts = {"error": error, "looks": looks, "names": names, "reads": reads}
+    whole = error + config.binding * (looks + names) + config.reading * reads
+    return whole, {name: part.item() for name, part in parts.items()}
 
 
 def weighted_error(missed: Tensor, weight: Tensor, motion_weight: float) -> Tensor:
@@ -274,15 +275,17 @@ def _coarse(values: Tensor) -> Tensor:
     return flat.unflatten(0, values.shape[:2])
 
 
-def _looks(seen: Seen, batch: Batch, references: References, blank: Blank, patch: int) -> Tensor:
-    """The binding loss of a batch in which some are asked nothing: without subjects, in background without a VLM."""
+def _looks(seen: Seen, batch: Batch, references: References, blank: Blank, patch: int) -> tuple[Tensor, Tensor]:
+    """Binding and naming loss of a batch in which some are asked nothing: without subjects, in background without a
+    VLM."""
     assert references.latents is not None and references.mask is not None and references.vlm_mask is not None
     there, heard = (mask.flatten(1).any(1, keepdim=True) for mask in (references.mask, references.vlm_mask))
     owner = tokens_owner(batch.owner, patch)
     asked = torch.where(there & (heard | (owner > 0)), owner, -1)
     near = counterparts(batch.latents, batch.owner, references.latents, blank.white, patch)
     noises = len(seen.pictures[0][1]) // len(batch)
-    return binding_loss(seen, *(each.repeat_interleave(noises, 0) for each in (asked, near)))
+    asked, near = (each.repeat_interleave(noises, 0) for each in (asked, near))
+    return binding_loss(seen, asked, near), naming_loss(seen, asked, references.latents.shape[1])
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
