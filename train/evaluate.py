@@ -373,17 +373,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for jobs, clips, reports and the table; kept")
     parser.add_argument("--judges", default="test", choices=["test", "reward"], help="which set judges")
     parser.add_argument("--every", type=int, help="each n-th job of every category; 3, with --full 1")
+    parser.add_argument("--controls", type=int, default=1, help="withheld and swapped references in each n-th of those")
     options = parser.parse_args(argv)
     every = options.every or (1 if options.full else REDUCED)
     judges, jobs = judges_of(options.judges), cases(options.preset, every=every)
+    controls = cases(options.preset, every=every * options.controls)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch)
         verdicts = {"made": made(jobs, judges, folder / "clips", _say, "clips")}
         if options.full:
-            pairs = [each for each in jobs if len(each.scene.subjects) == 2]
+            pairs = [each for each in controls if len(each.scene.subjects) == 2]
             again = {
-                "references withheld": [withheld(each, attributes=False) for each in jobs],
-                "attributes said, references withheld": [withheld(each, attributes=True) for each in jobs],
+                "references withheld": [withheld(each, attributes=False) for each in controls],
+                "attributes said, references withheld": [withheld(each, attributes=True) for each in controls],
                 "references swapped": [swapped(each) for each in pairs],
             }
             for name, others in again.items():

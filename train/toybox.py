@@ -66,16 +66,19 @@ SIZES = {
     "xs": Size("toybox", Format(64, 9), heads=5, ffn_dim=640, layers=6),  # 4M parameters, for two processor cores
     "s": Size("toybox-s", Format(128, 17), heads=7, ffn_dim=896, layers=8),  # 10M, for one large card
 }
-# What SftConfig's defaults have not; clips share as much noise as their preset says. The shipped motion run got its
-# positions, its sparse clips and its weights of motion one after the other (docs/log.md); these are its last ones.
+# What SftConfig's defaults have not; clips share as much noise as their preset says. The shipped checkpoint got its
+# positions, slots, sparse clips and losses one after the other (docs/log.md); these are the last ones.
 IDENTITY = {"steps": 9600, "clip_share": 0.4, "in_pair": 0.0, "ema": 0.999}
 MOTION = {
     "steps": 9000,
     "clip_share": 0.8,
     "sparse_share": 0.5,
+    "sparse_shift": 12.0,
     "clip_shift": 3.5,
     "motion_weight": 1.0,
-    "fall": 0.5,
+    "binding": 0.25,
+    "reading": 0.3,
+    "fall": 0.4,
     "in_pair": 0.0,
     "ema": 0.999,
 }
