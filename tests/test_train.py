@@ -206,6 +206,32 @@ def test_a_path_is_where_each_subject_is_seen_at_each_moment() -> None:
     assert 0.3 < float(every.std()) < 2 and abs(float(every.mean())) < 0.5
 
 
+@torch.no_grad()
+def test_the_shipped_reader_of_captions_says_at_each_number_who_acts_and_how() -> None:
+    """A linear look at the word's state is enough: fitted on some captions, right on others."""
+    tokenizer = text.load_tokenizer(toybox.ASSETS / "tokenizer")
+    encoder = text.UMT5EncoderModel.from_pretrained(toybox.ASSETS / "text_encoder", dtype=torch.float32).eval()
+    rng = np.random.default_rng(7)
+    states, parts, verbs = [], [], []
+    for _ in range(600):
+        scene = world.make_scene(int(rng.integers(2**28)), num_subjects=2, split="heldout")
+        facts, caption = scene.facts, world.caption(scene, False, rng)
+        words = tokenizer([caption], return_tensors="pt")
+        told, numbers = text.answers(facts, caption), text.asked(words["input_ids"], tokenizer)[0]
+        seen = encoder(**words).last_hidden_state[0]
+        for word in numbers.nonzero().flatten().tolist():
+            slot = int(numbers[word]) - 1
+            states.append(seen[word])
+            parts.append(told["part"][slot])
+            verbs.append(told["verb"][slot])
+    x = torch.nn.functional.pad(torch.stack(states).double(), (0, 1), value=1)
+    for answers, least in ((parts, 0.9), (verbs, 0.9)):
+        wanted = torch.nn.functional.one_hot(torch.tensor(answers)).double()
+        known, asked = slice(0, 900), slice(900, None)
+        fit = torch.linalg.lstsq(x[known], wanted[known]).solution
+        assert float(((x[asked] @ fit).argmax(1) == wanted[asked].argmax(1)).double().mean()) > least
+
+
 def test_a_sparse_clip_holds_both_of_its_ends(cache: Path) -> None:
     """Positions are relative: from frames in the middle alone no model can tell when they are."""
     config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=0, sparse_frames=3)
