@@ -199,9 +199,8 @@ class SubjectBlock(nn.Module):
             value = value * _per_key(weights_BN.to(value.dtype), tokens_BNLD.shape[2], value.shape[1]).unsqueeze(-1)
         key = self.norm_k(self.to_k(context))
         if self.slot_key is not None and tokens_BNLD is not None and slots_BN is not None:
-            worn = (
-                self.slot_key(slots_BN).to(key.dtype).repeat_interleave(tokens_BNLD.shape[2], 1)
-            )  # (B or 1, N * L, D)
+            worn = self.slot_key(slots_BN).to(key.dtype)  # (B or 1, N, D)
+            worn = worn.repeat_interleave(tokens_BNLD.shape[2], dim=1)
             key = key + nn.functional.pad(worn, (0, 0, 0, key.shape[1] - worn.shape[1]))
         return tokens_BNLD, key, value
 
