@@ -323,7 +323,7 @@ CHANCE = 1 / 16
 
 
 def identity(preset: str) -> Iterator[Figure]:
-    """The benchmark, its controls on every third job, by the test judges: mean and 95 % interval over jobs."""
+    """The benchmark, its controls on every sixth job, by the test judges: mean and 95 % interval over jobs."""
     promised = {
         ("made, 2 subjects", "own picture first of 16"): 0.8,
         ("made, 3 subjects", "own picture first of 16"): 0.7,
@@ -333,7 +333,7 @@ def identity(preset: str) -> Iterator[Figure]:
         ("references swapped", "own picture first of 16"): 0.8,
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-X", "utf8", "-m", "train.evaluate", preset, "--full", "--controls", "3"]
+        command = [sys.executable, "-X", "utf8", "-m", "train.evaluate", preset, "--full", "--controls", "6"]
         subprocess.run([*command, "--out", folder], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
         found = json.loads((Path(folder) / "table.json").read_text(encoding="utf-8"))
     rows, agreed = found["rows"], found["agreement"]
