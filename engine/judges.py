@@ -14,8 +14,9 @@ Shapes: F frames, N subjects, V pictures of each, P pictures, H x W pixels.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,14 @@ STILL, FROZEN = "stands still", "nothing moves"  # the second is said of a clip 
 
 def _conv(into: int, out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.GroupNorm(2, out), nn.ReLU(inplace=True))
+
+
+class Looked(NamedTuple):
+    """What the locator sees in frames before it is told whom to look for."""
+
+    figure: Tensor  # (F, H, W), logits
+    stranger: Tensor  # (F, 1, h, w), logits
+    places: Tensor  # (F, 32, h * w), unit features at half size
 
 
 class Locator(nn.Module):
@@ -82,29 +91,37 @@ class Locator(nn.Module):
         joined = keys.flatten(2).transpose(1, 2).unflatten(0, (N, V)).flatten(1, 2)
         return joined, (share.unflatten(0, (N, V)).flatten(1) / V).clamp(min=1e-6).log()
 
-    def scores(self, frames: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """(F, 3, H, W), (N, V, 3, H, W) -> figure logits (F, H, W); logits at half size (F, N + 1, h, w), 0 a stranger.
-
-        With (F, N, V, 3, H, W) every frame has references of its own.
-        """
+    def look(self, frames: Tensor) -> Looked:
+        """(F, 3, H, W) -> what is in them, whoever is asked about."""
         half, full = self.features(frames)
-        figure = self.figure(full).squeeze(1)
+        places = functional.normalize(self.key(half), dim=1).flatten(2)
+        return Looked(self.figure(full).squeeze(1), self.stranger(half), places)
+
+    def match(self, looked: Looked, pictures: Tensor) -> Tensor:
+        """Logits at half size (F, N + 1, h, w) of who each place is, 0 a stranger.
+
+        (N, V, 3, H, W); with (F, N, V, 3, H, W) every frame has references of its own.
+        """
         keys, share = self.reference_keys(pictures.flatten(0, 1) if pictures.ndim == 6 else pictures)
-        places = functional.normalize(self.key(half), dim=1).flatten(2)  # (F, 32, h * w)
         if pictures.ndim == 6:
             keys, share = (each.unflatten(0, pictures.shape[:2]) for each in (keys, share))
-            alike = torch.einsum("fcp,fnkc->fnkp", places, keys)
+            alike = torch.einsum("fcp,fnkc->fnkp", looked.places, keys)
         else:
-            alike, share = torch.einsum("fcp,nkc->fnkp", places, keys), share.unsqueeze(0)
+            alike, share = torch.einsum("fcp,nkc->fnkp", looked.places, keys), share.unsqueeze(0)
         match = (alike * self.sharpness.exp() + share.unsqueeze(-1)).logsumexp(2)  # (F, N, h * w)
-        return figure, torch.cat([self.stranger(half), match.unflatten(2, half.shape[2:])], 1)
+        return torch.cat([looked.stranger, match.unflatten(2, looked.stranger.shape[2:])], 1)
+
+    def scores(self, frames: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Figure logits (F, H, W), and what `match` gives; for teaching."""
+        looked = self.look(frames)
+        return looked.figure, self.match(looked, pictures)
 
     @torch.no_grad()
-    def forward(self, frames: Tensor, pictures: Tensor) -> Tensor:
-        """(F, 3, H, W), (N, V, 3, H, W) -> shares (F, N + 1, H, W) that add up to 1; 0: nobody of them."""
-        figure, scores = self.scores(frames, pictures)
+    def forward(self, looked: Looked, pictures: Tensor) -> Tensor:
+        """Pictures (N, V, 3, H, W) -> shares (F, N + 1, H, W) that add up to 1; 0: nobody of them."""
+        scores = self.match(looked, pictures)
         who = functional.interpolate(scores, scale_factor=2.0, mode="bilinear", align_corners=False).softmax(1)
-        mine = figure.sigmoid().unsqueeze(1) * who[:, 1:]
+        mine = looked.figure.sigmoid().unsqueeze(1) * who[:, 1:]
         return torch.cat([1 - mine.sum(1, keepdim=True), mine], 1)
 
 
@@ -337,18 +354,27 @@ def _prepared(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 
 def locate(judges: Judges, frames: Tensor, pictures: Sequence[Tensor]) -> Tensor:
-    """Who is where: (F, 3, H, W) in [0, 1] and each subject's (V, 3, SIZE, SIZE) -> shares (F, N + 1, H, W).
+    """Who is where: (F, 3, H, W) in [0, 1] and each subject's (V, 3, SIZE, SIZE) -> shares (F, N + 1, H, W)."""
+    return finder(judges, frames)(pictures)
+
+
+@torch.no_grad()
+def finder(judges: Judges, frames: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
+    """`locate` for whoever asks about several casts: the frames, which are most of the work, are looked at once.
 
     Frames of another size are judged at the height the judges know, and the shares carried back.
     """
     H, W = frames.shape[-2:]
     wide = max(8, round(W * SIZE / H / 8) * 8)
-    known = functional.interpolate(frames, (SIZE, wide), mode="bilinear", antialias=True)
-    most = max(len(own) for own in pictures)
-    # A picture shown twice counts as often as another subject's two.
-    even = torch.stack([own[torch.arange(most) % len(own)] for own in pictures])
-    shares = judges.locator(known, even)
-    return functional.interpolate(shares, (H, W), mode="bilinear", align_corners=False)
+    looked = judges.locator.look(functional.interpolate(frames, (SIZE, wide), mode="bilinear", antialias=True))
+
+    def find(pictures: Sequence[Tensor]) -> Tensor:
+        most = max(len(own) for own in pictures)
+        # A picture shown twice counts as often as another subject's two.
+        even = torch.stack([own[torch.arange(most) % len(own)] for own in pictures])
+        return functional.interpolate(judges.locator(looked, even), (H, W), mode="bilinear", align_corners=False)
+
+    return find
 
 
 def likenesses(judges: Judges, frames: Tensor, masks: Tensor, known: Sequence[Tensor]) -> Tensor:

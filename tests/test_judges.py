@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 
 from engine import identity, presets, video
-from engine.judges import CROP, Drawn, Judges, cut_out, geometry, locate, to_unit
+from engine.judges import CROP, Drawn, Judges, cut_out, finder, geometry, locate, to_unit
 from train import evaluate, faults, others, sheet, world
 from train import judges as teacher
 from train.judges import Both
@@ -80,10 +80,12 @@ def test_geometry_knows_where_a_mask_is_how_large_and_which_way_it_leans() -> No
 
 def test_shares_of_pixels_add_up_to_one_and_follow_the_order_of_the_references(raw: Judges) -> None:
     frames, pictures = torch.rand(2, 3, 64, 64), torch.rand(3, 2, 3, 64, 64)
-    shares = raw.locator(frames, pictures)
+    with torch.no_grad():
+        looked = raw.locator.look(frames)
+    shares = raw.locator(looked, pictures)
     assert shares.shape == (2, 4, 64, 64)
     torch.testing.assert_close(shares.sum(1), torch.ones(2, 64, 64))
-    turned = raw.locator(frames, pictures[[2, 0, 1]])
+    turned = raw.locator(looked, pictures[[2, 0, 1]])
     torch.testing.assert_close(turned[:, 1:], shares[:, [3, 1, 2]])
 
 
@@ -262,11 +264,13 @@ def test_every_candidate_is_looked_for_in_the_same_way(shipped: Judges) -> None:
     frames = to_unit(torch.from_numpy(world.render(case.scene, num_frames=5).frames))
     pictures = [to_unit(torch.from_numpy(evaluate._decoded(subject)[None])) for subject in case.job.subjects]
     candidates = torch.cat([pictures[1], evaluate._others(case.id, 1, case.scene.subjects[1])[:4]])
-    found = evaluate._alike(shipped, frames, pictures, 1, candidates)
+    find = finder(shipped, frames)
+    found = evaluate._alike(shipped, frames, find, pictures, 1, candidates)
     assert found[0] == max(found) > 0.5
-    turned = evaluate._alike(shipped, frames, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
+    turned = evaluate._alike(shipped, frames, find, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
     assert turned[::-1] == pytest.approx(found, abs=1e-5)
-    assert evaluate._alike(shipped, torch.ones_like(frames), pictures, 1, candidates) == [0.0] * 5
+    white = torch.ones_like(frames)
+    assert evaluate._alike(shipped, white, finder(shipped, white), pictures, 1, candidates) == [0.0] * 5
 
 
 def test_withheld_references_leave_words_alone_and_swapped_ones_keep_them() -> None:

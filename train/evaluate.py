@@ -35,7 +35,7 @@ from torch import Tensor
 from engine import decode, presets, run, video
 from engine.encode import clip_latents, render
 from engine.job import GenerateJob, Subject, make_job
-from engine.judges import MOMENTS, SEEN, Judges, cut_out, locate, to_unit
+from engine.judges import MOMENTS, SEEN, Judges, cut_out, finder, to_unit
 from engine.messages import StudioError
 from train import world, world_captions
 from train.checkpoint import duration
@@ -165,7 +165,8 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     scene = case.scene
     pictures = [to_unit(torch.from_numpy(_decoded(subject)[None])) for subject in case.job.subjects]
     seen = to_unit(torch.from_numpy(frames))
-    owner = locate(judges, seen, pictures).argmax(1)
+    find = finder(judges, seen)
+    owner = find(pictures).argmax(1)
     masks = torch.stack([owner == slot for slot in range(1, len(pictures) + 1)], 1).float()  # (F, N, H, W)
     there = masks.mean((2, 3)) >= SEEN
     recognised, likeness, copied = [], [], []
@@ -174,7 +175,7 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         if bool(shown.any()):
             copied.append(_copied(cut_out(seen[shown], masks[shown, slot]), subject, pictures[slot]))
         candidates = torch.cat([pictures[slot], _others(case.id, slot, subject)])
-        found = _alike(judges, seen, pictures, slot, candidates)
+        found = _alike(judges, seen, find, pictures, slot, candidates)
         recognised.append(found[0] > max(found[1:]))
         likeness.append(found[0])
     presence = there.float().mean(0).tolist()
@@ -199,7 +200,14 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     )
 
 
-def _alike(judges: Judges, frames: Tensor, pictures: Sequence[Tensor], slot: int, candidates: Tensor) -> list[float]:
+def _alike(
+    judges: Judges,
+    frames: Tensor,
+    find: Callable[[Sequence[Tensor]], Tensor],
+    pictures: Sequence[Tensor],
+    slot: int,
+    candidates: Tensor,
+) -> list[float]:
     """How much a clip shows of each candidate (P, 3, H, W) for one slot: cosine of its cut-outs, 0 where it is not.
 
     Every candidate is looked for with its own picture, beside the other slots' pictures, so that none has the advantage
@@ -208,7 +216,7 @@ def _alike(judges: Judges, frames: Tensor, pictures: Sequence[Tensor], slot: int
     known, found = judges.embedder(cut_out(candidates)), []
     for candidate, vector in zip(candidates, known, strict=True):
         instead = [*pictures[:slot], candidate[None], *pictures[slot + 1 :]]
-        mask = (locate(judges, frames, instead).argmax(1) == slot + 1).float()  # (F, H, W)
+        mask = (find(instead).argmax(1) == slot + 1).float()  # (F, H, W)
         there = mask.mean((1, 2)) >= SEEN
         cuts = judges.embedder(cut_out(frames[there], mask[there])) if bool(there.any()) else vector.new_zeros(0, 1)
         found.append(float((cuts @ vector).clamp(min=0).sum()) / len(frames) if len(cuts) else 0.0)

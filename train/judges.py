@@ -453,7 +453,7 @@ def measure(judges: Judges, vae: AutoencoderKLWan, *, scenes: int = 160, seed: i
         clip = world.render(a_scene(rng, "heldout"), num_frames=1)
         frame = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
         pictures = to_unit(torch.from_numpy(np.stack([reference(s, rng)[None] for s in clip.scene.subjects])))
-        owner = judges.locator(frame, pictures).argmax(1)[0].numpy()
+        owner = judges.locator(judges.locator.look(frame), pictures).argmax(1)[0].numpy()
         overlaps += overlap(owner, clip.owner[0], len(clip.scene.subjects))
         place = int(judges.place(frame)[0].argmax())
         found["place"] += (judges.places[place] == clip.facts.background) / scenes
