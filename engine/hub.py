@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import shutil
 import time
 import urllib.error
@@ -54,6 +55,16 @@ class Wanted:
     path: str  # inside the repository, with forward slashes
     revision: str = "main"  # branch, tag or commit
 
+    def __post_init__(self) -> None:
+        for text in (self.path, self.revision):
+            if any(part in ("", ".", "..") or set(part) & set("\\:") for part in text.split("/")):
+                raise StudioError(
+                    f"{text[:80]!r} is no file or revision of a repository.",
+                    "It leads out of the folder that the repository's files lie in.",
+                    "Copy the name from the repository's page.",
+                    field="repository",
+                )
+
 
 @dataclass(frozen=True)
 class Found:
@@ -64,7 +75,6 @@ class Found:
     hash: str  # sha256 of a large file, git's sha1 of a small one
     size: int  # bytes
     location: str  # where its bytes are
-    only_xet: bool = False  # the library alone can fetch it
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ class Hub:
             StudioError: offline, no such repository or file, or no right to read it.
         """
         files = tuple(self._ask(each) for each in wanted)
-        missing = {found.hash: found for found in files if not self._blob(found).is_file()}
+        missing = {found.hash: found for found in files if self._twin(found) is None}
         here = sum(self._part_bytes(found) for found in missing.values())
         self.cache.mkdir(parents=True, exist_ok=True)
         to_fetch = sum(found.size for found in missing.values()) - here
@@ -164,7 +174,7 @@ class Hub:
         total = sum(found.size for found in files)
         for found in files:
             blob = self._blob(found)
-            if not blob.is_file() or _hash_of(blob, found) != found.hash:
+            if not blob.is_file() or _hash_of(blob, found.hash) != found.hash:
                 blob.unlink(missing_ok=True)
                 broken.append(found.wanted)
             done += found.size
@@ -177,25 +187,22 @@ class Hub:
         They are linked where the disk allows it, else copied; the other program keeps its own.
         """
         plan, adopted = self.plan(wanted), []
-        sizes = {found.size: found for found in plan.missing}
+        hashes = {found.hash: found for found in plan.missing}
+        sizes = {(found.size, len(found.hash)) for found in plan.missing}
+        candidates = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*"))]
         candidates = [
-            path
-            for folder in folders
-            if folder.is_dir()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.stat().st_size in sizes
+            path for path in candidates if path.is_file() and path.stat().st_size in {size for size, _ in sizes}
         ]
         for number, path in enumerate(candidates, start=1):
             say(number, len(candidates), path.name)
-            found = sizes[path.stat().st_size]
-            blob = self._blob(found)
-            if blob.is_file() or _hash_of(path, found) != found.hash:
-                continue
-            blob.parent.mkdir(parents=True, exist_ok=True)
-            _linked_or_copied(path, blob)
-            adopted.append(path)
+            for digits in {digits for size, digits in sizes if size == path.stat().st_size}:
+                found = hashes.pop(_hash_of(path, "0" * digits), None)
+                if found is not None:
+                    self._blob(found).parent.mkdir(parents=True, exist_ok=True)
+                    _linked_or_copied(path, self._blob(found))
+                    adopted.append(path)
         for found in plan.files:
-            if self._blob(found).is_file():
+            if self._twin(found) is not None:
                 self._point(found)
         return adopted
 
@@ -221,14 +228,12 @@ class Hub:
         blob.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(blob.with_suffix(".lock")):
             damaged = False
+            blob.with_suffix(".part").touch()
             while not blob.is_file():  # another process may have brought it while this one waited
                 part = blob.with_suffix(".part")
-                if found.only_xet:
-                    self._by_library(found)
-                    return
                 self._transfer(found, part, say)
                 part.with_suffix(".etag").unlink(missing_ok=True)
-                if _hash_of(part, found) == found.hash:
+                if _hash_of(part, found.hash) == found.hash:
                     part.replace(blob)
                     return
                 part.unlink()
@@ -246,6 +251,8 @@ class Hub:
         while (have := part.stat().st_size if part.is_file() else 0) < found.size:
             try:
                 self._stream(found, part, have, say)
+                if part.is_file() and part.stat().st_size == have:
+                    raise ConnectionError("an answer without a byte")
                 failures = 0
             except _Refused as refusal:
                 failures += 1
@@ -272,9 +279,8 @@ class Hub:
         if have:
             mark = part.with_suffix(".etag")
             headers["Range"] = f"bytes={have}-"
-            if (
-                mark.is_file() and mark.stat().st_size
-            ):  # as the server that has the bytes calls them, which need not be the Hub's hash
+            # As the server that has the bytes calls them, which need not be the Hub's hash.
+            if mark.is_file() and mark.stat().st_size:
                 headers["If-Range"] = mark.read_text(encoding="utf-8")
         if urlsplit(found.location).netloc == urlsplit(self.endpoint).netloc and (token := self._secret()):
             headers["Authorization"] = f"Bearer {token}"
@@ -298,24 +304,15 @@ class Hub:
                 for_good=error.code in (404, 410),
             ) from None
 
-    def _by_library(self, found: Found) -> None:
-        from huggingface_hub import hf_hub_download
-
-        wanted = found.wanted
-        hf_hub_download(
-            wanted.repo,
-            wanted.path,
-            revision=found.commit,
-            cache_dir=self.cache,
-            token=self._secret(),
-            endpoint=self.endpoint,
-        )
-
     # --- the layout ---
 
     def _point(self, found: Found) -> Path:
         """The snapshot's name for a blob, and the revision's name for the snapshot."""
         folder, blob = self._repo(found.wanted.repo), self._blob(found)
+        twin = self._twin(found)
+        if twin is not None and twin != blob:
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            _linked_or_copied(twin, blob)
         path = folder / "snapshots" / found.commit / Path(*found.wanted.path.split("/"))
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -337,6 +334,11 @@ class Hub:
 
     def _blob(self, found: Found) -> Path:
         return self._repo(found.wanted.repo) / "blobs" / found.hash
+
+    def _twin(self, found: Found) -> Path | None:
+        """The same bytes, in this repository's folder or, where two repositories hold one file, in another's."""
+        blob = self._blob(found)
+        return blob if blob.is_file() else next(iter(self.cache.glob(f"models--*/blobs/{found.hash}")), None)
 
     def _part_bytes(self, found: Found) -> int:
         part = self._blob(found).with_suffix(".part")
@@ -364,9 +366,10 @@ class Hub:
                 if failures >= TRIES:
                     raise _unknown(wanted, error) from None
                 time.sleep(self._pause(failures))
-        if told.commit_hash is None or told.etag is None or told.size is None:
+        names = (told.commit_hash or "", told.etag or "")  # both become names of files
+        if told.size is None or not all(re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) for name in names):
             raise _unknown(wanted, ValueError("the answer names no commit, hash or size"))
-        return Found(wanted, told.commit_hash, told.etag, told.size, told.location)
+        return Found(wanted, *names, told.size, told.location)
 
     @contextmanager
     def _explained(self, found: Found):
@@ -405,10 +408,10 @@ def _of_the_line(error: OSError) -> bool:
     return isinstance(error, (ConnectionError, TimeoutError, urllib.error.URLError))
 
 
-def _hash_of(path: Path, found: Found) -> str:
-    """sha256, or git's sha1 where the Hub names that (40 digits)."""
+def _hash_of(path: Path, like: str) -> str:
+    """sha256, or git's sha1 where the Hub names that: as many digits as `like` has."""
     digest = hashlib.sha256()
-    if len(found.hash) == 40:
+    if len(like) == 40:
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

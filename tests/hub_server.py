@@ -146,13 +146,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _write(self, sent: bytes, fault: Fault) -> None:
         whole = sent if fault.drop_after is None else sent[: fault.drop_after]
         if fault.stall is not None:
+            self.hub.bytes_sent += len(whole) // 2
             self.wfile.write(whole[: len(whole) // 2])
             self.wfile.flush()
-            self.hub.bytes_sent += len(whole) // 2
             fault.stall.wait(30)
             whole = whole[len(whole) // 2 :]
+        self.hub.bytes_sent += len(whole)  # before a client can have them, and ask
         self.wfile.write(whole)
-        self.hub.bytes_sent += len(whole)
         if fault.drop_after is not None:
             self.wfile.flush()
             self.close_connection = True
