@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from base64 import b64encode
 from pathlib import Path
@@ -153,6 +154,17 @@ def test_pictures_behind_the_clip_never_leak_into_it(folder: Path, warm: Warm, c
     for branch, v in seen.items():
         same = torch.equal(other.predict(noisy, 0.8, branch), v)
         assert same == (branch in ("none", "text"))
+
+
+def test_the_side_branch_is_silent_where_subjects_are_not_asked_for(folder: Path, warm: Warm) -> None:
+    kind = preset(folder, "side", "side")
+    transformer, noisy = warm.part("transformer", kind), torch.randn(1, tiny.LATENT_CHANNELS, 6, 8, 8)
+    encoded = encode.job_states(job(1, 32, 32), kind, warm)
+    assert encoded.side is not None
+    other = dataclasses.replace(encoded, side=encoded.side.flip(3))
+    for branch in ("none", "subjects", "text", "full"):
+        one, two = (conditioning.prepare("side", transformer, e).predict(noisy, 0.8, branch) for e in (encoded, other))
+        assert torch.equal(one, two) == (branch in ("none", "text"))
 
 
 def test_a_subject_of_weight_zero_is_no_frame_and_a_light_one_is_nearer_to_nobody(folder: Path, warm: Warm) -> None:

@@ -165,13 +165,8 @@ def path_of(scene: world.Scene) -> list[list[float]]:
     """For each slot x, y and size at MOMENTS, as the camera sees it, about zero mean and unit spread."""
     seen = [world.poses_at(scene, moment, duration=1.0) for moment in MOMENTS]
     return [
-        [
-            value
-            for poses in seen
-            for pose in [poses[k]]
-            for value in (4 * pose.x - 2, 4 * pose.y - 2, 8 * pose.scale - 3)
-        ]
-        for k in range(len(scene.subjects))
+        [value for pose in poses for value in (4 * pose.x - 2, 4 * pose.y - 2, 8 * pose.scale - 3)]
+        for poses in zip(*seen, strict=True)
     ]
 
 
@@ -192,21 +187,18 @@ def _loss_of_quiz(
         slots: what `asked` gives.
     """
     row, word = slots.nonzero(as_tuple=True)
-    numbered = slots[row, word].tolist()
+    places = [(i, slot - 1) for i, slot in zip(row.tolist(), slots[row, word].tolist(), strict=True)]
     losses, right = [], {}
     for key, values in logits.items():
+        whole = key in Quiz.WHOLE
+        told = values if whole else values[row, word]
+        wanted = torch.tensor([t[key] for t in targets] if whole else [targets[i][key][slot] for i, slot in places])
         if key == "path":
-            way = torch.tensor([targets[i][key][slot - 1] for i, slot in zip(row.tolist(), numbered, strict=True)])
-            losses.append(F.mse_loss(values[row, word], way))
+            losses.append(F.mse_loss(told, wanted))
             right[key] = losses[-1].item()
-            continue
-        if key in Quiz.WHOLE:
-            wanted = torch.tensor([target[key] for target in targets])
         else:
-            values = values[row, word]
-            wanted = torch.tensor([targets[i][key][slot - 1] for i, slot in zip(row.tolist(), numbered, strict=True)])
-        losses.append(F.cross_entropy(values, wanted))
-        right[key] = (values.argmax(-1) == wanted).float().mean().item()
+            losses.append(F.cross_entropy(told, wanted))
+            right[key] = (told.argmax(-1) == wanted).float().mean().item()
     return torch.stack(losses).sum(), right
 
 

@@ -379,3 +379,17 @@ def test_a_document_from_elsewhere_opens_no_file_of_this_machine(tmp_path: Path)
             prompt="@it hops", subjects=[{"name": "it", "pictures": [{"path": str(path), "png": "iVBORw0KGgo="}]}]
         )
         assert pictures.detached(packed, [ours]).subjects[0].pictures[0].path == ""
+
+
+def test_a_picture_on_a_clips_canvas_is_as_large_as_fits_keeps_its_shape_and_has_white_around() -> None:
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[20:40, 12:52] = (200, 30, 30)  # 40 wide, 20 high
+    for width, height in ((80, 48), (32, 64)):
+        page = pictures.on_canvas(picture, width, height)
+        drawn = page.min(axis=2) < 250
+        rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+        assert page.shape == (height, width, 3)
+        assert len(columns) == width and abs(len(rows) - width // 2) <= 1
+        assert abs((rows[0] + rows[-1]) / 2 - (height - 1) / 2) <= 1
+    white = np.full((64, 64, 3), 255, np.uint8)
+    assert (pictures.on_canvas(white, 32, 16) == 255).all()
