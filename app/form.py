@@ -133,6 +133,7 @@ class Form:
     guidance_scale: float | None = None
     subject_scale: float | None = None
     text_scale: float | None = None
+    cache: str | None = None
     shift: float | None = None
     negative_prompt: str | None = None
     until: float | None = None

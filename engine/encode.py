@@ -261,7 +261,7 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
 
 
 def _text(text: str, preset: Preset, warm: Warm) -> Tensor:
-    key = ("text", fingerprint(preset.folder("text_encoder")), fingerprint(preset.folder("tokenizer")), text)
+    key = ("text", fingerprint(preset.place("text_encoder")), fingerprint(preset.place("tokenizer")), text)
     return warm.remembered(
         key, lambda: text_states([text], warm.part("tokenizer", preset), warm.part("text_encoder", preset))
     )
@@ -273,7 +273,7 @@ def _vlm(
     if not preset.components.vlm:
         return None, None
     hashes = tuple(tuple(_hash(picture) for picture in subject) for subject in shown)
-    key = ("vlm", fingerprint(preset.folder("vlm")), fingerprint(preset.folder("vlm_tokenizer")), prompt, hashes)
+    key = ("vlm", fingerprint(preset.place("vlm")), fingerprint(preset.place("vlm_tokenizer")), prompt, hashes)
     return warm.remembered(
         key, lambda: vlm_states([prompt], [shown], warm.part("vlm_tokenizer", preset), warm.part("vlm", preset))
     )
@@ -282,7 +282,7 @@ def _vlm(
 def _references(shown: Sequence[Sequence[Picture]], weights: Sequence[float], preset: Preset, warm: Warm) -> References:
     """The pictures of all subjects as one padded batch of one clip."""
     most = max(len(subject) for subject in shown)
-    vae_files = fingerprint(preset.folder("vae"))
+    vae_files = fingerprint(preset.place("vae"))
 
     def latents(picture: Picture) -> Tensor:
         key = ("picture", vae_files, _hash(picture))
@@ -306,7 +306,7 @@ def _reference_frames(
 
     A subject's weight, 1 as trained, scales its latents, since zeros are what a model of this kind takes for nobody.
     """
-    vae_files, latents = fingerprint(preset.folder("vae")), []
+    vae_files, latents = fingerprint(preset.place("vae")), []
     for subject, own in zip(job.subjects, shown, strict=True):
         for picture in own:
             page = on_canvas(picture, job.width or 0, job.height or 0)
@@ -330,7 +330,7 @@ def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -
         with torch.no_grad():
             return normalised(vae.encode(grey, return_dict=False)[0].mode().float(), vae)
 
-    video = warm.remembered(("grey", fingerprint(preset.folder("vae")), tuple(grey.shape)), empty)
+    video = warm.remembered(("grey", fingerprint(preset.place("vae")), tuple(grey.shape)), empty)
     cells: Any = vae.config.scale_factor_spatial
     mask = video.new_ones(1, cells**2, *video.shape[2:])
     clip = torch.cat([video, video, mask], 1)

@@ -123,13 +123,15 @@ class Hub:
 
     def local(self, wanted: Wanted) -> Path | None:
         """Where the file lies, when it is here; asks nobody."""
-        folder = self._repo(wanted.repo)
-        commit = wanted.revision
-        reference = folder / "refs" / wanted.revision
-        if reference.is_file():
-            commit = reference.read_text(encoding="utf-8").strip()
-        path = folder / "snapshots" / commit / Path(*wanted.path.split("/"))
+        path = self.place(wanted.repo, wanted.path, wanted.revision)
         return path if path.is_file() else None
+
+    def place(self, repo: str, path: str, revision: str = "main") -> Path:
+        """Where a file or a folder of a repository lies, or would lie once it is fetched; asks nobody."""
+        folder = self._repo(repo)
+        reference = folder / "refs" / revision
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+        return folder / "snapshots" / commit / Path(*path.split("/"))
 
     def plan(self, wanted: Iterable[Wanted]) -> Plan:
         """Ask the Hub about every file, and compare with what is here.

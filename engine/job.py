@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from engine.messages import StudioError
 
-VERSION = 2
+VERSION = 3
 MAX_SUBJECTS = 8  # what a document can say; every preset has its own, lower limit
 NAME = re.compile(r"[a-z][a-z0-9_]{0,23}")
 MENTION = re.compile(r"@([A-Za-z][A-Za-z0-9_]*)")
@@ -90,12 +90,25 @@ class Sampling(Document):
     """Dual and chained guidance: weight of the subjects."""
     text_scale: float | None = Field(default=None, ge=0.0, le=20.0)
     """Dual and chained guidance: weight of the prompt."""
+    cache: Literal["off", "careful", "fast"] | None = None
+    """Leave out forwards whose result hardly differs from the one before: not at all, a few, many."""
+
+
+class Lora(Document):
+    """A small change of the transformer's weights, in a file of its own."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    """A safetensors file on this machine, or its name in the folder of models under `loras/`."""
+    weight: float = Field(1.0, ge=-4.0, le=4.0)
+    """How much of the change; 1 is as trained, 0 none."""
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    """Hash of the file, in hexadecimal; another file of that name is refused."""
 
 
 class GenerateJob(Document):
     """One clip to make from a prompt and its subjects."""
 
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     """Version of this document's format."""
     kind: Literal["generate"] = "generate"
     """What this document asks for."""
@@ -117,6 +130,10 @@ class GenerateJob(Document):
     """Height in pixels. Left out: the preset's own."""
     sampling: Sampling = Sampling()
     """How the clip is drawn from noise."""
+    loras: tuple[Lora, ...] = Field((), max_length=8)
+    """What is added to the transformer's weights."""
+    precision: Literal["fp32", "bf16", "fp8", "int8", "nf4"] | None = None
+    """Number format of the transformer's large weights. Left out: what fits this machine; a finished clip says."""
 
     @field_validator("prompt")
     @classmethod
@@ -182,7 +199,12 @@ def _pictures_became_objects(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _pictures_became_objects}
+def _as_it_is(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 knew no step cache, no LoRA and no precision; without them a job means what it meant."""
+    return values
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _pictures_became_objects, 2: _as_it_is}
 
 
 def read_job(source: str | bytes | Mapping[str, Any]) -> GenerateJob:

@@ -203,14 +203,14 @@ class Warm:
         Raises:
             StudioError: its files are missing or damaged.
         """
-        folder = preset.folder(part)
-        mark = fingerprint(folder)
+        place = preset.place(part)
+        mark = fingerprint(place)
         kept = self._parts.pop(part, None)
         if kept is not None and kept[0] == mark:
             self._parts[part] = kept
             return kept[1]
         del kept  # the old one leaves before the new one comes: two large models may not fit
-        loaded = load(part, folder, self.device)
+        loaded = load(part, place, self.device)
         self._parts[part] = (mark, loaded)
         return loaded
 
@@ -233,10 +233,10 @@ class Warm:
                 torch.cuda.empty_cache()
 
 
-def fingerprint(folder: Path) -> tuple[Any, ...]:
-    """Changes when a file of the folder does: its name, size and time of change."""
-    files = sorted(folder.glob("*")) if folder.is_dir() else []
-    return (str(folder), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+def fingerprint(place: Path) -> tuple[Any, ...]:
+    """Changes when the file, or a file of the folder, does: its name, size and time of change."""
+    files = sorted(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
+    return (str(place), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 def num_bytes(module: nn.Module) -> int:

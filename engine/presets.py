@@ -30,32 +30,56 @@ class Size(Document):
     """Pixels down."""
 
 
-class Components(Document):
-    """Folders of the model's parts, in diffusers' and transformers' layout, relative to the repository."""
+class HubFiles(Document):
+    """A part as it lies on the Hub: one file of a repository, or one of its folders."""
 
-    transformer: str
+    repo: str
+    """owner/name"""
+    path: str = ""
+    """The file, or the folder inside the repository; empty for all of it."""
+    revision: str = "main"
+    """Branch, tag or commit."""
+    num_bytes: int = Field(ge=0)
+    """What has to be fetched, as its page says; the Hub's own figure replaces it before anything is fetched."""
+    licence: str
+    """Licence of these files."""
+
+    @property
+    def link(self) -> str:
+        """Where a person can read about them."""
+        return f"https://huggingface.co/{self.repo}"
+
+
+Place = str | HubFiles
+
+
+class Components(Document):
+    """The model's parts: folders in diffusers' and transformers' layout, relative to the repository or to the folder
+    of models, or files on the Hub. A transformer may also be one file in Wan's own layout."""
+
+    transformer: Place
     """WanTransformer3DModel, with identity blocks where the preset has them."""
-    vae: str
+    vae: Place
     """AutoencoderKLWan."""
-    text_encoder: str
+    text_encoder: Place
     """UMT5EncoderModel."""
-    tokenizer: str
+    tokenizer: Place
     """Tokenizer of the text encoder."""
-    vlm: str = ""
+    vlm: Place = ""
     """Qwen2_5_VLForConditionalGeneration, or empty when the preset has none."""
-    vlm_tokenizer: str = ""
+    vlm_tokenizer: Place = ""
     """Tokenizer of the VLM."""
-    judges: str = ""
+    judges: Place = ""
     """Judges of drawings for the identity report (`engine.judges`); empty for pictures of the real world."""
-    faces: str = ""
+    faces: Place = ""
     """YuNet's and SFace's ONNX files: people are judged by their faces where this folder is there."""
-    detector: str = ""
+    detector: Place = ""
     """GroundingDinoForObjectDetection; whoever is not known by a face is found by their noun, cut out and compared."""
-    detector_tokenizer: str = ""
+    detector_tokenizer: Place = ""
     """Its tokenizer; as published it lies in the same folder."""
-    segmenter: str = ""
+    segmenter: Place = ""
     """Sam2Model, which cuts out what was found."""
-    embedder: str = ""
+    embedder: Place = ""
     """Dinov2Model, which compares cut-outs with pictures."""
 
 
@@ -124,13 +148,23 @@ class Preset(Document):
 
     def has(self, part: str) -> bool:
         """Whether one of the `components` is named and there."""
-        return bool(getattr(self.components, part)) and self.folder(part).is_dir()
+        return bool(getattr(self.components, part)) and self.place(part).exists()
 
-    def folder(self, part: str) -> Path:
-        """Folder of one of the `components`: in the repository, or else in the creator's own folder of models."""
-        relative = getattr(self.components, part)
-        found = (root / relative for root in (ROOT, models_dir()) if (root / relative).is_dir())
-        return next(found, ROOT / relative)
+    def place(self, part: str) -> Path:
+        """Where one of the `components` lies, or would lie: in the repository, in the creator's own folder of models,
+        or in the Hub's cache. A folder, or a single file."""
+        named: Place = getattr(self.components, part)
+        if isinstance(named, HubFiles):
+            from engine import hub
+
+            return hub.Hub().place(named.repo, named.path, named.revision)
+        found = (root / named for root in (ROOT, models_dir()) if (root / named).exists())
+        return next(found, ROOT / named)
+
+    def downloads(self) -> dict[str, HubFiles]:
+        """What of this preset lies on the Hub, by the name of the part."""
+        parts = {part: getattr(self.components, part) for part in Components.model_fields}
+        return {part: named for part, named in parts.items() if isinstance(named, HubFiles)}
 
 
 def models_dir() -> Path:
@@ -170,20 +204,33 @@ def load(name: str) -> Preset:
 
 
 def check_files(preset: Preset) -> None:
-    """Refuse a preset whose folders are not there.
+    """Refuse a preset whose files are not there.
 
     Raises:
-        StudioError: naming the first folder that is missing.
+        StudioError: naming the first part that is missing.
     """
-    for part in type(preset.components).model_fields:
-        folder = getattr(preset.components, part)
-        if folder and part not in OPTIONAL and not any(preset.folder(part).glob("*.json")):
+    for part in Components.model_fields:
+        named: Place = getattr(preset.components, part)
+        if not named or part in OPTIONAL or _there(preset.place(part)):
+            continue
+        if isinstance(named, HubFiles):
             raise StudioError(
-                what=f"The preset {preset.name} names {folder}, which is not there.",
-                why=f"Its {part.replace('_', ' ')} has not been put into place.",
-                next_step="Choose another preset, or fetch this one's files again.",
+                what=f"The files of {preset.title} are not all here: {named.repo}/{named.path} is missing.",
+                why=f"Its {part.replace('_', ' ')} has not been fetched yet.",
+                next_step=f"Fetch them under Models, or with `python launch.py models pull {preset.name}`.",
                 field="preset",
             )
+        raise StudioError(
+            what=f"The preset {preset.name} names {named}, which is not there.",
+            why=f"Its {part.replace('_', ' ')} has not been put into place.",
+            next_step="Choose another preset, or fetch this one's files again.",
+            field="preset",
+        )
+
+
+def _there(place: Path) -> bool:
+    """A file, or a folder that tells what it holds."""
+    return place.is_file() or any(place.glob("*.json"))
 
 
 def resolve(job: GenerateJob) -> tuple[GenerateJob, Preset]:

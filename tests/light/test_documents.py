@@ -129,9 +129,9 @@ def test_a_model_folder_is_looked_up_in_the_repository_and_then_in_the_models_fo
         presets.check_files(preset)
     own, theirs = tmp_path / "models" / preset.components.vae, tmp_path / "repository" / preset.components.vae
     own.mkdir(parents=True)
-    assert preset.folder("vae") == own
+    assert preset.place("vae") == own
     theirs.mkdir(parents=True)
-    assert preset.folder("vae") == theirs
+    assert preset.place("vae") == theirs
 
 
 def test_messages_become_plain_json() -> None:
