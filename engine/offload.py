@@ -1,0 +1,235 @@
+"""Blocks that wait outside the device and come in one after the other, the next one while this one computes.
+
+In:  a model on the CPU, the names of its lists of blocks, a device.
+Out: the same model; its blocks' weights stay in memory or in a file, all else is on the device. Results are bit-equal.
+Knows nothing of presets or of what the blocks compute; quantized weights are moved as the library laid them out.
+
+A list of equal blocks gets two places on the device, copies of a block made by the libraries' own `.to`. A block's
+forward fills one of them, tensor by tensor and in place, and runs it there. On CUDA a thread copies the next block into
+pinned memory and from there, on a stream of its own, into the other place; so two blocks' bytes are pinned, however
+large the model is. (diffusers' group offloading pins all of them, and cannot move optimum-quanto's tensors.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLACES = 2  # one computes while the other is being filled
+
+
+def stream_blocks(
+    model: nn.Module,
+    lists: Iterable[str],
+    device: torch.device,
+    *,
+    once: Iterable[str] = (),
+    spill: Path | None = None,
+) -> None:
+    """From now on the blocks of these lists visit the device; everything else of the model moves there for good.
+
+    Args:
+        model: on the CPU.
+        lists: dotted names of `nn.ModuleList`s, such as "blocks"; those the model lacks are passed over.
+        device: where it computes.
+        once: more lists, which run once per clip: their places leave the device after the last block.
+        spill: keep the blocks' weights in files in this folder, which the system pages in and out, instead of in
+            memory. The folder has to outlive the model.
+    """
+    named = [(name, name in set(once)) for name in (*lists, *once)]
+    found = [(blocks, brief) for name, brief in named if (blocks := _find(model, name)) is not None]
+    _move_others(model, {id(block) for blocks, _ in found for block in blocks}, device)
+    for number, (blocks, brief) in enumerate(found):
+        if spill is not None:
+            spill.mkdir(parents=True, exist_ok=True)
+            for index, block in enumerate(blocks):
+                _spill(block, spill / f"{number}-{index}.bin")
+        _Line(list(blocks), device, brief=brief).attach()
+
+
+def weights_of(module: nn.Module) -> list[tuple[Any, str]]:
+    """Every tensor that holds weights, as its owner and the attribute to read or set, in a fixed order.
+
+    Of a quantized weight these are the tensors inside it.
+    """
+    found: list[tuple[Any, str]] = []
+    for owner in module.modules():
+        for tensor in (*owner._parameters.values(), *owner._buffers.values()):
+            if tensor is not None:
+                found += _inside(tensor)
+    return found
+
+
+def _inside(tensor: Tensor) -> Iterator[tuple[Any, str]]:
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:  # bitsandbytes: packed weights, and their scales beside them
+        yield tensor, "data"
+        yield from _of_state(state)
+    elif hasattr(tensor, "__tensor_flatten__"):  # optimum-quanto: a tensor made of tensors
+        names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportCallIssue]
+        yield from ((tensor, name) for name in names)
+    else:
+        yield tensor, "data"
+
+
+def _of_state(state: Any) -> Iterator[tuple[Any, str]]:
+    yield from ((state, name) for name in ("absmax", "code", "offset") if isinstance(getattr(state, name), Tensor))
+    if state.state2 is not None:
+        yield from _of_state(state.state2)
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    """A block of its own with the same weights. optimum-quanto's tensors cannot be deep-copied, only remade."""
+    remade: dict[int, Any] = {}
+    for parameter in block.parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            names, layout = parameter.__tensor_flatten__()  # pyright: ignore[reportCallIssue]
+            inner = {name: getattr(parameter, name).clone() for name in names}
+            whole = type(parameter).__tensor_unflatten__(inner, layout, parameter.size(), parameter.stride())
+            remade[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+    return copy.deepcopy(block, remade)
+
+
+def _find(model: nn.Module, name: str) -> nn.ModuleList | None:
+    module: Any = model
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module if isinstance(module, nn.ModuleList) and len(module) else None
+
+
+def _move_others(module: nn.Module, waiting: set[int], device: torch.device) -> None:
+    """What is outside the blocks, wherever it hangs in the tree."""
+    if id(module) in waiting:
+        return
+    if not any(id(inner) in waiting for inner in module.modules()):
+        module.to(device)
+        return
+    for child in module.children():
+        _move_others(child, waiting, device)
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                tensor.data = tensor.data.to(device)
+
+
+@torch.no_grad()
+def _spill(block: nn.Module, path: Path) -> None:
+    """The block's weights become views of a file."""
+    spots = weights_of(block)
+    sizes = [-(-_num_bytes(getattr(*spot)) // 64) * 64 for spot in spots]
+    path.unlink(missing_ok=True)
+    file = torch.from_file(str(path), shared=True, size=max(64, sum(sizes)), dtype=torch.uint8)
+    start = 0
+    for (owner, name), size in zip(spots, sizes, strict=True):
+        tensor = getattr(owner, name)
+        view = file[start : start + _num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
+        setattr(owner, name, view.copy_(tensor))
+        start += size
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# --- one list of blocks ---------------------------------------------------------------------------------------------
+
+
+class _Place:
+    """Room for one block on the device."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.tensors: list[Tensor] = [getattr(*spot) for spot in weights_of(block)]
+        self.pinned: list[Tensor] = []
+        self.holds = -1  # whose weights are in it
+        self.filling: Future[None] | None = None
+        self.filled: Any = None  # CUDA event: the last copy into it has ended
+        self.free: Any = None  # CUDA event: the last forward in it has ended
+
+
+class _Line:
+    """Blocks that are run in their order, again and again, or once per clip."""
+
+    def __init__(self, blocks: list[nn.Module], device: torch.device, *, brief: bool) -> None:
+        self._blocks = blocks
+        self._device = device
+        self._brief = brief
+        self._sources: list[list[Tensor]] = [[getattr(*spot) for spot in weights_of(block)] for block in blocks]
+        self._cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks") if self._cuda else None
+        self._kinds = [tuple((t.shape, t.dtype) for t in tensors) for tensors in self._sources]
+        # Blocks as they are now: whoever wraps a forward later (a step cache) wraps what this line does, not its copies.
+        self._models = {kind: _copied(block) for kind, block in zip(self._kinds, blocks, strict=True)}
+        self._places: dict[Any, list[_Place]] = {}
+
+    def attach(self) -> None:
+        """Take the blocks' forwards over."""
+        for index, block in enumerate(self._blocks):
+            block.forward = partial(self._forward, index)
+
+    def _forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        place = self._begin(index)
+        if place.filling is not None:
+            place.filling.result()
+            place.filling = None
+        if place.filled is not None:
+            torch.cuda.current_stream(self._device).wait_event(place.filled)
+        result = place.block(*args, **kwargs)
+        last = index + 1 == len(self._blocks)
+        if self._brief and last:
+            self._places.clear()
+            return result
+        if self._cuda:
+            place.free = torch.cuda.current_stream(self._device).record_event()
+            self._begin(0 if last else index + 1)
+        return result
+
+    def _begin(self, index: int) -> _Place:
+        """The place that holds this block's weights, or is being filled with them from now on."""
+        kind = self._kinds[index]
+        places = self._places.setdefault(kind, [])
+        place = next((each for each in places if each.holds == index), None)
+        if place is not None:
+            return place
+        if len(places) < min(PLACES, self._kinds.count(kind)):
+            places.insert(0, _Place(_copied(self._models[kind]).to(self._device)))
+        place = places.pop(0)  # the one that has waited longest
+        places.append(place)
+        place.holds = index
+        if self._thread is None:
+            self._fill(place, index)
+        else:
+            place.filling = self._thread.submit(self._fill, place, index)
+        return place
+
+    @torch.no_grad()
+    def _fill(self, place: _Place, index: int) -> None:
+        """Copy one block's weights in. On CUDA this runs in the thread, through pinned memory."""
+        try:
+            sources = self._sources[index]
+            if not self._cuda:
+                for target, source in zip(place.tensors, sources, strict=True):
+                    target.copy_(source)
+                return
+            if place.filled is not None:
+                place.filled.synchronize()  # until then its pinned memory is being read
+            place.pinned = place.pinned or [torch.empty_like(t, pin_memory=True) for t in sources]
+            for target, source in zip(place.pinned, sources, strict=True):
+                target.copy_(source)
+            with torch.cuda.stream(self._stream):
+                if place.free is not None:
+                    torch.cuda.current_stream(self._device).wait_event(place.free)
+                for target, source in zip(place.tensors, place.pinned, strict=True):
+                    target.copy_(source, non_blocking=True)
+                place.filled = torch.cuda.current_stream(self._device).record_event()
+        except BaseException:
+            place.holds = -1
+            raise

@@ -1,0 +1,96 @@
+"""Blocks that wait outside the device: the same result, bit for bit, whatever they are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from optimum.quanto import QLinear, qint8
+from torch import Tensor, nn
+
+from engine import tiny
+from engine.offload import PLACES, stream_blocks, weights_of
+from engine.subject_tower import References
+
+CPU = torch.device("cpu")
+
+
+def predict(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, tiny.LATENT_CHANNELS, 2, 8, 8, generator=generator)
+    text = torch.randn(1, 8, tiny.TEXT_DIM, generator=generator)
+    pictures = torch.randn(1, 2, 1, tiny.LATENT_CHANNELS, 8, 8, generator=generator)
+    with torch.no_grad():
+        identity = model.encode_identity(References(pictures))
+        return model(latents, torch.tensor([500.0]), text, identity=identity, return_dict=False)[0]
+
+
+def quantized(model: nn.Module, kind: str) -> nn.Module:
+    """Every projection of the blocks' feed-forward as the libraries quantize it."""
+    for block in model.blocks:
+        for owner, name in ((block.ffn.net[0], "proj"), (block.ffn.net, "2")):
+            plain = owner._modules[name]
+            if kind == "int8":
+                layer = QLinear.from_module(plain, weights=qint8)
+                layer.freeze()
+            else:
+                import bitsandbytes as bnb
+
+                layer = bnb.nn.Linear4bit(plain.in_features, plain.out_features, compute_dtype=torch.float32)
+                layer.load_state_dict(plain.state_dict())
+                layer = layer.to(CPU)
+            owner._modules[name] = layer
+    return model
+
+
+@pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_model_whose_blocks_wait_outside_predicts_the_same_bit_for_bit(
+    kind: str, in_a_file: bool, tmp_path: Path
+) -> None:
+    model = tiny.transformer()
+    if kind != "full":
+        quantized(model, kind)
+    expected = predict(model)
+    stream_blocks(model, ["blocks"], CPU, once=["subject_blocks"], spill=tmp_path if in_a_file else None)
+    assert torch.equal(predict(model), expected)
+    assert torch.equal(predict(model), expected), "the second clip"
+    assert any(tmp_path.iterdir()) == in_a_file
+
+
+def test_only_two_blocks_are_on_the_device_at_once_and_none_of_those_that_run_once() -> None:
+    model = tiny.transformer()
+    before = {id(m) for m in model.modules()}
+    stream_blocks(model, ["blocks"], CPU, once=["subject_blocks"])
+    predict(model)
+    lines = [model.blocks[0].forward.func.__self__, model.subject_blocks[0].forward.func.__self__]
+    assert all(len(places) <= PLACES for places in lines[0]._places.values())
+    assert not lines[1]._places
+    assert {id(m) for m in model.modules()} == before
+
+
+def test_every_weight_of_a_quantized_block_is_among_those_that_travel() -> None:
+    model = quantized(tiny.transformer(), "int8")
+    other = quantized(tiny.transformer(), "int8")
+    for owner, name in weights_of(other):
+        getattr(owner, name).zero_()
+    for (mine, name), (theirs, same) in zip(weights_of(model), weights_of(other), strict=True):
+        getattr(theirs, same).copy_(getattr(mine, name))
+    assert torch.equal(predict(other), predict(model))
+
+
+def test_what_a_block_raises_comes_through_and_the_next_clip_is_whole() -> None:
+    model = tiny.transformer()
+    expected = predict(model)
+    stream_blocks(model, ["blocks"], CPU, once=["subject_blocks"])
+    with pytest.raises(TypeError):
+        model.blocks[1]()
+    assert torch.equal(predict(model), expected)
+
+
+def test_a_list_that_the_model_lacks_is_passed_over() -> None:
+    model = tiny.transformer()
+    expected = predict(model)
+    stream_blocks(model, ["vace_blocks", "subject.blocks"], CPU)
+    assert torch.equal(predict(model), expected)
