@@ -9,7 +9,9 @@ Shapes: C latent channels, F latent frames, h x w latent pixels; frames are (H, 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +23,37 @@ from torch import Tensor
 from engine.encode import latent_statistics
 from engine.messages import StudioError
 
+TILE, OVERLAP = 256, 64  # pixels: side of a tile, and what it shares with its neighbour
 
-@torch.no_grad()
-def frames(latents_1CFhw: Tensor, vae: AutoencoderKLWan) -> Iterator[list[NDArray[np.uint8]]]:
+
+def frames(latents_1CFhw: Tensor, vae: AutoencoderKLWan, *, tiled: bool = False) -> Iterator[list[NDArray[np.uint8]]]:
     """Decode a clip: for each latent frame the frames that came out of it (one for the first, then four).
 
     Wan's decoder is causal and carries what it needs of the past in a feature cache, so memory does not grow with the
     clip: what leaves here can be written and forgotten.
 
+    Args:
+        tiled: decode in tiles of 256 pixels that fade into each other, a sixth of the memory at 480 x 832. All of a
+            tile's frames are decoded before the next tile's, so frames leave only at the end; until then they wait in
+            a file.
+
     Raises:
         StudioError: a frame holds NaN.
+    """
+    side = TILE // vae.config.scale_factor_spatial
+    if not tiled or max(latents_1CFhw.shape[-2:]) <= side:
+        yield from (list(to_levels(decoded[0])) for decoded in _decoded(latents_1CFhw, vae))
+        return
+    with tempfile.TemporaryDirectory(prefix="idcrafter-") as folder:
+        whole = _tiles_together(latents_1CFhw, vae, side, Path(folder) / "frames.bin")
+        for first, last in _groups(latents_1CFhw.shape[2], vae):
+            yield list(to_levels(torch.from_numpy(whole[:, first:last])))
+        del whole  # Windows keeps a mapped file
+
+
+@torch.no_grad()
+def _decoded(latents_1CFhw: Tensor, vae: AutoencoderKLWan) -> Iterator[Tensor]:
+    """Pixels (1, 3, 1 or 4, H, W) in [-1, 1] of one latent frame after the other.
 
     Source: diffusers' `AutoencoderKLWan._decode`, whose loop this is, without the list of all frames.
     """
@@ -45,9 +68,53 @@ def frames(latents_1CFhw: Tensor, vae: AutoencoderKLWan) -> Iterator[list[NDArra
             decoded = net.decoder(hidden, feat_cache=net._feat_map, feat_idx=net._conv_idx, first_chunk=index == 0)
             if net.config.patch_size is not None:
                 decoded = unpatchify(decoded, patch_size=net.config.patch_size)
-            yield list(to_levels(decoded[0]))
+            yield decoded
     finally:
         net.clear_cache()
+
+
+def _tiles_together(latents_1CFhw: Tensor, vae: AutoencoderKLWan, side: int, path: Path) -> NDArray[np.float16]:
+    """All frames (3, F, H, W) as a file in memory's clothes: each tile weighed down towards the edges it shares."""
+    scale = vae.config.scale_factor_spatial
+    height, width = latents_1CFhw.shape[-2:]
+    last = _groups(latents_1CFhw.shape[2], vae)[-1][1]
+    whole = np.memmap(path, np.float16, "w+", shape=(3, last, height * scale, width * scale))
+    rows, columns = (_weights(length, side, scale, latents_1CFhw.device) for length in (height, width))
+    for top, down in rows.items():
+        for left, across in columns.items():
+            tile = latents_1CFhw[..., top : top + side, left : left + side]
+            part = whole[:, :, top * scale : (top + side) * scale, left * scale : (left + side) * scale]
+            start = 0
+            for decoded in _decoded(tile, vae):
+                weighed = (decoded[0].float().clamp(-1, 1) * down[:, None] * across).half().cpu().numpy()
+                part[:, start : start + weighed.shape[1]] += weighed
+                start += weighed.shape[1]
+    return whole
+
+
+def _weights(length: int, side: int, scale: int, device: torch.device) -> dict[int, Tensor]:
+    """Where tiles begin along one side, in latent pixels, and how much each of their pixels counts; in all, one.
+
+    As few tiles as cover the length, evenly spread; each counts less and less towards an edge that is not the clip's.
+    """
+    side = min(side, length)
+    count = max(1, -(-(length - OVERLAP // scale) // (side - OVERLAP // scale)))
+    starts = [round(number * (length - side) / max(1, count - 1)) for number in range(count)]
+    own = torch.arange(side * scale, device=device) + 0.5
+    total = torch.zeros(length * scale, device=device)
+    weights = {}
+    for start in starts:
+        to_left = own if start > 0 else torch.full_like(own, OVERLAP)
+        to_right = own.flip(0) if start + side < length else torch.full_like(own, OVERLAP)
+        weights[start] = torch.minimum(to_left, to_right).clamp(max=OVERLAP) / OVERLAP
+        total[start * scale : (start + side) * scale] += weights[start]
+    return {start: weight / total[start * scale : (start + side) * scale] for start, weight in weights.items()}
+
+
+def _groups(latent_frames: int, vae: AutoencoderKLWan) -> list[tuple[int, int]]:
+    """First and behind-the-last frame of what comes out of each latent frame."""
+    each = vae.config.scale_factor_temporal
+    return [(0, 1)] + [(1 + each * (number - 1), 1 + each * number) for number in range(1, latent_frames)]
 
 
 def to_levels(decoded_3FHW: Tensor) -> NDArray[np.uint8]:

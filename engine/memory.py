@@ -1,20 +1,267 @@
-"""Telling a lack of memory from any other fault, in words.
+"""What a clip will need, before it is begun: where each part of the model lies, how precise, and which limit binds.
 
-In:  a job, and whatever the machine raised while it was made.
-Out: a StudioError with what to change. Imports torch only where it runs; knows nothing of models.
+In:  a checked job, its preset, and what the machine has.
+Out: a `Plan`; or a StudioError with the cheapest changes that would fit. And, when memory ran out all the same, which
+     memory it was.
+Knows nothing of torch, so the page may ask; `engine.load` and `engine.offload` do what a plan says.
+
+Units: bytes unless a name says otherwise.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import psutil
+
+from engine import counts
+from engine.counts import MB, Load, Precision, Weights
 from engine.job import GenerateJob
 from engine.messages import StudioError
-from engine.presets import Preset
+from engine.presets import Preset, models_dir
+
+GB = 10**9
+Where = Literal[
+    "device", "memory", "disk"
+]  # whole on the device; visiting it block by block from memory, or from files
 
 # What allocators say who raise a plain RuntimeError: torch's on the CPU, and MPS.
 _SAYINGS = ("not enough memory", "can't allocate memory", "out of memory")
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to work with, free at this moment."""
+
+    device: str  # "cuda", "mps", "xpu" or "cpu"
+    name: str
+    vram: (
+        int  # of the card that may be used; on a processor, and where card and machine share memory, the same as `ram`
+    )
+    ram: int
+    disk: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether device and machine have one memory."""
+        return self.device in ("cpu", "mps")
+
+    def limited(self, profile: str) -> Machine:
+        """With no more memory on the device than a profile allows: "auto" and "all" leave it, "8" is 8 GB."""
+        if profile in ("auto", "all"):
+            return self
+        vram = min(self.vram, round(float(profile) * GB))
+        return replace(self, vram=vram, ram=min(self.ram, vram) if self.shared else self.ram)
+
+
+PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
+"""How much of the card a creator gives: all that is free, so many GB, or the whole card."""
+CONTEXT = 600 * MB  # CUDA's own, on every card that computes
+SLACK = 1.05  # the allocator cannot use every hole
+BASE_RAM = 1_600 * MB  # the page and the worker with their libraries
+
+
+def machine(profile: str = "auto") -> Machine:
+    """This machine, as it is now; asks NVIDIA's own tool, and imports nothing heavy."""
+    here = psutil.virtual_memory()
+    disk = shutil.disk_usage(next(folder for folder in (models_dir(), *models_dir().parents) if folder.exists())).free
+    card = _nvidia(whole=profile == "all")
+    if card is not None:
+        return Machine("cuda", *card, here.available, disk).limited(profile)
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    found = Machine("mps", "Apple silicon", here.available, here.available, disk)
+    return (found if apple else replace(found, device="cpu", name="the processor alone")).limited(profile)
+
+
+def _nvidia(*, whole: bool) -> tuple[str, int] | None:
+    """Name and memory of the first NVIDIA card: what is free, or all of it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    asked = [tool, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+        name, free, total = (part.strip() for part in said.splitlines()[0].split(","))
+        return name, round((float(total) if whole else float(free)) * 2**20)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # a driver that does not answer is a card that cannot be used
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one part is kept."""
+
+    precision: Precision
+    where: Where
+    device: int  # bytes on the device while it works
+    memory: int  # bytes of the machine's memory
+    disk: int = 0  # bytes of files that blocks visit from
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one stage of a clip needs while it lasts."""
+
+    name: str
+    vram: int
+    ram: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a clip will be made, and what it will take."""
+
+    machine: Machine
+    parts: dict[str, Fit]
+    phases: tuple[Phase, ...]
+    tiled: bool  # the VAE decodes in tiles
+    disk: int  # bytes that have to be free, fetched files not among them
+    petaflop: float
+
+    @property
+    def vram(self) -> int:
+        """Highest need on the device."""
+        return max(phase.vram for phase in self.phases)
+
+    @property
+    def ram(self) -> int:
+        """Highest need of the machine's memory."""
+        return max(phase.ram for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is over its limit."""
+        return self.binding[1] <= 1
+
+    @property
+    def binding(self) -> tuple[str, float, Phase | None]:
+        """The limit that comes first: what of ("VRAM", "RAM" or "disk"), the share of it that is needed, and when."""
+        here = self.machine
+        wanted: list[tuple[str, float, Phase | None]] = [("disk", self.disk / max(1, here.disk), None)]
+        for phase in self.phases:
+            if not here.shared:
+                wanted.append(("VRAM", phase.vram / max(1, here.vram), phase))
+            ram = phase.ram + (phase.vram if here.shared else 0)
+            wanted.append(("RAM", ram / max(1, here.ram), phase))
+        return max(wanted, key=lambda each: each[1])
+
+    def words(self) -> str:
+        """What binds and why, in a sentence."""
+        what, share, phase = self.binding
+        limit = {"VRAM": self.machine.vram, "RAM": self.machine.ram, "disk": self.machine.disk}[what]
+        need = self.disk if phase is None else phase.vram if what == "VRAM" else phase.ram
+        if phase is not None and what == "RAM" and self.machine.shared:
+            need += phase.vram
+        when = f" while {phase.name}" if phase is not None else ""
+        verdict = "binds" if share <= 1 else "does not suffice"
+        return f"{what} {verdict}: {_gb(need)} of {_gb(limit)} GB{when}."
+
+
+def plan(job: GenerateJob, preset: Preset, here: Machine) -> Plan:
+    """The first of all ways to make this clip that fits, from the most exact and quickest on; else the smallest one.
+
+    Args:
+        job: resolved; its `precision`, where it has one, is kept.
+        here: with a profile already taken into account (`Machine.limited`).
+    """
+    shape, load = preset.shape, counts.load_of(job, preset)
+    assert shape is not None
+    plain = 2 if here.device in ("cuda", "xpu") else 4
+    tiled_choices = (
+        (False, True) if shape.vae_spatial * counts.DECODE_TILE // 8 < math.sqrt(load.pixels) * 2 else (False,)
+    )
+    ways = [
+        _plan(job, preset, here, load, plain, encoders, transformer, tiled)
+        for transformer in _ways(preset, "transformer", plain, job.precision)
+        for encoders in _encoder_ways(preset, plain)
+        for tiled in tiled_choices
+    ]
+    fitting = next((way for way in ways if way.fits), None)
+    return fitting or min(ways, key=lambda way: way.binding[1])
+
+
+def _ways(preset: Preset, part: str, plain: int, wanted: Precision | None) -> list[Fit]:
+    """One part, from whole and exact to small."""
+    weights = counts.part_weights(preset, part)
+    exact: Precision = "bf16" if plain == 2 else "fp32"
+    tried: list[Precision] = [exact, "int8", "nf4"] if wanted is None else [wanted]
+    places: list[Where] = ["device", "memory"]
+    order: list[tuple[Precision, Where]] = [(precision, where) for precision in tried for where in places]
+    for precision in dict.fromkeys((tried[0], tried[-1])):
+        order.append((precision, "disk"))
+    return [_fit(weights, precision, where) for precision, where in order]
+
+
+def _fit(weights: Weights, precision: Precision, where: Where) -> Fit:
+    whole = weights.num_bytes(precision)
+    if where == "device":
+        return Fit(precision, where, whole, 0)
+    visiting = weights.visiting(precision)
+    outside = whole - weights.rest.num_bytes(precision)
+    pinned = min(outside, 2 * max((b.num_bytes(precision) for _, b, _ in weights.stacks), default=0))
+    kept = round(outside if where == "memory" else 0)
+    return Fit(precision, where, visiting, kept + round(pinned), round(outside) if where == "disk" else 0)
+
+
+def _encoder_ways(preset: Preset, plain: int) -> list[dict[str, Fit]]:
+    """Both encoders alike, since one is gone before the other comes."""
+    ways = {part: _ways(preset, part, plain, None) for part in ("text_encoder", "vlm")}
+    return [dict(zip(ways, each, strict=True)) for each in zip(*ways.values(), strict=True)]
+
+
+def _plan(
+    job: GenerateJob,
+    preset: Preset,
+    here: Machine,
+    load: Load,
+    plain: int,
+    encoders: dict[str, Fit],
+    transformer: Fit,
+    tiled: bool,
+) -> Plan:
+    shape = preset.shape
+    assert shape is not None
+    vae = _fit(counts.part_weights(preset, "vae"), "fp32", "device")
+    cache = counts.cache_bytes(shape, load, plain)
+    encode = 0 if not load.pictures else counts.ENCODE_PICTURE * max(load.pixels, preset.reference_size**2)
+    if preset.conditioning == "side":
+        encode = counts.ENCODE_VIDEO * load.pixels
+    tile = min(load.pixels, counts.DECODE_TILE**2)
+    decode = counts.DECODE * (tile if tiled else load.pixels)
+    frames_held = 6 * load.pixels * (job.num_frames or 1) if tiled else 0
+    fixed = CONTEXT if here.device == "cuda" else 0
+    reading = 400 * MB
+    stay = transformer.device + vae.device
+    needs = [
+        ("the prompt is read", encoders["text_encoder"].device + reading, encoders["text_encoder"].memory),
+        ("the VLM reads", encoders["vlm"].device + reading, encoders["vlm"].memory),
+        ("pictures are encoded", vae.device + encode, 0),
+        ("sampling", stay + cache + counts.forward_bytes(shape, load.tokens, plain), transformer.memory),
+        ("decoding", stay + decode, transformer.memory),
+    ]
+    if not preset.components.vlm or not load.pictures:
+        needs.pop(1)
+    phases = tuple(Phase(name, round(device * SLACK) + fixed, memory + BASE_RAM) for name, device, memory in needs)
+    disk = sum(fit.disk for fit in (transformer, *encoders.values())) + frames_held + 300 * MB
+    work = counts.flops(shape, load) * load.forwards * load.steps / 1e15
+    return Plan(here, {"transformer": transformer, **encoders, "vae": vae}, phases, tiled, disk, work)
+
+
+def _gb(count: float) -> str:
+    return f"{count / GB:.1f}"
 
 
 @contextmanager

@@ -73,8 +73,8 @@ def _inside(tensor: Tensor) -> Iterator[tuple[Any, str]]:
         yield tensor, "data"
         yield from _of_state(state)
     elif hasattr(tensor, "__tensor_flatten__"):  # optimum-quanto: a tensor made of tensors
-        names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportCallIssue]
-        yield from ((tensor, name) for name in names)
+        made: Any = tensor
+        yield from ((tensor, name) for name in made.__tensor_flatten__()[0])
     else:
         yield tensor, "data"
 
@@ -88,9 +88,10 @@ def _of_state(state: Any) -> Iterator[tuple[Any, str]]:
 def _copied(block: nn.Module) -> nn.Module:
     """A block of its own with the same weights. optimum-quanto's tensors cannot be deep-copied, only remade."""
     remade: dict[int, Any] = {}
+    parameter: Any
     for parameter in block.parameters():
         if hasattr(parameter, "__tensor_flatten__"):
-            names, layout = parameter.__tensor_flatten__()  # pyright: ignore[reportCallIssue]
+            names, layout = parameter.__tensor_flatten__()
             inner = {name: getattr(parameter, name).clone() for name in names}
             whole = type(parameter).__tensor_unflatten__(inner, layout, parameter.size(), parameter.stride())
             remade[id(parameter)] = nn.Parameter(whole, requires_grad=False)
@@ -166,7 +167,7 @@ class _Line:
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks") if self._cuda else None
         self._kinds = [tuple((t.shape, t.dtype) for t in tensors) for tensors in self._sources]
-        # Blocks as they are now: whoever wraps a forward later (a step cache) wraps what this line does, not its copies.
+        # Blocks as they are now: who wraps a forward later (a step cache) wraps what this line does, not its copies.
         self._models = {kind: _copied(block) for kind, block in zip(self._kinds, blocks, strict=True)}
         self._places: dict[Any, list[_Place]] = {}
 

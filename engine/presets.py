@@ -83,6 +83,39 @@ class Components(Document):
     """Dinov2Model, which compares cut-outs with pictures."""
 
 
+class Shape(Document):
+    """Sizes of the transformer and of the latents it sees, so that a plan of memory needs no files."""
+
+    dim: int = Field(ge=1)
+    """Width."""
+    num_layers: int = Field(ge=1)
+    """Blocks."""
+    ffn_dim: int = Field(ge=1)
+    """Width inside a block's feed-forward part."""
+    num_heads: int = Field(ge=1)
+    """Attention heads."""
+    text_dim: int = Field(ge=1)
+    """Width of the text encoder's states."""
+    freq_dim: int = Field(ge=1)
+    """Numbers that tell the time."""
+    in_channels: int = Field(ge=1)
+    """Latent channels it reads."""
+    out_channels: int = Field(ge=1)
+    """Latent channels it predicts."""
+    patch: tuple[int, int, int]
+    """Latent frames, rows and columns that make one token."""
+    vace_layers: int = Field(0, ge=0)
+    """Blocks of VACE's side branch."""
+    identity_layers: int = Field(0, ge=0)
+    """Blocks that carry identity attention."""
+    vlm_dim: int = Field(0, ge=0)
+    """Width of the VLM's states that identity blocks read; 0 without."""
+    vae_spatial: int = Field(8, ge=1)
+    """Pixels across and down that make one latent pixel."""
+    z_dim: int = Field(16, ge=1)
+    """Channels of the VAE's latents."""
+
+
 class Cost(Document):
     """What one clip costs on the machine of docs/measurements.md; corrected by this machine's own runs."""
 
@@ -145,6 +178,8 @@ class Preset(Document):
     """Steps of a quick draft; "finish this one" takes the full number with the same seed."""
     cost: Cost
     """What a clip costs."""
+    shape: Shape | None = None
+    """Sizes of the model; None where nobody has written them down."""
 
     def has(self, part: str) -> bool:
         """Whether one of the `components` is named and there."""

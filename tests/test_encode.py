@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import decode, encode, tiny
+from engine import decode, encode, presets, tiny, video
 from engine.job import GenerateJob, Subject, make_job
 from engine.load import Warm
 from engine.messages import StudioError
@@ -152,6 +152,33 @@ def test_decoding_frame_by_frame_equals_decoding_at_once(warm, preset, latent_fr
     with torch.no_grad():
         whole = decode.to_levels(vae.decode(latents).sample[0])
     assert np.array_equal(streamed, whole)
+
+
+@pytest.mark.parametrize("length", [5, 16, 17, 30, 33, 40, 61, 104])
+def test_the_weights_of_all_tiles_sum_to_one_everywhere(length, monkeypatch):
+    monkeypatch.setattr(decode, "OVERLAP", 24)
+    total = torch.zeros(length * 4)
+    for start, weight in decode._weights(length, 16, 4, torch.device("cpu")).items():
+        assert weight.min() > 0
+        total[start * 4 : start * 4 + len(weight)] += weight
+    assert torch.allclose(total, torch.ones_like(total))
+
+
+def test_a_clip_decoded_in_tiles_looks_like_the_clip_decoded_whole(monkeypatch):
+    toybox = presets.load("toybox")
+    warm = Warm(torch.device("cpu"))
+    vae = warm.part("vae", toybox)
+    clip = torch.from_numpy(
+        video.read_frames(presets.ROOT / "assets/sanity.mp4", display_scale=toybox.display_scale)[:5]
+    )
+    latents = encode.clip_latents(clip[None], vae)
+    whole = list(decode.frames(latents, vae))
+    monkeypatch.setattr(decode, "TILE", 40)
+    monkeypatch.setattr(decode, "OVERLAP", 16)
+    tiled = list(decode.frames(latents, vae, tiled=True))
+    assert [len(group) for group in tiled] == [len(group) for group in whole]
+    error = np.concatenate(tiled).astype(float) - np.concatenate(whole)
+    assert 0 < (error**2).mean() < 255**2 / 10**3, "at least 30 dB, and not the same: it was cut into tiles"
 
 
 def test_decoding_a_longer_clip_takes_no_more_memory(warm, preset):

@@ -1,0 +1,166 @@
+"""Predictions of memory beside the models themselves, built on the meta device at their full size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
+from torch import nn
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
+
+from engine import counts, presets
+from engine.model import IdentityWanTransformer3DModel
+from engine.presets import Shape
+from engine.subject_tower import References
+from tests.live_bytes import LiveBytes, fused_attention
+
+WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2)}
+SMALL = Shape(dim=1536, num_layers=30, ffn_dim=8960, num_heads=12, **WAN)
+LARGE = Shape(dim=5120, num_layers=40, ffn_dim=13824, num_heads=40, **WAN)
+SHAPES = {
+    "wan-1.3b": SMALL,
+    "wan-14b": LARGE,
+    "vace-1.3b": SMALL.model_copy(update={"vace_layers": 15}),
+    "vace-14b": LARGE.model_copy(update={"vace_layers": 8}),
+    "id-crafter-1.3b": SMALL.model_copy(update={"identity_layers": 20, "vlm_dim": 3584}),
+    "id-crafter-14b": LARGE.model_copy(update={"identity_layers": 20, "vlm_dim": 3584}),
+}
+
+
+def built(shape: Shape, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> Any:
+    """The class of that shape on the meta device, as loading leaves it: some modules stay in fp32."""
+    config: dict[str, Any] = {
+        "num_attention_heads": shape.num_heads,
+        "num_layers": layers or shape.num_layers,
+        "ffn_dim": shape.ffn_dim,
+    }
+    kind: Any = WanTransformer3DModel
+    if shape.vace_layers:
+        kind = WanVACETransformer3DModel
+        config["vace_layers"] = list(range(0, shape.num_layers, shape.num_layers // shape.vace_layers))
+    if shape.identity_layers:
+        kind = IdentityWanTransformer3DModel
+        config |= {"identity_layers": min(shape.identity_layers, config["num_layers"]), "vlm_dim": shape.vlm_dim}
+    with torch.device("meta"):
+        model = kind(**config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if any(part in kind._keep_in_fp32_modules for part in name.split(".")):
+            parameter.data = parameter.data.float()
+    model.rope.float()
+    return model
+
+
+def held(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_weights_of_every_shape_are_predicted_within_a_hundredth(name: str, precision: Any) -> None:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    expected = held(built(SHAPES[name], dtype))
+    assert counts.transformer_weights(SHAPES[name]).num_bytes(precision) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_published_encoders_and_vae_are_counted_right() -> None:
+    with torch.device("meta"):
+        text = UMT5EncoderModel(
+            UMT5Config(vocab_size=256384, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, d_kv=64)
+        )
+        vlm = Qwen2_5_VLForConditionalGeneration(qwen_7b())
+        vae = AutoencoderKLWan()
+    for model, weights in ((text, counts.UMT5_XXL), (vlm, counts.QWEN_7B), (vae, counts.WAN_VAE)):
+        assert weights.num_bytes("fp32") == pytest.approx(held(model), rel=0.01)
+
+
+def qwen_7b() -> Any:
+    return AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config={
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+        },
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+        },
+    )
+
+
+def test_the_headers_of_a_folder_say_what_its_model_holds() -> None:
+    toybox = presets.load("toybox")
+    for part in ("transformer", "text_encoder", "vlm", "vae"):
+        numbers = sum(p.stat().st_size for p in toybox.place(part).glob("*.safetensors")) / 2  # they lie there in fp16
+        assert counts.part_weights(toybox, part).num_bytes("fp32") == pytest.approx(4 * numbers, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b", "wan-14b", "vace-1.3b", "vace-14b"])
+@pytest.mark.parametrize("plain", [2, 4])
+@pytest.mark.parametrize("grid", [(21, 60, 104), (9, 90, 160)])
+def test_what_a_forward_holds_beside_its_weights_is_predicted_within_three_hundredths(
+    name: str, plain: int, grid: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, dtype = SHAPES[name], torch.bfloat16 if plain == 2 else torch.float32
+    model = built(shape, dtype, layers=None if shape.vace_layers else 2)
+    beside: dict[str, Any] = {}
+    with torch.device("meta"):
+        latents, text = torch.empty(1, 16, *grid, dtype=dtype), torch.empty(1, 512, 4096, dtype=dtype)
+        if shape.vace_layers:
+            beside = {"control_hidden_states": torch.empty(1, 96, *grid, dtype=dtype)}
+            beside["control_hidden_states_scale"] = torch.ones(shape.vace_layers)
+        time = torch.empty(1)
+    with torch.no_grad(), fused_attention(monkeypatch), LiveBytes(model) as live:
+        model(latents, time, text, return_dict=False, **beside)
+    tokens = grid[0] * grid[1] * grid[2] // 4
+    assert counts.forward_bytes(shape, tokens, plain) == pytest.approx(live.peak, rel=0.03)
+
+
+def test_the_identity_cache_is_predicted_within_a_hundredth(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES["id-crafter-1.3b"]
+    model = built(shape)
+    with torch.device("meta"):
+        pictures, states = torch.empty(1, 3, 1, 16, 60, 60), torch.empty(1, counts.VLM_TOKENS, 3584)
+    with torch.no_grad(), fused_attention(monkeypatch):
+        cache = model.encode_identity(References(pictures, vlm_states=states))
+    load = counts.Load(1, 1, 1, 3, 3 * 900 + counts.VLM_TOKENS, 1, 1)
+    assert counts.cache_bytes(shape, load, 2) == pytest.approx(cache.num_bytes(), rel=0.01)
+
+
+@pytest.mark.parametrize("frames", [3])
+def test_what_the_vae_holds_while_it_decodes_is_predicted_within_three_hundredths(frames: int) -> None:
+    with torch.device("meta"):
+        vae: Any = AutoencoderKLWan()
+        latent = torch.empty(1, 16, 1, 30, 52)
+    vae.clear_cache()
+    with torch.no_grad(), LiveBytes(vae) as live:
+        for index in range(frames):
+            vae._conv_idx = [0]
+            hidden = vae.post_quant_conv(latent)
+            vae.decoder(hidden, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0)
+    assert pytest.approx(live.peak, rel=0.03) == counts.DECODE * 240 * 416
+
+
+def test_operations_of_a_forward_are_those_that_the_paper_of_the_model_has() -> None:
+    load = counts.Load(32760, 21, 480 * 832, 0, 0, 1, 1)
+    assert counts.flops(SMALL, load) == pytest.approx(283e12, rel=0.01)
+    assert counts.flops(LARGE, load) == pytest.approx(1678e12, rel=0.01)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0not json"])
+def test_a_file_with_a_lying_header_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(Exception, match=r"model\.safetensors cannot be read"):
+        counts.header(tmp_path / "model.safetensors")
