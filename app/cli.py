@@ -1,4 +1,4 @@
-"""The command line: python launch.py [studio | generate | doctor | bench | evaluate | test] ...
+"""The command line: python launch.py [studio | generate | plan | doctor | bench | evaluate | test] ...
 
 In:  arguments, IDCRAFTER_AUTH, and for `generate` a job document or a clip that carries one.
 Out: an exit code: 0 done, 1 refused or failed with one line on stderr, 2 not understood, 130 cancelled.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ VERBS = """\
 verbs:
   (none)      open the studio in the browser
   generate    make one clip here and now
+  plan        say what a clip needs here, or on a card of another size
   doctor      look at this machine and say what is missing
   bench       measure what docs/measurements.md claims
   evaluate    make held-out jobs and say how well everyone is recognised
@@ -236,6 +238,39 @@ def generate_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def plan(arguments: list[str]) -> int:
+    """What a clip would need; 1 when it does not fit."""
+    parser = Parser(
+        prog="python launch.py plan",
+        description="Say what a clip needs before it is begun: memory part by part, time, disk, and what binds.",
+        epilog="example: python launch.py plan --preset phantom-14b --vram 12",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--preset", default="toybox", help="which model (toybox)")
+    add("--subjects", type=int, help="how many, one picture each (2)")
+    add("--frames", type=int, help="length, 4k + 1 frames")
+    add("--size", metavar="WxH", help="width and height in pixels")
+    add("--steps", type=int, help="denoising steps")
+    add("--precision", choices=("fp32", "bf16", "fp8", "int8", "nf4"), help="of the transformer (what fits)")
+    add("--vram", type=float, metavar="GB", help="as if there were a card with so much memory")
+    add("--ram", type=float, metavar="GB", help="as if the machine had so much memory")
+    add("--tflops", type=float, help="what the card reaches in bf16")
+    add("--profile", choices=PROFILES, default="auto", help="how much of the card may be used")
+    add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
+    given = parser.parse_args(arguments)
+    if given.size and not re.fullmatch(r"\d{2,4}x\d{2,4}", given.size):
+        raise Usage(f"The size {given.size!r} is no WxH. Write it as 832x480.")
+    if given.models_dir:
+        os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
+    from app import plan as planner
+
+    return planner.main(given)
+
+
+PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
+
+
 def doctor(arguments: list[str]) -> int:
     """Look at this machine; 1 when something stands in the way."""
     parser = Parser(prog="python launch.py doctor", description="Look at this machine and say what is missing.")
@@ -290,6 +325,7 @@ def lock(arguments: list[str]) -> int:
 RUN: dict[str, Callable[[list[str]], int]] = {
     "studio": studio,
     "generate": generate,
+    "plan": plan,
     "doctor": doctor,
     "bench": bench,
     "evaluate": evaluate,

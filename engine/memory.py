@@ -10,6 +10,7 @@ Units: bytes unless a name says otherwise.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import platform
@@ -32,9 +33,6 @@ GB = 10**9
 Where = Literal[
     "device", "memory", "disk"
 ]  # whole on the device; visiting it block by block from memory, or from files
-
-# What allocators say who raise a plain RuntimeError: torch's on the CPU, and MPS.
-_SAYINGS = ("not enough memory", "can't allocate memory", "out of memory")
 
 # --- the machine -----------------------------------------------------------------------------------------------------
 
@@ -68,6 +66,7 @@ PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
 """How much of the card a creator gives: all that is free, so many GB, or the whole card."""
 CONTEXT = 600 * MB  # CUDA's own, on every card that computes
 SLACK = 1.05  # the allocator cannot use every hole
+READING = 400 * MB  # of an encoder beside its weights, for one prompt and its pictures
 BASE_RAM = 1_600 * MB  # the page and the worker with their libraries
 
 
@@ -243,11 +242,11 @@ def _plan(
     decode = counts.DECODE * (tile if tiled else load.pixels)
     frames_held = 6 * load.pixels * (job.num_frames or 1) if tiled else 0
     fixed = CONTEXT if here.device == "cuda" else 0
-    reading = 400 * MB
+    text, vlm = encoders["text_encoder"], encoders["vlm"]
     stay = transformer.device + vae.device
     needs = [
-        ("the prompt is read", encoders["text_encoder"].device + reading, encoders["text_encoder"].memory),
-        ("the VLM reads", encoders["vlm"].device + reading, encoders["vlm"].memory),
+        ("the prompt is read", text.device + min(READING, text.device), text.memory),
+        ("the VLM reads", vlm.device + min(READING, vlm.device), vlm.memory),
         ("pictures are encoded", vae.device + encode, 0),
         ("sampling", stay + cache + counts.forward_bytes(shape, load.tokens, plain), transformer.memory),
         ("decoding", stay + decode, transformer.memory),
@@ -260,36 +259,119 @@ def _plan(
     return Plan(here, {"transformer": transformer, **encoders, "vae": vae}, phases, tiled, disk, work)
 
 
+# --- when it does not fit ---------------------------------------------------------------------------------------------
+
+
+def fitted(job: GenerateJob, preset: Preset, here: Machine) -> Plan:
+    """`plan`, where it fits.
+
+    Raises:
+        StudioError: it does not; the three cheapest changes that would, or what binds where none does.
+    """
+    made = plan(job, preset, here)
+    if made.fits:
+        return made
+    changes = [words for words, changed in cheaper(job, preset) if plan(changed, preset, here).fits][:3]
+    raise StudioError(
+        what=f"{preset.title} at {job.width} x {job.height} with {job.num_frames} frames does not fit this machine.",
+        why=made.words(),
+        next_step=f"Choose {_or(changes)}." if changes else "Choose a smaller preset, or free some memory.",
+        field="num_frames",
+    )
+
+
+def cheaper(job: GenerateJob, preset: Preset) -> Iterator[tuple[str, GenerateJob]]:
+    """The job with one thing less, in words and as a job, what is missed least first of its kind."""
+    frames = job.num_frames or preset.num_frames
+    shorter = sorted({max(5, frames * part // 8 // 4 * 4 + 1) for part in (6, 4, 2)} - {frames}, reverse=True)
+    for fewer in shorter:
+        yield f"{fewer} frames", job.model_copy(update={"num_frames": fewer})
+    area = (job.width or 0) * (job.height or 0)
+    for size in sorted(preset.sizes, key=lambda size: -size.width * size.height):
+        if size.width * size.height < area:
+            smaller = job.model_copy(update={"width": size.width, "height": size.height})
+            yield f"{size.width} x {size.height}", smaller
+            for fewer in shorter:
+                words = f"{size.width} x {size.height} with {fewer} frames"
+                yield words, smaller.model_copy(update={"num_frames": fewer})
+    if job.precision not in (None, "nf4"):
+        yield "another precision (automatic)", job.model_copy(update={"precision": None})
+    if preset.conditioning in ("frames", "side") and any(len(subject.pictures) > 1 for subject in job.subjects):
+        single = tuple(s.model_copy(update={"pictures": s.pictures[:1]}) for s in job.subjects)
+        yield "one picture of each subject", job.model_copy(update={"subjects": single})
+
+
+def _or(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def _gb(count: float) -> str:
     return f"{count / GB:.1f}"
 
 
+# --- when it ran out all the same ------------------------------------------------------------------------------------
+
+
+class Lack(Exception):
+    """Memory ran out; `what` says which: "VRAM", "RAM", "pinned RAM" or "disk"."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
 @contextmanager
-def explained(job: GenerateJob, preset: Preset) -> Iterator[None]:
-    """Turn a lack of memory inside the block into a sentence; everything else passes through unchanged.
+def told_apart() -> Iterator[None]:
+    """Turn a lack of memory inside the block into a `Lack`; everything else passes through unchanged.
 
     Raises:
-        StudioError: field "num_frames"; the card or the machine had no memory left.
+        Lack: naming the memory.
     """
     import torch
 
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _too_much(job, preset) from error
-    except RuntimeError as error:
-        if not any(saying in str(error).lower() for saying in _SAYINGS):
+    except torch.OutOfMemoryError as error:
+        raise Lack("VRAM") from error
+    except MemoryError as error:
+        raise Lack("RAM") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
             raise
-        raise _too_much(job, preset) from error
+        raise Lack("disk") from error
+    except RuntimeError as error:
+        said = str(error).lower()
+        what = next((kind for saying, kind in _SAYINGS.items() if saying in said), None)
+        if what is None:
+            raise
+        raise Lack(what) from error
 
 
-def _too_much(job: GenerateJob, preset: Preset) -> StudioError:
-    smallest = min(preset.sizes, key=lambda size: size.width * size.height)
-    shorter = max(1, ((job.num_frames or preset.num_frames) // 2) // 4 * 4 + 1)
+_SAYINGS = {
+    "pin memory": "pinned RAM",
+    "cudahostalloc": "pinned RAM",
+    "mps backend out of memory": "VRAM",
+    "cuda error: out of memory": "VRAM",
+    "xpu out of memory": "VRAM",
+    "not enough memory": "RAM",
+    "can't allocate memory": "RAM",
+    "out of memory": "RAM",
+}
+"""What allocators say who raise a plain RuntimeError, the more telling ones first."""
+
+
+def explanation(lack: Lack, job: GenerateJob, preset: Preset, here: Machine) -> StudioError:
+    """What to change when memory ran out twice: the cheapest jobs that need a third less than this one did."""
+    less = replace(here, vram=here.vram * 2 // 3, ram=here.ram * 2 // 3)
+    changes = [words for words, changed in cheaper(job, preset) if plan(changed, preset, less).fits][:3]
+    words = list(changes) or [words for words, _ in cheaper(job, preset)][:3]
+    where = {"VRAM": "The card's memory", "disk": "The disk's space"}.get(
+        lack.what, f"The machine's memory ({lack.what})"
+    )
     return StudioError(
-        what="The machine ran out of memory while it made the clip.",
+        what=f"{where} ran out while the clip was made, also in the most sparing way.",
         why=f"{job.width} x {job.height} with {job.num_frames} frames and {len(job.subjects)} subjects needs more "
         "than is free.",
-        next_step=f"Close other programs, or choose {shorter} frames or {smallest.width} x {smallest.height}.",
+        next_step=f"Close other programs, or choose {_or(words)}." if words else "Close other programs.",
         field="num_frames",
     )

@@ -1,0 +1,98 @@
+"""`python launch.py plan`: what a clip would need here or on a card of another size, part by part, before it is begun.
+
+In:  a preset, a job's size and subjects, perhaps another machine's memory.
+Out: a table on stdout and what binds; exit code 1 when it does not fit.
+Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import psutil
+
+from engine import memory, presets
+from engine.job import GenerateJob, Picture, Sampling, Subject
+from engine.memory import GB, Machine, Plan
+from engine.messages import StudioError
+from engine.presets import Preset
+
+WHERE = {"device": "on the device", "memory": "block by block from memory", "disk": "block by block from files"}
+CARD_TFLOPS = 60  # a card for creators in bf16, attention included; a finished clip on this machine says better
+
+
+def main(given: argparse.Namespace) -> int:
+    """Print the plan; see the header."""
+    job, preset = presets.resolve(_job(given))
+    here = _machine(given)
+    if preset.shape is None:
+        raise StudioError(
+            f"Nothing is known of what {preset.title} needs.",
+            "Its preset has no `shape`.",
+            "Add one, as presets/wan-1.3b.json has it.",
+            field="preset",
+        )
+    made = memory.plan(job, preset, here)
+    sys.stdout.write("\n".join(report(job, preset, made, given.tflops)) + "\n")
+    if made.fits:
+        return 0
+    memory.fitted(job, preset, here)  # says what would
+    return 1
+
+
+def _job(given: argparse.Namespace) -> GenerateJob:
+    """A job of that size with blank subjects: what they show does not change what they need."""
+    preset = presets.load(given.preset)
+    count = min(2, preset.max_subjects) if given.subjects is None else given.subjects
+    subjects = tuple(Subject(name=f"s{i}", pictures=(Picture(path="-"),)) for i in range(1, count + 1))
+    width, height = (int(side) for side in given.size.split("x")) if given.size else (None, None)
+    return GenerateJob(
+        preset=given.preset,
+        prompt=" ".join(f"@{subject.name}" for subject in subjects) or "-",
+        subjects=subjects,
+        num_frames=given.frames,
+        width=width,
+        height=height,
+        precision=given.precision,
+        sampling=Sampling(num_inference_steps=given.steps),
+    )
+
+
+def _machine(given: argparse.Namespace) -> Machine:
+    """This machine, or one with a card of so many GB; its other memory is this machine's unless said."""
+    here = memory.machine(given.profile)
+    ram = round(given.ram * GB) if given.ram else here.ram
+    if given.vram is None:
+        return Machine(here.device, here.name, ram if here.shared else here.vram, ram, here.disk)
+    ram = ram if given.ram else psutil.virtual_memory().total
+    return Machine("cuda", f"a card of {given.vram:g} GB", round(given.vram * GB), ram, here.disk)
+
+
+def report(job: GenerateJob, preset: Preset, made: Plan, tflops: float | None) -> list[str]:
+    """The plan in lines."""
+    here = made.machine
+    limits = f"{here.ram / GB:.1f} GB of memory" if here.shared else f"{here.vram / GB:.1f} GB on it"
+    lines = [
+        f"{preset.title}: {job.width} x {job.height}, {job.num_frames} frames, {len(job.subjects)} subjects, "
+        f"{job.sampling.num_inference_steps} steps",
+        f"on {here.name} ({limits}" + ("" if here.shared else f", {here.ram / GB:.1f} GB of memory beside it") + ")",
+        "",
+    ]
+    for part, fit in made.parts.items():
+        if getattr(preset.components, part):
+            size = f"{fit.device / GB:6.2f} GB there, {fit.memory / GB:6.2f} GB in memory"
+            lines.append(f"  {part.replace('_', ' '):<13} {fit.precision:<5} {WHERE[fit.where]:<27} {size}")
+    lines += ["", f"  {'while':<24} {'VRAM':>7} {'RAM':>7}   GB"]
+    for phase in made.phases:
+        vram, ram = (0, phase.ram + phase.vram) if here.shared else (phase.vram, phase.ram)
+        lines.append(f"  {phase.name:<24} {vram / GB:7.1f} {ram / GB:7.1f}")
+    lines += ["", made.words()]
+    if made.tiled:
+        lines.append("The VAE decodes in tiles.")
+    speed = tflops or (CARD_TFLOPS if not here.shared else 0.06)
+    source = "as you said" if tflops else "a guess; a finished clip on this machine says better"
+    minutes = made.petaflop * 1000 / speed / 60
+    lines.append(f"{made.petaflop * 1000:,.4g} TFLOP, about {minutes:,.0f} min at {speed:g} TFLOP/s ({source}).")
+    lines.append(f"Disk: {made.disk / GB:.1f} GB beside the model's files, {here.disk / GB:.1f} GB are free.")
+    return lines
