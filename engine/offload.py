@@ -15,9 +15,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,33 +26,41 @@ from torch import Tensor, nn
 PLACES = 2  # one computes while the other is being filled
 
 
-def stream_blocks(
+@contextmanager
+def visiting(
     model: nn.Module,
     lists: Iterable[str],
     device: torch.device,
     *,
     once: Iterable[str] = (),
     spill: Path | None = None,
-) -> None:
-    """From now on the blocks of these lists visit the device; everything else of the model moves there for good.
+) -> Iterator[None]:
+    """Inside, the blocks of these lists visit the device and everything else of the model is there; after, all is back.
 
     Args:
-        model: on the CPU.
+        model: on the CPU, with whatever was added to its layers (LoRA).
         lists: dotted names of `nn.ModuleList`s, such as "blocks"; those the model lacks are passed over.
         device: where it computes.
         once: more lists, which run once per clip: their places leave the device after the last block.
-        spill: keep the blocks' weights in files in this folder, which the system pages in and out, instead of in
-            memory. The folder has to outlive the model.
+        spill: from now on the blocks' weights are kept in files in this folder, which the system pages in and out,
+            instead of in memory. The folder has to outlive the model.
     """
     named = [(name, name in set(once)) for name in (*lists, *once)]
     found = [(blocks, brief) for name, brief in named if (blocks := _find(model, name)) is not None]
-    _move_others(model, {id(block) for blocks, _ in found for block in blocks}, device)
-    for number, (blocks, brief) in enumerate(found):
-        if spill is not None:
-            spill.mkdir(parents=True, exist_ok=True)
-            for index, block in enumerate(blocks):
-                _spill(block, spill / f"{number}-{index}.bin")
-        _Line(list(blocks), device, brief=brief).attach()
+    waiting = {id(block) for blocks, _ in found for block in blocks}
+    for number, (blocks, _) in enumerate(found):
+        for index, block in enumerate(blocks if spill is not None else ()):
+            _spill(block, cast(Path, spill) / f"{number}-{index}.bin")
+    lines = [_Line(list(blocks), device, brief=brief) for blocks, brief in found]
+    try:
+        _move_others(model, waiting, device)
+        for line in lines:
+            line.attach()
+        yield
+    finally:
+        for line in lines:
+            line.detach()
+        _move_others(model, waiting, torch.device("cpu"))
 
 
 def weights_of(module: nn.Module) -> list[tuple[Any, str]]:
@@ -122,7 +131,11 @@ def _move_others(module: nn.Module, waiting: set[int], device: torch.device) -> 
 
 @torch.no_grad()
 def _spill(block: nn.Module, path: Path) -> None:
-    """The block's weights become views of a file."""
+    """The block's weights become views of a file, once."""
+    if getattr(block, "in_a_file", False):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cast(Any, block).in_a_file = True
     spots = weights_of(block)
     sizes = [-(-_num_bytes(getattr(*spot)) // 64) * 64 for spot in spots]
     path.unlink(missing_ok=True)
@@ -175,6 +188,14 @@ class _Line:
         """Take the blocks' forwards over."""
         for index, block in enumerate(self._blocks):
             block.forward = partial(self._forward, index)
+
+    def detach(self) -> None:
+        """Give the forwards back, and the device's memory."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        for block in self._blocks:
+            block.__dict__.pop("forward", None)
+        self._places.clear()
 
     def _forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
         place = self._begin(index)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from optimum.quanto import QLinear, qint8
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from engine import tiny
-from engine.offload import PLACES, stream_blocks, weights_of
+from engine.offload import PLACES, visiting, weights_of
 from engine.subject_tower import References
 
 CPU = torch.device("cpu")
@@ -53,21 +54,32 @@ def test_a_model_whose_blocks_wait_outside_predicts_the_same_bit_for_bit(
     if kind != "full":
         quantized(model, kind)
     expected = predict(model)
-    stream_blocks(model, ["blocks"], CPU, once=["subject_blocks"], spill=tmp_path if in_a_file else None)
-    assert torch.equal(predict(model), expected)
-    assert torch.equal(predict(model), expected), "the second clip"
+    for _ in range(2):
+        with visiting(model, ["blocks"], CPU, once=["subject_blocks"], spill=tmp_path if in_a_file else None):
+            assert torch.equal(predict(model), expected)
+            assert torch.equal(predict(model), expected), "the second step"
+    assert torch.equal(predict(model), expected), "afterwards, without visits"
     assert any(tmp_path.iterdir()) == in_a_file
+
+
+def test_what_was_added_to_the_layers_before_visits_the_device_with_them() -> None:
+    model = tiny.transformer()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    expected = predict(model)
+    with visiting(model, ["blocks"], CPU, once=["subject_blocks"]):
+        assert torch.equal(predict(model), expected)
 
 
 def test_only_two_blocks_are_on_the_device_at_once_and_none_of_those_that_run_once() -> None:
     model = tiny.transformer()
     before = {id(m) for m in model.modules()}
-    stream_blocks(model, ["blocks"], CPU, once=["subject_blocks"])
-    predict(model)
-    lines = [model.blocks[0].forward.func.__self__, model.subject_blocks[0].forward.func.__self__]
-    assert all(len(places) <= PLACES for places in lines[0]._places.values())
-    assert not lines[1]._places
-    assert {id(m) for m in model.modules()} == before
+    with visiting(model, ["blocks"], CPU, once=["subject_blocks"]):
+        predict(model)
+        lines = [model.blocks[0].forward.func.__self__, model.subject_blocks[0].forward.func.__self__]
+        assert all(len(places) <= PLACES for places in lines[0]._places.values())
+        assert not lines[1]._places
+        assert {id(m) for m in model.modules()} == before
+    assert not lines[0]._places
 
 
 def test_every_weight_of_a_quantized_block_is_among_those_that_travel() -> None:
@@ -83,14 +95,14 @@ def test_every_weight_of_a_quantized_block_is_among_those_that_travel() -> None:
 def test_what_a_block_raises_comes_through_and_the_next_clip_is_whole() -> None:
     model = tiny.transformer()
     expected = predict(model)
-    stream_blocks(model, ["blocks"], CPU, once=["subject_blocks"])
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError), visiting(model, ["blocks"], CPU, once=["subject_blocks"]):
         model.blocks[1]()
-    assert torch.equal(predict(model), expected)
+    with visiting(model, ["blocks"], CPU):
+        assert torch.equal(predict(model), expected)
 
 
 def test_a_list_that_the_model_lacks_is_passed_over() -> None:
     model = tiny.transformer()
     expected = predict(model)
-    stream_blocks(model, ["vace_blocks", "subject.blocks"], CPU)
-    assert torch.equal(predict(model), expected)
+    with visiting(model, ["vace_blocks", "subject.blocks"], CPU):
+        assert torch.equal(predict(model), expected)
