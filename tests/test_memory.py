@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
-from engine import counts, presets
+from engine import counts, memory, presets
 from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Shape
 from engine.subject_tower import References
@@ -164,3 +164,26 @@ def test_a_file_with_a_lying_header_is_refused_by_name(content: bytes, tmp_path:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(Exception, match=r"model\.safetensors cannot be read"):
         counts.header(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError(), "RAM"),
+        (OSError(28, "No space left on device"), "disk"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "RAM"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), "VRAM"),
+        (RuntimeError("Cannot pin memory: cudaHostAlloc failed: out of memory"), "pinned RAM"),
+    ],
+)
+def test_one_lack_of_memory_is_told_from_another(error: Exception, what: str) -> None:
+    with pytest.raises(memory.Lack) as lack, memory.told_apart():
+        raise error
+    assert lack.value.what == what
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), OSError(13, "Permission denied")])
+def test_any_other_fault_passes_through_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as same, memory.told_apart():
+        raise error
+    assert same.value is error

@@ -1,0 +1,133 @@
+"""Plans: what fits which machine, which limit binds, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engine import memory, presets
+from engine.job import GenerateJob, Picture, Sampling, Subject
+from engine.memory import GB, Machine, Plan
+from engine.messages import StudioError
+from engine.presets import Components, HubFiles, Preset, Shape, Size
+
+WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2)}
+SMALL = Shape(dim=1536, num_layers=30, ffn_dim=8960, num_heads=12, **WAN)
+LARGE = Shape(dim=5120, num_layers=40, ffn_dim=13824, num_heads=40, **WAN)
+NOWHERE = HubFiles(repo="nobody/nothing", path="none", num_bytes=1, licence="Apache-2.0")
+CARD = Machine("cuda", "a card", 24 * GB, 64 * GB, 200 * GB)
+
+
+def preset_of(shape: Shape, conditioning: Any = "frames") -> Preset:
+    toybox = presets.load("toybox")
+    parts = Components(transformer=NOWHERE, vae=NOWHERE, text_encoder=NOWHERE, tokenizer=NOWHERE)
+    sizes = (Size(width=832, height=480), Size(width=480, height=272))
+    return toybox.model_copy(
+        update={
+            "components": parts,
+            "shape": shape,
+            "conditioning": conditioning,
+            "sizes": sizes,
+            "frames_per_latent": 4,
+            "num_frames": 81,
+            "reference_size": 768,
+        }
+    )
+
+
+def job_of(**changes: Any) -> GenerateJob:
+    subject = Subject(name="fox", pictures=(Picture(path="fox.png"),))
+    values = {"num_frames": 81, "width": 832, "height": 480, **changes}
+    return GenerateJob(
+        prompt="@fox", subjects=(subject,), sampling=Sampling(guidance="dual", num_inference_steps=50), **values
+    )
+
+
+def planned(shape: Shape, vram: float, ram: float = 64, **changes: Any) -> Plan:
+    return memory.plan(job_of(**changes), preset_of(shape), replace(CARD, vram=round(vram * GB), ram=round(ram * GB)))
+
+
+def while_sampling(made: Plan) -> int:
+    return next(phase.vram for phase in made.phases if phase.name == "sampling")
+
+
+def test_a_large_card_holds_a_small_model_whole_and_exact() -> None:
+    made = planned(SMALL, 24)
+    assert made.fits and not made.tiled
+    assert made.parts["transformer"] == replace(made.parts["transformer"], precision="bf16", where="device", memory=0)
+
+
+@pytest.mark.parametrize("vram", [6, 8, 12, 16, 24])
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["1.3b", "14b"])
+def test_every_plan_that_fits_stays_below_every_limit(shape: Shape, vram: float) -> None:
+    made = planned(shape, vram)
+    if made.fits:
+        assert made.vram <= vram * GB and made.ram <= 64 * GB and made.disk <= made.machine.disk
+    else:
+        assert made.binding[0] == "VRAM"
+
+
+def test_a_smaller_card_is_met_by_visiting_blocks_before_any_precision_is_given_up() -> None:
+    part = planned(LARGE, 12).parts["transformer"]
+    assert (part.precision, part.where) == ("bf16", "memory")
+    assert part.device < 3 * GB < 25 * GB < part.memory
+
+
+def test_little_memory_beside_the_card_costs_precision_and_the_sentence_names_the_limit() -> None:
+    made = planned(LARGE, 12, ram=16)
+    assert made.fits and made.parts["transformer"].precision == "nf4"
+    tight = planned(LARGE, 12, ram=3)
+    assert tight.parts["transformer"].where == "disk" or not tight.fits
+
+
+def test_a_precision_that_the_job_names_is_kept() -> None:
+    assert planned(LARGE, 24, precision="int8").parts["transformer"].precision == "int8"
+
+
+def test_a_small_card_decodes_in_tiles() -> None:
+    assert planned(SMALL, 8).tiled and not planned(SMALL, 24).tiled
+
+
+def test_more_of_anything_never_needs_less() -> None:
+    preset = preset_of(SMALL)
+    base = memory.plan(job_of(), preset, CARD)
+    for more in ({"num_frames": 121}, {"width": 1280, "height": 720}):
+        assert while_sampling(memory.plan(job_of(**more), preset, CARD)) > while_sampling(base)
+        assert memory.plan(job_of(**more), preset, CARD).petaflop > base.petaflop
+    twice = job_of().subjects[0].model_copy(update={"pictures": (Picture(path="a.png"), Picture(path="b.png"))})
+    with_two = memory.plan(job_of().model_copy(update={"subjects": (twice,)}), preset, CARD)
+    assert while_sampling(with_two) > while_sampling(base)
+
+
+def test_a_job_that_does_not_fit_is_refused_with_changes_that_do() -> None:
+    preset, here = preset_of(LARGE), replace(CARD, vram=round(5.3 * GB))
+    with pytest.raises(StudioError) as refused:
+        memory.fitted(job_of(), preset, here)
+    assert "VRAM does not suffice" in refused.value.why
+    offered = [job for words, job in memory.cheaper(job_of(), preset) if words in refused.value.next_step]
+    assert offered and all(memory.plan(job, preset, here).fits for job in offered)
+
+
+def test_where_nothing_fits_no_change_is_promised() -> None:
+    with pytest.raises(StudioError, match="smaller preset"):
+        memory.fitted(job_of(), preset_of(LARGE), replace(CARD, vram=GB))
+
+
+def test_a_profile_takes_from_the_card_and_where_memory_is_shared_from_the_machine() -> None:
+    assert CARD.limited("8").vram == 8 * GB and CARD.limited("8").ram == CARD.ram
+    assert CARD.limited("auto") == CARD.limited("all") == CARD
+    apple = Machine("mps", "a", 32 * GB, 32 * GB, GB)
+    assert apple.limited("8").ram == apple.limited("8").vram == 8 * GB
+
+
+def test_on_a_processor_everything_is_counted_as_its_memory() -> None:
+    here = Machine("cpu", "a processor", 64 * GB, 64 * GB, 100 * GB)
+    made = memory.plan(job_of(), preset_of(SMALL), here)
+    assert made.binding[0] == "RAM" and made.parts["transformer"].precision == "fp32"
+
+
+def test_the_explanation_offers_what_needs_a_third_less() -> None:
+    said = memory.explanation(memory.Lack("VRAM"), job_of(), preset_of(SMALL), replace(CARD, vram=8 * GB))
+    assert "card" in said.what and "frames" in said.next_step
