@@ -1,12 +1,13 @@
 """Presets: data that says which model, which files, which defaults, and what fits.
 
-In:  presets/<name>.json, and a job that may leave values out.
+In:  presets/<name>.json of the repository and of the creator's own models, and a job that may leave values out.
 Out: a frozen `Preset`; `resolve(job)` gives the job with every value filled in and checked against its preset.
 Knows nothing of torch; a preset is data, never code.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Literal
@@ -41,8 +42,10 @@ class HubFiles(Document):
     """Branch, tag or commit."""
     num_bytes: int = Field(ge=0)
     """What has to be fetched, as its page says; the Hub's own figure replaces it before anything is fetched."""
-    licence: str
-    """Licence of these files."""
+    licence: str = ""
+    """Licence of these files; empty where nobody has named one."""
+    xet: bool = False
+    """These bytes are kept in the Hub's Xet store alone, which only the library speaks to."""
 
     @property
     def link(self) -> str:
@@ -50,12 +53,13 @@ class HubFiles(Document):
         return f"https://huggingface.co/{self.repo}"
 
 
-Place = str | HubFiles
+Place = str | HubFiles | tuple[HubFiles, ...]
 
 
 class Components(Document):
     """The model's parts: folders in diffusers' and transformers' layout, relative to the repository or to the folder
-    of models, or files on the Hub. A transformer may also be one file in Wan's own layout."""
+    of models, or files on the Hub. A transformer may also be one file in Wan's own layout. A part whose files lie in
+    several repositories is gathered in one folder of the models."""
 
     transformer: Place
     """WanTransformer3DModel, with identity blocks where the preset has them."""
@@ -117,14 +121,17 @@ class Shape(Document):
 
 
 class Cost(Document):
-    """What one clip costs on the machine of docs/measurements.md; corrected by this machine's own runs."""
+    """What one clip costs on one machine; corrected by this machine's own runs."""
+
+    on: str = "two CPU cores"
+    """Which machine the seconds are of."""
 
     weights_mb: int = Field(ge=0)
     """All weights together in memory."""
     activations_mb: int = Field(ge=0)
     """Everything else while sampling at the preset's own size."""
     step_s: float = Field(gt=0)
-    """One denoising step at the preset's own size and guidance, two CPU cores."""
+    """One denoising step at the preset's own size and guidance."""
     start_s: float = Field(ge=0)
     """Loading and encoding, cold."""
     decode_s: float = Field(ge=0)
@@ -183,7 +190,9 @@ class Preset(Document):
 
     def has(self, part: str) -> bool:
         """Whether one of the `components` is named and there."""
-        return bool(getattr(self.components, part)) and self.place(part).exists()
+        return bool(getattr(self.components, part)) and is_whole(
+            self.place(part), weights=not part.endswith("tokenizer")
+        )
 
     def place(self, part: str) -> Path:
         """Where one of the `components` lies, or would lie: in the repository, in the creator's own folder of models,
@@ -193,13 +202,21 @@ class Preset(Document):
             from engine import hub
 
             return hub.Hub().place(named.repo, named.path, named.revision)
+        if isinstance(named, tuple):
+            return models_dir() / "gathered" / part
         found = (root / named for root in (ROOT, models_dir()) if (root / named).exists())
         return next(found, ROOT / named)
 
-    def downloads(self) -> dict[str, HubFiles]:
-        """What of this preset lies on the Hub, by the name of the part."""
+    def downloads(self, *, optional: bool = True) -> dict[str, tuple[HubFiles, ...]]:
+        """What of this preset lies on the Hub, by the name of the part.
+
+        Args:
+            optional: also the parts that a clip is made without, too.
+        """
         parts = {part: getattr(self.components, part) for part in Components.model_fields}
-        return {part: named for part, named in parts.items() if isinstance(named, HubFiles)}
+        parts = {part: named for part, named in parts.items() if optional or part not in OPTIONAL}
+        parts = {part: (named,) if isinstance(named, HubFiles) else named for part, named in parts.items()}
+        return {part: named for part, named in parts.items() if isinstance(named, tuple)}
 
 
 def models_dir() -> Path:
@@ -207,9 +224,15 @@ def models_dir() -> Path:
     return Path(os.environ.get("IDCRAFTER_MODELS") or ROOT / "models")
 
 
+def own_presets() -> Path:
+    """Where presets lie that a creator has added."""
+    return models_dir() / "presets"
+
+
 def names() -> list[str]:
-    """Every preset there is; toybox first."""
-    return sorted((path.stem for path in PRESETS.glob("*.json")), key=lambda name: (name != "toybox", name))
+    """Every preset there is: toybox first, then the repository's, then the creator's own."""
+    shipped = sorted((path.stem for path in PRESETS.glob("*.json")), key=lambda name: (name != "toybox", name))
+    return shipped + sorted(path.stem for path in own_presets().glob("*.json") if path.stem not in shipped)
 
 
 def load(name: str) -> Preset:
@@ -218,8 +241,8 @@ def load(name: str) -> Preset:
     Raises:
         StudioError: no such preset, or its file does not hold together.
     """
-    path = PRESETS / f"{name}.json"
-    if name not in names():
+    path = next((p for folder in (PRESETS, own_presets()) if (p := folder / f"{name}.json").is_file()), None)
+    if name not in names() or path is None:
         raise StudioError(
             what=f"There is no preset called {name!r}.",
             why=f"This studio has {', '.join(names())}.",
@@ -227,15 +250,34 @@ def load(name: str) -> Preset:
             field="preset",
         )
     try:
-        return Preset.model_validate_json(path.read_text(encoding="utf-8"))
+        preset = Preset.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         reason = rephrased(error)
         raise StudioError(
             what=f"The preset {name} cannot be read.",
             why=f"{reason.what} {reason.why}",
-            next_step=f"Mend presets/{name}.json.",
+            next_step=f"Mend {path.parent.name}/{name}.json.",
             field="preset",
         ) from None
+    if preset.name != name:
+        raise StudioError(
+            what=f"The preset {name} cannot be read.",
+            why=f"Its file calls it {preset.name}.",
+            next_step=f"Mend {path.parent.name}/{name}.json.",
+            field="preset",
+        )
+    return preset
+
+
+def readable() -> list[Preset]:
+    """Every preset whose file holds together; `load` says what is wrong with the others."""
+    found = []
+    for name in names():
+        try:
+            found.append(load(name))
+        except StudioError:
+            continue  # its own card on the Models tab says so; it must not take the others along
+    return found
 
 
 def check_files(preset: Preset) -> None:
@@ -246,11 +288,12 @@ def check_files(preset: Preset) -> None:
     """
     for part in Components.model_fields:
         named: Place = getattr(preset.components, part)
-        if not named or part in OPTIONAL or _there(preset.place(part)):
+        if not named or part in OPTIONAL or preset.has(part):
             continue
-        if isinstance(named, HubFiles):
+        if not isinstance(named, str):
+            first = named if isinstance(named, HubFiles) else named[0]
             raise StudioError(
-                what=f"The files of {preset.title} are not all here: {named.repo}/{named.path} is missing.",
+                what=f"The files of {preset.title} are not all here: {first.repo}/{first.path} is missing.",
                 why=f"Its {part.replace('_', ' ')} has not been fetched yet.",
                 next_step=f"Fetch them under Models, or with `python launch.py models pull {preset.name}`.",
                 field="preset",
@@ -258,14 +301,30 @@ def check_files(preset: Preset) -> None:
         raise StudioError(
             what=f"The preset {preset.name} names {named}, which is not there.",
             why=f"Its {part.replace('_', ' ')} has not been put into place.",
-            next_step="Choose another preset, or fetch this one's files again.",
+            next_step=f"Choose another preset, or put a checkpoint of yours into {models_dir() / named}.",
             field="preset",
         )
 
 
-def _there(place: Path) -> bool:
-    """A file, or a folder that tells what it holds."""
-    return place.is_file() or any(place.glob("*.json"))
+def is_whole(place: Path, *, weights: bool = True) -> bool:
+    """Whether a part is there: a file, or a folder with all the shards that its index names. Opens no weights.
+
+    Args:
+        weights: a folder without any is not whole; other programs fetch a model's config alone.
+    """
+    if place.is_file():
+        return True
+    try:
+        shards = {
+            shard
+            for index in place.glob("*.safetensors.index.json")
+            for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        }
+    except (ValueError, KeyError, AttributeError):  # an index that is none
+        return False
+    telling = (".safetensors", ".gguf", ".onnx") if weights else (".json", ".model", ".txt")
+    found = any(path.suffix in telling for path in place.glob("*"))
+    return found and all((place / str(shard)).is_file() for shard in shards)
 
 
 def resolve(job: GenerateJob) -> tuple[GenerateJob, Preset]:
