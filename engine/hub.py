@@ -2,8 +2,8 @@
 
 In:  `Wanted` files (repository, revision, path), a cache folder, perhaps a token.
 Out: a plan (what is here, what is missing, how large), then the files in huggingface_hub's own cache layout.
-Knows nothing of models or presets. The library tells sizes, hashes and commits; the bytes are moved here, because it
-neither resumes across calls nor checks what it got.
+Knows nothing of models or presets, and of how bytes are moved (`engine.transfer`). The library tells sizes, hashes,
+commits, what a folder holds and under which licence.
 
 Layout: `models--<owner>--<name>/{blobs/<hash>, snapshots/<commit>/<path>, refs/<revision>}`. While a file is on its way
 it is `blobs/<hash>.part`, which one process at a time holds by a lock; it becomes a blob in one move, once its hash is
@@ -12,24 +12,20 @@ right. A cut pull goes on from the part.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
 import shutil
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException, IncompleteRead
-from pathlib import Path
-from typing import Any, BinaryIO
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -39,12 +35,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 
+from engine import transfer
 from engine.messages import StudioError
+from engine.transfer import Damaged, Refused, Source, bytes_of, hash_of, linked_or_copied
 
-CHUNK = 1 << 20  # bytes read at once
-TRIES = 6  # failures in a row without a new byte, before giving up
 SPARE = 256 * 2**20  # bytes that stay free on the disk
+TELLING = (".json", ".model", ".txt")  # configs and tokenizers
+WEIGHTS = (".safetensors", ".gguf", ".onnx")  # of a folder, the first of these kinds that it holds
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Wanted:
     repo: str  # owner/name
     path: str  # inside the repository, with forward slashes
     revision: str = "main"  # branch, tag or commit
+    xet: bool = False  # its bytes are in the Hub's Xet store alone, as somebody knows beforehand
 
     def __post_init__(self) -> None:
         for text in (self.path, self.revision):
@@ -75,6 +75,7 @@ class Found:
     hash: str  # sha256 of a large file, git's sha1 of a small one
     size: int  # bytes
     location: str  # where its bytes are
+    xet: bool = False  # only the library can fetch them
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Plan:
         return self.bytes_to_fetch + SPARE <= self.bytes_free
 
 
+T = TypeVar("T")
 Say = Callable[[int, int, str], None]
 """Hears (bytes here, bytes in all, which file). What it raises stops a pull; the next one goes on from there."""
 
@@ -132,6 +134,18 @@ class Hub:
         reference = folder / "refs" / revision
         commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
         return folder / "snapshots" / commit / Path(*path.split("/"))
+
+    def here(self, repo: str, path: str = "", revision: str = "main") -> tuple[Wanted, ...]:
+        """Which files of that name are here, a folder's with all below it; asks nobody."""
+        place = self.place(repo, path, revision)
+        if place.is_file():
+            return (Wanted(repo, path, revision),)
+        names = [f"{path}/{each.relative_to(place).as_posix()}".strip("/") for each in _files(place)]
+        return tuple(Wanted(repo, name, revision) for name in names)
+
+    def arrived(self, repo: str) -> int:
+        """Bytes of a repository's files that are not whole yet; asks nobody."""
+        return sum(bytes_of(part) for part in (self._repo(repo) / "blobs").glob("*.part"))
 
     def plan(self, wanted: Iterable[Wanted]) -> Plan:
         """Ask the Hub about every file, and compare with what is here.
@@ -176,8 +190,9 @@ class Hub:
         total = sum(found.size for found in files)
         for found in files:
             blob = self._blob(found)
-            if not blob.is_file() or _hash_of(blob, found.hash) != found.hash:
+            if not blob.is_file() or hash_of(blob, found.hash) != found.hash:
                 blob.unlink(missing_ok=True)
+                self._pointer(found).unlink(missing_ok=True)  # a copy, where links are not to be had
                 broken.append(found.wanted)
             done += found.size
             say(done, total, found.wanted.path)
@@ -190,18 +205,16 @@ class Hub:
         """
         plan, adopted = self.plan(wanted), []
         hashes = {found.hash: found for found in plan.missing}
-        sizes = {(found.size, len(found.hash)) for found in plan.missing}
-        candidates = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*"))]
-        candidates = [
-            path for path in candidates if path.is_file() and path.stat().st_size in {size for size, _ in sizes}
-        ]
+        sizes = {found.size for found in plan.missing}
+        candidates = [path for folder in folders for path in _files(folder) if path.stat().st_size in sizes]
         for number, path in enumerate(candidates, start=1):
             say(number, len(candidates), path.name)
-            for digits in {digits for size, digits in sizes if size == path.stat().st_size}:
-                found = hashes.pop(_hash_of(path, "0" * digits), None)
+            size = path.stat().st_size
+            for digits in {len(found.hash) for found in hashes.values() if found.size == size}:
+                found = hashes.pop(hash_of(path, "0" * digits), None)
                 if found is not None:
                     self._blob(found).parent.mkdir(parents=True, exist_ok=True)
-                    _linked_or_copied(path, self._blob(found))
+                    linked_or_copied(path, self._blob(found))
                     adopted.append(path)
         for found in plan.files:
             if self._twin(found) is not None:
@@ -222,89 +235,39 @@ class Hub:
             blob.unlink(missing_ok=True)
         return freed
 
+    def discard(self, plan: Plan) -> int:
+        """Take away what has arrived of files that are not whole; gives the bytes that this frees."""
+        freed = 0
+        for found in plan.missing:
+            part = self._blob(found).with_suffix(".part")
+            freed += bytes_of(part)
+            part.unlink(missing_ok=True)
+            part.with_suffix(".etag").unlink(missing_ok=True)
+        return freed
+
     # --- one file ---
 
     def _fetch(self, found: Found, say: Callable[[int], None]) -> None:
         """The blob of one file, by however many connections it takes."""
-        blob = self._blob(found)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(blob.with_suffix(".lock")):
-            damaged = False
-            blob.with_suffix(".part").touch()
-            while not blob.is_file():  # another process may have brought it while this one waited
-                part = blob.with_suffix(".part")
-                self._transfer(found, part, say)
-                part.with_suffix(".etag").unlink(missing_ok=True)
-                if _hash_of(part, found.hash) == found.hash:
-                    part.replace(blob)
-                    return
-                part.unlink()
-                if damaged:
-                    raise StudioError(
-                        f"{found.wanted.path} arrived damaged, twice.",
-                        f"Its bytes do not have the hash that {found.wanted.repo} names.",
-                        "Try again later; nothing of it was kept.",
-                    )
-                damaged = True
 
-    def _transfer(self, found: Found, part: Path, say: Callable[[int], None]) -> None:
-        """Append to the part until it is as large as the file."""
-        failures = 0
-        while (have := part.stat().st_size if part.is_file() else 0) < found.size:
-            try:
-                self._stream(found, part, have, say)
-                if part.is_file() and part.stat().st_size == have:
-                    raise ConnectionError("an answer without a byte")
-                failures = 0
-            except _Refused as refusal:
-                failures += 1
-                if failures >= TRIES or refusal.for_good:
-                    raise
-                time.sleep(refusal.wait_s or self._pause(failures))
-                if refusal.stale:
-                    found = self._ask(found.wanted)
-            except (OSError, HTTPException) as error:
-                if isinstance(error, OSError) and error.errno is not None and not _of_the_line(error):
-                    raise  # the disk, not the line
-                grown = part.is_file() and part.stat().st_size > have
-                failures = 1 if grown else failures + 1
-                if failures >= TRIES:
-                    raise
-                time.sleep(self._pause(failures))
-        if part.stat().st_size > found.size:
-            part.unlink()
-            raise _Refused("it is longer than it should be")
+        def bring(part: Path, say: Callable[[int], None]) -> None:
+            if found.xet:
+                wanted = found.wanted
+                transfer.by_library(
+                    wanted.repo, wanted.path, found.commit, part, say, endpoint=self.endpoint, token=self._secret()
+                )
+            else:
+                again = lambda: self._source(self._ask(found.wanted))  # noqa: E731
+                transfer.transfer(self._source(found), part, say, again=again, pause=self._pause)
 
-    def _stream(self, found: Found, part: Path, have: int, say: Callable[[int], None]) -> None:
-        """One connection: what is still missing, or all of it where the server does not go on from the middle."""
-        headers = {"User-Agent": "id-crafter-studio", "Accept-Encoding": "identity"}
-        if have:
-            mark = part.with_suffix(".etag")
-            headers["Range"] = f"bytes={have}-"
-            # As the server that has the bytes calls them, which need not be the Hub's hash.
-            if mark.is_file() and mark.stat().st_size:
-                headers["If-Range"] = mark.read_text(encoding="utf-8")
-        if urlsplit(found.location).netloc == urlsplit(self.endpoint).netloc and (token := self._secret()):
-            headers["Authorization"] = f"Bearer {token}"
-        request = urllib.request.Request(found.location, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer, part.open("ab") as file:
-                if answer.status != 206:
-                    file.truncate(0)
-                    have = 0
-                    part.with_suffix(".etag").write_text(answer.headers.get("ETag") or "", encoding="utf-8")
-                _copy(answer, file, have, say)
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # the part is from another version of the file
-                part.unlink(missing_ok=True)
-                return
-            wait = error.headers.get("Retry-After", "") if error.headers else ""
-            raise _Refused(
-                f"the server answered {error.code}",
-                wait_s=min(60.0, float(wait)) if wait.isdigit() else None,
-                stale=error.code in (401, 403),
-                for_good=error.code in (404, 410),
-            ) from None
+        transfer.fetch(self._blob(found), found.hash, bring, say)
+
+    def _source(self, found: Found) -> Source:
+        """With the token only where the Hub itself has the bytes."""
+        own = urlsplit(found.location).netloc == urlsplit(self.endpoint).netloc
+        secret = self._secret() if own else None
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        return Source(found.location, headers, found.hash, found.size)
 
     # --- the layout ---
 
@@ -314,15 +277,15 @@ class Hub:
         twin = self._twin(found)
         if twin is not None and twin != blob:
             blob.parent.mkdir(parents=True, exist_ok=True)
-            _linked_or_copied(twin, blob)
-        path = folder / "snapshots" / found.commit / Path(*found.wanted.path.split("/"))
+            linked_or_copied(twin, blob)
+        path = self._pointer(found)
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # a link that leads nowhere
             try:
                 path.symlink_to(os.path.relpath(blob, path.parent))
             except OSError:  # Windows without the right to make links
-                _linked_or_copied(blob, path)
+                linked_or_copied(blob, path)
         reference = folder / "refs" / found.wanted.revision
         if found.wanted.revision != found.commit:
             reference.parent.mkdir(parents=True, exist_ok=True)
@@ -330,6 +293,9 @@ class Hub:
             fresh.write_text(found.commit, encoding="utf-8")
             fresh.replace(reference)
         return path
+
+    def _pointer(self, found: Found) -> Path:
+        return self._repo(found.wanted.repo) / "snapshots" / found.commit / Path(*found.wanted.path.split("/"))
 
     def _repo(self, repo: str) -> Path:
         return self.cache / f"models--{_checked(repo).replace('/', '--')}"
@@ -343,41 +309,101 @@ class Hub:
         return blob if blob.is_file() else next(iter(self.cache.glob(f"models--*/blobs/{found.hash}")), None)
 
     def _part_bytes(self, found: Found) -> int:
-        part = self._blob(found).with_suffix(".part")
-        return part.stat().st_size if part.is_file() else 0
+        return bytes_of(self._blob(found).with_suffix(".part"))
 
     # --- asking ---
+
+    def expand(self, repo: str, path: str = "", revision: str = "main", *, xet: bool = False) -> tuple[Wanted, ...]:
+        """The files that a name stands for: itself, or what a folder holds of configs, tokenizers and weights.
+
+        Nothing that could run code is ever among them unless it was named itself. Of several sets of weights there is
+        one: safetensors before the others, and a variant (`*.fp16.safetensors`) only where nothing else is.
+
+        Offline, what a folder of the cache holds.
+
+        Raises:
+            StudioError: no such repository or folder, no right to read it, or nothing in it that could be used.
+        """
+        if is_file(path):
+            return (Wanted(repo, path, revision, xet),)
+        if constants.HF_HUB_OFFLINE:
+            names = [each.path for each in self.here(repo, path, revision)]
+        else:
+            folder = Wanted(repo, path or ".gitattributes", revision)  # checks the name; a sentence needs it, too
+            listed = self._asked(folder, lambda api: list(self._tree(api, repo, path, revision)))
+            names = [each.path for each in listed if isinstance(each, RepoFile)]
+        chosen = _one_set(sorted(names))
+        if not chosen:
+            raise StudioError(
+                f"{repo}/{path} holds no weights that could be opened here.".replace("/ ", " "),
+                "Only safetensors, GGUF and ONNX are; the files of other kinds can carry code.",
+                "Choose a repository with safetensors files.",
+                field="repository",
+            )
+        return tuple(Wanted(repo, name, revision, xet) for name in chosen)
+
+    def licence(self, repo: str, revision: str = "main") -> tuple[str, str]:
+        """Licence of a repository as its card names it, empty where it names none; and the commit it is at."""
+        told = self._asked(
+            Wanted(repo, "README.md", revision), lambda api: api.model_info(repo, revision=revision, timeout=30)
+        )
+        named = [tag.removeprefix("license:") for tag in told.tags or [] if tag.startswith("license:")]
+        named += [str(told.card_data.get("license"))] if told.card_data and told.card_data.get("license") else []
+        return named[-1] if named else "", told.sha or revision
+
+    def read(self, wanted: Wanted) -> str:
+        """A small text file, such as a config, fetched if need be."""
+        path = self.local(wanted) or self.pull([wanted], lambda *_: None)[0]
+        return path.read_text(encoding="utf-8")
+
+    @staticmethod
+    def _tree(api: HfApi, repo: str, path: str, revision: str):
+        return api.list_repo_tree(repo, path or None, recursive=True, revision=revision)
 
     def _secret(self) -> str | None:
         from huggingface_hub import get_token
 
         return self._token or get_token()
 
-    def _ask(self, wanted: Wanted) -> Found:
-        """The Hub's word on a file, tried again while the server is busy."""
-        url = hf_hub_url(_checked(wanted.repo), wanted.path, revision=wanted.revision, endpoint=self.endpoint)
+    def _asked(self, wanted: Wanted, question: Callable[[HfApi], T]) -> T:
+        """The Hub's answer, asked again while it is busy."""
+        _checked(wanted.repo)
         failures = 0
         while True:
             try:
-                told = get_hf_file_metadata(url, token=self._secret() or False, endpoint=self.endpoint)
-                break
+                return question(HfApi(endpoint=self.endpoint, token=self._secret() or False))
             except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, OfflineModeIsEnabled) as error:
                 raise _unknown(wanted, error) from None
             except (HfHubHTTPError, OSError) as error:
                 failures += 1
-                if failures >= TRIES:
+                if failures >= transfer.TRIES:
                     raise _unknown(wanted, error) from None
                 time.sleep(self._pause(failures))
+
+    def _ask(self, wanted: Wanted) -> Found:
+        """The Hub's word on a file."""
+        url = hf_hub_url(_checked(wanted.repo), wanted.path, revision=wanted.revision, endpoint=self.endpoint)
+        told = self._asked(
+            wanted, lambda _: get_hf_file_metadata(url, token=self._secret() or False, endpoint=self.endpoint)
+        )
         names = (told.commit_hash or "", told.etag or "")  # both become names of files
         if told.size is None or not all(re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) for name in names):
             raise _unknown(wanted, ValueError("the answer names no commit, hash or size"))
-        return Found(wanted, *names, told.size, told.location)
+        # A file that has a place to be fetched from is redirected there; what is in Xet alone answers for itself.
+        alone = told.xet_file_data is not None and urlsplit(told.location).path == urlsplit(url).path
+        return Found(wanted, *names, told.size, told.location, wanted.xet or alone)
 
     @contextmanager
     def _explained(self, found: Found):
         try:
             yield
-        except (_Refused, OSError, HTTPException, HfHubHTTPError) as error:
+        except Damaged:
+            raise StudioError(
+                f"{found.wanted.path} arrived damaged, twice.",
+                f"Its bytes do not have the hash that {found.wanted.repo} names.",
+                "Try again later; nothing of it was kept.",
+            ) from None
+        except (Refused, OSError, HTTPException, HfHubHTTPError) as error:
             raise StudioError(
                 f"{found.wanted.path} could not be fetched whole.",
                 f"{found.wanted.repo}: {error}.",
@@ -385,49 +411,42 @@ class Hub:
             ) from None
 
 
-class _Refused(Exception):
-    """The server answered, and not with the file."""
-
-    def __init__(
-        self, reason: str, *, wait_s: float | None = None, stale: bool = False, for_good: bool = False
-    ) -> None:
-        super().__init__(reason)
-        self.wait_s, self.stale, self.for_good = wait_s, stale, for_good
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
 
 
-def _copy(answer: Any, file: BinaryIO, have: int, say: Callable[[int], None]) -> None:
-    while chunk := answer.read(CHUNK):
-        file.write(chunk)
-        have += len(chunk)
-        say(have)
-    left = getattr(answer, "length", 0)
-    if left:
-        raise IncompleteRead(b"", left)
+def is_file(path: str) -> bool:
+    """Whether a name in a repository is a file's: it ends as files do. A folder called v1.1 is none."""
+    return bool(re.fullmatch(r"\.[A-Za-z][A-Za-z0-9_]*", PurePosixPath(path).suffix))
 
 
-def _of_the_line(error: OSError) -> bool:
-    """Whether a fault is the connection's; a full or broken disk is not worth another try."""
-    return isinstance(error, (ConnectionError, TimeoutError, urllib.error.URLError))
+def _one_set(names: Sequence[str]) -> list[str]:
+    """Configs, tokenizers, and weights of one kind; plain names before variants of the same weights."""
+    weights = next((found for kind in WEIGHTS if (found := [n for n in names if n.endswith(kind)])), [])
+    plain = {(PurePosixPath(n).parent, _stem(n)) for n in weights if not _variant(n)}
+    weights = [n for n in weights if not _variant(n) or (PurePosixPath(n).parent, _stem(n)) not in plain]
+    sharded = {(PurePosixPath(n).parent, _stem(n)) for n in names if n.endswith(".safetensors.index.json")}
+    weights = [n for n in weights if "-of-" in n or (PurePosixPath(n).parent, _stem(n)) not in sharded]
+    telling = [n for n in names if n.endswith(TELLING) and not n.endswith(".index.json")]
+    indices = [n for n in names if n.endswith(".safetensors.index.json")]
+    indices = [n for n in indices if not _variant(n) or (PurePosixPath(n).parent, _stem(n)) not in plain]
+    return sorted([*telling, *indices, *weights])
 
 
-def _hash_of(path: Path, like: str) -> str:
-    """sha256, or git's sha1 where the Hub names that: as many digits as `like` has."""
-    digest = hashlib.sha256()
-    if len(like) == 40:
-        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+_NAME = re.compile(r"(?P<stem>.+?)(?P<variant>\.(?:fp16|bf16|fp32|fp8|int8|non_ema|ema))?(?P<shard>-\d{5}-of-\d{5})?$")
 
 
-def _linked_or_copied(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        fresh = target.with_name(f"{target.name}.{os.getpid()}.copy")
-        shutil.copyfile(source, fresh)
-        fresh.replace(target)
+def _stem(name: str) -> str:
+    """The weights that a file belongs to, without shard number and variant."""
+    bare = PurePosixPath(name).name.removesuffix(".index.json").rpartition(".")[0]
+    match = _NAME.fullmatch(bare)
+    return match["stem"] if match else bare
+
+
+def _variant(name: str) -> bool:
+    bare = PurePosixPath(name).name.removesuffix(".index.json").rpartition(".")[0]
+    match = _NAME.fullmatch(bare)
+    return bool(match and match["variant"])
 
 
 def _checked(repo: str) -> str:
@@ -457,10 +476,17 @@ def _unknown(wanted: Wanted, error: Exception) -> StudioError:
         OfflineModeIsEnabled: "The studio was started with --offline.",
     }
     reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), None)
+    page, step = f"https://huggingface.co/{wanted.repo}", "Look at {}, and try again."
+    if isinstance(error, GatedRepoError):
+        step = "Accept them at {}, then give your token: as HF_TOKEN, or under Models."
+    elif isinstance(error, RepositoryNotFoundError):
+        step = "Look at {}; for a private one give your token: as HF_TOKEN, or under Models."
+    elif isinstance(error, OfflineModeIsEnabled):
+        step = "Start without --offline once; what has been fetched then works offline."
     return StudioError(
         f"{wanted.path} of {wanted.repo} is not to be had.",
         reason or f"The Hub does not answer ({type(error).__name__}).",
-        "Look at https://huggingface.co/" + wanted.repo + ", and try again.",
+        step.format(page),
         field="preset",
     )
 

@@ -1,4 +1,5 @@
-"""The Hub's protocol on loopback: a file's facts, a redirect to where its bytes lie, ranges, and faults on demand.
+"""The Hub's protocol on loopback: what a repository holds, a file's facts, a redirect to where its bytes lie, ranges,
+and faults on demand.
 
 In:  repositories as dictionaries of bytes; faults to be had, one for each answer with bytes.
 Out: an endpoint that huggingface_hub's own client talks to.
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -32,6 +35,8 @@ class Fault:
     """Send everything although a range was asked for."""
     stall: threading.Event | None = None
     """Send half, then wait for this before the rest."""
+    bytes_per_s: float = 0.0
+    """Send no faster than this."""
 
 
 @dataclass
@@ -41,6 +46,9 @@ class HubServer:
     repos: dict[str, dict[str, bytes]]
     private: frozenset[str] = frozenset()
     token: str = ""
+    cards: dict[str, dict[str, object]] = field(default_factory=dict)  # id -> what its README's head says
+    gated: frozenset[str] = frozenset()
+    xet: frozenset[str] = frozenset()  # files with no place of their own: in the Xet store alone
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)  # method, path, headers
     bytes_sent: int = 0
@@ -96,23 +104,76 @@ class _Handler(BaseHTTPRequestHandler):
             )
             return self._bytes(content) if content is not None else self._refuse(404)
         parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"] and len(parts) >= 4:
+            return self._about("/".join(parts[2:4]), parts[4:])
         if len(parts) < 5 or parts[2] != "resolve":
             return self._refuse(404)
         repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
-        allowed = repo not in self.hub.private or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
-        if repo not in self.hub.repos or not allowed:
-            return self._refuse(401, "RepoNotFound")
-        if revision not in ("main", COMMIT):
-            return self._refuse(404, "RevisionNotFound")
+        if self._refused(repo, revision):
+            return None
         content = self.hub.repos[repo].get(name)
         if content is None:
             return self._refuse(404, "EntryNotFound")
-        return self._facts(content, body)
+        return self._facts(content, body, alone=f"{repo}/{name}" in self.hub.xet)
 
-    def _facts(self, content: bytes, body: bool) -> None:
+    def _refused(self, repo: str, revision: str) -> bool:
+        """Whether whoever asks may not see it; then they have been told."""
+        allowed = repo not in self.hub.private or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if repo not in self.hub.repos or not allowed:
+            self._refuse(401, "RepoNotFound")
+        elif repo in self.hub.gated:
+            self._refuse(403, "GatedRepo")
+        elif revision not in ("main", COMMIT):
+            self._refuse(404, "RevisionNotFound")
+        else:
+            return False
+        return True
+
+    def _about(self, repo: str, asked: list[str]) -> None:
+        """`/api/models/<id>`, `.../revision/<revision>`, `.../tree/<revision>/<folder>`; the tree as deep as it is."""
+        kind, revision, folder = (*asked, "", "", "")[0], (*asked, "main", "main")[1], "/".join(asked[2:])
+        if self._refused(repo, revision):
+            return None
+        files = self.hub.repos[repo]
+        if kind != "tree":
+            card = self.hub.cards.get(repo, {"license": "apache-2.0"})
+            tags = [f"license:{card['license']}"] if "license" in card else []
+            return self._json({"id": repo, "sha": COMMIT, "cardData": card, "tags": tags, "siblings": []})
+        inside = {name: content for name, content in files.items() if not folder or name.startswith(folder + "/")}
+        if not inside:
+            return self._refuse(404, "EntryNotFound")
+        folders = sorted({name.rpartition("/")[0] for name in inside} - {"", folder})
+        return self._json(
+            [{"type": "directory", "path": name, "oid": "0" * 40} for name in folders]
+            + [self._entry(name, content) for name, content in sorted(inside.items())]
+        )
+
+    def _entry(self, name: str, content: bytes) -> dict[str, object]:
+        entry: dict[str, object] = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+        if len(content) >= 1024:
+            entry["lfs"] = {"oid": self.hub.hash_of(content), "size": len(content), "pointerSize": 134}
+        return entry
+
+    def _json(self, said: object) -> None:
+        body = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _facts(self, content: bytes, body: bool, *, alone: bool) -> None:
         digest, large = self.hub.hash_of(content), len(content) >= 1024
-        if body and not large:
+        if body and (alone or not large):
             return self._bytes(content)
+        if alone:
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{digest}"')
+            self.send_header("X-Xet-Hash", "f" * 64)
+            self.send_header("X-Xet-Refresh-Route", f"{self.hub.endpoint}/api/xet")
+            self.send_header("Content-Length", str(len(content)))
+            return self.end_headers()
         self.send_response(302 if large else 200)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{digest}"')
@@ -151,8 +212,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             fault.stall.wait(30)
             whole = whole[len(whole) // 2 :]
-        self.hub.bytes_sent += len(whole)  # before a client can have them, and ask
-        self.wfile.write(whole)
+        step = len(whole) if not fault.bytes_per_s else max(1, int(fault.bytes_per_s / 10))
+        for start in range(0, len(whole), step or 1):
+            some = whole[start : start + step]
+            self.hub.bytes_sent += len(some)  # before a client can have them, and ask
+            self.wfile.write(some)
+            time.sleep(0.1 if fault.bytes_per_s else 0)
         if fault.drop_after is not None:
             self.wfile.flush()
             self.close_connection = True
