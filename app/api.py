@@ -15,6 +15,7 @@ from app import estimate as costs
 from app import library
 from app.queue import Row
 from app.studio import Studio
+from engine import lora_files
 from engine import presets as models
 from engine.job import GenerateJob, read_job
 from engine.messages import StudioError
@@ -119,7 +120,9 @@ def said(call: Any) -> Any:
 
 def _filled(studio: Studio, document: str) -> GenerateJob:
     """A stranger's document as a job with every value filled in; its pictures are this studio's own, or ride along."""
-    return models.resolve(studio.own(read_job(document)))[0]
+    job, _ = models.resolve(studio.own(read_job(document)))
+    lora_files.check(job)
+    return job
 
 
 def _row(row: Row) -> dict[str, Any]:

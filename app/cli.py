@@ -228,6 +228,13 @@ def generate_parser() -> argparse.ArgumentParser:
         help="someone or something to keep recognisable, one to three pictures; once for each subject",
     )
     add("--prompt", help="what happens, mentioning every subject as @name")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=WEIGHT]",
+        help="a LoRA, by its file or its name in the models folder's loras; once for each",
+    )
     add("--seed", type=int, help="starting noise; the same job gives the same frames")
     add("--frames", type=int, help="length, 4k + 1 frames")
     add("--size", metavar="WxH", help="width and height in pixels")

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from engine import presets
-from engine.job import GenerateJob, Picture, Sampling, Subject, make_job, rephrased
+from engine import lora_files, presets
+from engine.job import GenerateJob, Lora, Picture, Sampling, Subject, make_job, rephrased
 from engine.messages import StudioError
 from engine.presets import Preset
 
@@ -138,6 +138,7 @@ class Form:
     negative_prompt: str | None = None
     until: float | None = None
     tries: int | None = 5
+    loras: tuple[Lora, ...] = ()
 
     @classmethod
     def of(cls, job: GenerateJob) -> Form:
@@ -156,6 +157,7 @@ class Form:
             seed=str(filled.seed),
             fresh_seed=False,
             negative_prompt=filled.negative_prompt,
+            loras=filled.loras,
             **{name: getattr(filled.sampling, name) for name in Sampling.model_fields},
         )
 
@@ -196,8 +198,11 @@ class Form:
             "width": self.width,
             "height": self.height,
             "sampling": {name: getattr(self, name) for name in Sampling.model_fields},
+            "loras": [lora.model_dump() for lora in self.loras],
         }
-        return presets.resolve(make_job(**values))[0]
+        job, _ = presets.resolve(make_job(**values))
+        lora_files.check(job)
+        return job
 
     def priced(self) -> GenerateJob:
         """The same clip without its subjects and words: enough to say what it costs while the form is unfinished.
@@ -205,7 +210,7 @@ class Form:
         Raises:
             StudioError: a number does not fit the preset.
         """
-        return replace(self, prompt="-", negative_prompt=None).job(Cast(), seed=0)
+        return replace(self, prompt="-", negative_prompt=None, loras=()).job(Cast(), seed=0)
 
     def wanted(self) -> tuple[float | None, int]:
         """The likeness that every subject has to reach, None for any, and how many further seeds may be drawn for it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from engine import pictures, presets, video
+from engine import lora_files, pictures, presets, video
 from engine.job import GenerateJob, make_job, read_job
 from engine.messages import Cancelled, Message, Progress, StudioError
 
@@ -42,6 +43,7 @@ def main(given: argparse.Namespace) -> int:
     job, preset = presets.resolve(job)
     job = pictures.pack(job, preset)
     presets.check_files(preset)
+    lora_files.check(job)
     meter = Meter()
     meter.show("Starting the engine")
     # On some processors it recommends a package for 4-bit weights, in the middle of everybody's progress.
@@ -62,6 +64,7 @@ def main(given: argparse.Namespace) -> int:
             meter.end("Cancelled. Nothing was saved.")
             return 130
     meter.end(f"{saved.num_frames} frames in {saved.seconds:.0f} s.")
+    sys.stderr.writelines(f"{note}\n" for note in saved.notes)
     sys.stdout.write(f"{saved.clip}\n")
     return 0
 
@@ -95,7 +98,11 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
     for text in given.subject:
         name, pictures = read_subject(text)
         subjects[name] = {**subjects.get(name, {}), "name": name, "pictures": pictures}
-    return make_job(**{**values, "subjects": tuple(subjects.values())})
+    loras = {lora_files.base_name(lora["path"]): lora for lora in values.get("loras", ())}
+    for text in given.lora:
+        path, weight = read_lora(text)
+        loras[lora_files.base_name(path)] = {"path": path, "weight": weight}
+    return make_job(**{**values, "subjects": tuple(subjects.values()), "loras": tuple(loras.values())})
 
 
 def read_document(path: Path, outputs: Path) -> GenerateJob:
@@ -117,7 +124,7 @@ def read_document(path: Path, outputs: Path) -> GenerateJob:
             why="Only clips that this studio wrote hold their document, and sites that re-encode clips drop it.",
             next_step="Use the original file, or the .json beside it.",
         )
-    return pictures.detached(read_job(text), [outputs])
+    return lora_files.detached(pictures.detached(read_job(text), [outputs]))
 
 
 def read_subject(text: str) -> tuple[str, list[dict[str, str]]]:
@@ -144,6 +151,29 @@ def read_subject(text: str) -> tuple[str, list[dict[str, str]]]:
                 field="subjects",
             )
     return name.strip().lower().removeprefix("@"), [{"path": str(path.resolve())} for path in paths]
+
+
+def read_lora(text: str) -> tuple[str, float]:
+    """Path and weight from FILE[=WEIGHT]; what is no file here is a name in the folder of LoRAs.
+
+    Raises:
+        StudioError: the weight is no number.
+    """
+    path, weight = text, 1.0
+    if not Path(text).is_file() and not text.lower().endswith(lora_files.SUFFIX):
+        path, equals, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not equals or not path or not math.isfinite(weight):
+            raise StudioError(
+                what=f"The LoRA {text!r} was not understood.",
+                why="It is a safetensors file, with a weight behind an = where that is not 1.",
+                next_step="Write --lora style.safetensors, or --lora style.safetensors=0.8.",
+                field="loras",
+            )
+    return (str(Path(path).resolve()) if Path(path).is_file() else path), weight
 
 
 def read_size(text: str) -> tuple[int, int]:

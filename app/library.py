@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine import presets, video
+from engine import lora_files, presets, video
 from engine.job import GenerateJob, read_job
 from engine.messages import StudioError
 from engine.report import REPORT, STRIP
@@ -183,9 +183,12 @@ def _understood(document: str) -> tuple[str, GenerateJob | None, float]:
 
 def _facts(job: GenerateJob | None) -> Iterator[tuple[str, str]]:
     """The document as (field, value) lines a person can compare."""
-    values: dict[str, Any] = job.model_dump(exclude={"version", "kind", "subjects", "sampling"}) if job else {}
+    own_lines = {"version", "kind", "subjects", "sampling", "loras"}
+    values: dict[str, Any] = job.model_dump(exclude=own_lines) if job else {}
     values.update(job.sampling.model_dump() if job else {})
     yield from ((field, str(value)) for field, value in values.items() if value not in (None, ""))
+    for lora in job.loras if job else ():
+        yield f"LoRA {lora_files.base_name(lora.path)}", f"weight {lora.weight:g}, {lora.sha256[:8] or 'any file'}"
     for subject in job.subjects if job else ():
         for field, value in subject.model_dump(exclude={"name", "pictures"}).items():
             yield f"@{subject.name} {field}", str(value) or subject.name

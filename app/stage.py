@@ -141,7 +141,8 @@ def _done(row: Row) -> tuple[str, str]:
     if not clip.is_file():
         words = "Its file was moved or deleted. Run the job again to remake it."
         return markup.empty("The clip is gone", words), ""
-    return f'<div class="frame">{video(clip, poster, label=f"Clip {row.id}")}</div>', ""
+    notes = "".join(f'<p class="about">{escape(str(note))}</p>' for note in saved.get("notes") or ())
+    return f'<div class="frame">{video(clip, poster, label=f"Clip {row.id}")}</div>', notes
 
 
 def _failed(row: Row) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from app.form import Cast, Form, Slot
 from app.queue import Queue
 from app.settings import Settings
 from app.subjects import Subjects
-from engine import pictures, presets
+from engine import lora_files, pictures, presets
 from engine.job import GenerateJob, Picture
 from engine.messages import StudioError
 from engine.presets import ROOT
@@ -70,14 +70,15 @@ class Studio:
         return Picture(path=str(kept), sha256=digest)
 
     def own(self, job: GenerateJob) -> GenerateJob:
-        """The job with only pictures from this studio's own folders, the rest by the pixels that ride along.
+        """The job with only pictures from this studio's own folders, the rest by the pixels that ride along, and LoRAs
+        by their names.
 
         For documents from elsewhere (a dropped clip, another machine's caller): their paths are strangers' words.
 
         Raises:
             StudioError: a picture lies elsewhere and brought no pixels; field "subjects".
         """
-        return pictures.detached(job, [self.settings.data, self.settings.outputs, SAMPLES])
+        return lora_files.detached(pictures.detached(job, [self.settings.data, self.settings.outputs, SAMPLES]))
 
 
 def prepared(picture: Picture, *, role: str = "object", cut_out: bool = True) -> np.ndarray:

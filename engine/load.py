@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
+from engine import lora
 from engine.faces import FaceFiles
+from engine.job import Lora
 from engine.judges import Judges
 from engine.messages import StudioError
 from engine.model import IdentityWanTransformer3DModel
@@ -55,13 +57,14 @@ def precision(part: Part, where: torch.device) -> torch.dtype:
     return torch.bfloat16 if where.type == "cuda" and part != "vae" else torch.float32
 
 
-def load(part: Part, folder: Path, where: torch.device) -> Any:
+def load(part: Part, folder: Path, where: torch.device, *, merge: Path | None = None) -> Any:
     """One part of a model.
 
     Args:
         part: which one.
         folder: in diffusers' or transformers' layout.
         where: device it goes to; whoever judges frames stays on the processor, where decoded frames are.
+        merge: a LoRA that becomes a part of the weights.
 
     Raises:
         StudioError: a file is missing, cut short, or of another model.
@@ -75,6 +78,8 @@ def load(part: Part, folder: Path, where: torch.device) -> Any:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         where = torch.device("cpu") if part in JUDGES else where
         model = _LOADERS[part](folder, precision(part, where))
+        if merge is not None:
+            lora.apply(model, [Lora(path=str(merge), weight=1.0, sha256="")], merge=True)
     except StudioError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, cv2.error) as error:
@@ -204,13 +209,14 @@ class Warm:
             StudioError: its files are missing or damaged.
         """
         place = preset.place(part)
-        mark = fingerprint(place)
+        merge = preset.place("distill") if part == "transformer" and preset.components.distill else None
+        mark = (fingerprint(place), fingerprint(merge) if merge is not None else ())
         kept = self._parts.pop(part, None)
         if kept is not None and kept[0] == mark:
             self._parts[part] = kept
             return kept[1]
         del kept  # the old one leaves before the new one comes: two large models may not fit
-        loaded = load(part, place, self.device)
+        loaded = load(part, place, self.device, merge=merge)
         self._parts[part] = (mark, loaded)
         return loaded
 

@@ -66,6 +66,7 @@ class Saved:
     """The clip is on disk. `document` is the JSON beside it, the same that rides inside the file.
 
     `report` is the identity report beside it and `weakest` its lowest score; None where the preset names no judges.
+    `notes` are sentences on what was not done as asked, such as weights of a LoRA that found no place.
     """
 
     clip: Path
@@ -75,6 +76,7 @@ class Saved:
     num_frames: int
     report: Path | None = None
     weakest: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

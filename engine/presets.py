@@ -63,6 +63,8 @@ class Components(Document):
 
     transformer: Place
     """WanTransformer3DModel, with identity blocks where the preset has them."""
+    distill: Place = ""
+    """A LoRA of few steps, merged into the transformer before it is quantized: what makes a preset quick."""
     vae: Place
     """AutoencoderKLWan."""
     text_encoder: Place

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from engine import conditioning, decode, encode, identity, memory, pictures, presets, sampling, video, witnesses
+from engine import (
+    conditioning,
+    decode,
+    encode,
+    identity,
+    lora,
+    lora_files,
+    memory,
+    pictures,
+    presets,
+    sampling,
+    video,
+    witnesses,
+)
 from engine.guidance import guided
 from engine.job import GenerateJob, write_job
 from engine.load import Warm
@@ -65,18 +78,22 @@ def run(
     warm = warm or Warm()
     job, preset = presets.resolve(job)
     presets.check_files(preset)
-    job = pictures.pack(job, preset)
+    job = lora_files.hashed(pictures.pack(job, preset))
     target = clip or _free_name(outputs, job)
     _check_writable(target.parent)
     previews = _Previews(outputs / ".previews" / target.stem)
 
-    with memory.explained(job, preset), previews:
+    with memory.explained(job, preset), previews, ExitStack() as until_done:
         say(Progress("encode", 0, 1))
         encoded = encode.job_states(job, preset, warm)
         warm.make_room()
 
         say(Progress("load", 0, 1))
         transformer, vae = warm.part("transformer", preset), warm.part("vae", preset)
+        # Before the subjects are read: a LoRA may change how, and the identity cache is made of what was read.
+        matched = until_done.enter_context(lora.added(transformer, job.loras))
+        for file in matched:
+            say(Progress("load", 1, 1, note=file.sentence))
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
         lead = conditions.lead
 
@@ -97,7 +114,7 @@ def run(
         latents = sampling.denoise(noise, predict, solver, on_step)[:, :, lead:]
 
         reporter = _reporter(job, preset, warm)
-        document = write_job(pictures.portable(job))
+        document = write_job(lora_files.portable(pictures.portable(job)))
         size = (job.width or 0, job.height or 0)
         with video.ClipWriter(
             target, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
@@ -119,6 +136,7 @@ def run(
         num_frames=writer.frames,
         report=_write_report(reporter, report, writer.path),
         weakest=report.weakest if report is not None else None,
+        notes=tuple(file.sentence for file in matched if file.left),
     )
 
 

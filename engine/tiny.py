@@ -185,7 +185,8 @@ def write_tiny(folder: Path, *, seed: int = 0) -> Path:
 def preset_of(folder: Path) -> Preset:
     """The toybox preset with these components in place of its own."""
     toybox = presets.load("toybox")
-    parts = {part: str((folder / part).resolve()) for part in type(toybox.components).model_fields}
+    named = set(type(toybox.components).model_fields) - {"distill"}
+    parts = {part: str((folder / part).resolve()) for part in named}
     return toybox.model_copy(update={"components": Components(**parts)})
 
 

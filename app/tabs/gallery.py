@@ -21,7 +21,7 @@ from app.library import Clip
 from app.stage import video
 from app.studio import Studio
 from app.tabs.wiring import CLICKS, Ticket, select, sending
-from engine import presets
+from engine import lora_files, presets
 from engine.job import GenerateJob
 from engine.messages import StudioError
 
@@ -191,6 +191,8 @@ def _table(job: GenerateJob | None) -> str:
         "Steps": f"{sampling.num_inference_steps}, {sampling.scheduler}, shift {sampling.shift}",
         "Guidance": guidance,
     }
+    for lora in job.loras:
+        facts[f"LoRA {lora_files.base_name(lora.path)}"] = f"weight {lora.weight:g}"
     if job.negative_prompt:
         facts["Stay away from"] = job.negative_prompt
     for subject in job.subjects:

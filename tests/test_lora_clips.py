@@ -1,0 +1,162 @@
+"""LoRAs in whole clips: what the document keeps, what comes after, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from app import cli
+from engine import presets, tiny, video
+from engine.job import GenerateJob, make_job, read_job
+from engine.load import Warm
+from engine.messages import Cancelled, Message, Progress, Saved, StudioError
+from engine.run import run
+
+QUICK = ["--steps", "2", "--frames", "5"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def warm() -> Warm:
+    return Warm(torch.device("cpu"))
+
+
+@pytest.fixture
+def shelf(tiny_toybox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of models with one LoRA, for the toybox of random weights."""
+    monkeypatch.setenv("IDCRAFTER_MODELS", str(tmp_path / "models"))
+    folder = tmp_path / "models" / "loras"
+    folder.mkdir(parents=True)
+    write_lora(folder / "style.safetensors", seed=5)
+    return folder
+
+
+def write_lora(path: Path, seed: int, **more: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    halves = {
+        f"diffusion_model.blocks.{block}.{layer}.{half}.weight": torch.randn(*shape, generator=generator) * 0.2
+        for block in range(3)
+        for layer in ("self_attn.q", "self_attn.v", "cross_attn.o")
+        for half, shape in (("lora_A", (4, 48)), ("lora_B", (48, 4)))
+    }
+    save_file(halves | more, path)
+
+
+def job(*loras: dict) -> GenerateJob:
+    sampling = {"num_inference_steps": 2}
+    return make_job(prompt="a beach", seed=3, num_frames=5, sampling=sampling, loras=loras)
+
+
+def make(wanted: GenerateJob, folder: Path, warm: Warm) -> tuple[np.ndarray, Saved, list[Message]]:
+    heard: list[Message] = []
+    saved = run(wanted, heard.append, outputs=folder, warm=warm)
+    return frames(saved.clip), saved, heard
+
+
+def frames(clip: Path) -> np.ndarray:
+    return video.read_frames(clip, display_scale=presets.load("toybox").display_scale)
+
+
+STYLE = {"path": "style.safetensors"}
+
+
+def test_a_lora_changes_the_clip_says_how_it_fits_and_leaves_the_worker_as_it_was(shelf, tmp_path, warm):
+    before, _, _ = make(job(), tmp_path / "a", warm)
+    styled, saved, heard = make(job(STYLE), tmp_path / "b", warm)
+    after, _, _ = make(job(), tmp_path / "c", warm)
+    nought, _, _ = make(job({**STYLE, "weight": 0}), tmp_path / "d", warm)
+    assert not np.array_equal(before, styled)
+    assert np.array_equal(before, after) and np.array_equal(before, nought)
+    assert "18 of 18 weights of style.safetensors." in [m.note for m in heard if isinstance(m, Progress)]
+    assert saved.notes == ()
+
+
+def test_a_clip_that_is_cancelled_takes_its_lora_with_it(shelf, tmp_path, warm):
+    before, _, _ = make(job(), tmp_path / "a", warm)
+
+    def stop(message: Message) -> None:
+        if isinstance(message, Progress) and message.stage == "sample":
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(job(STYLE), stop, outputs=tmp_path / "b", warm=warm)
+    assert np.array_equal(make(job(), tmp_path / "c", warm)[0], before)
+
+
+def test_the_document_keeps_name_weight_and_hash_and_makes_the_clip_again(shelf, tmp_path, warm):
+    styled, saved, _ = make(job({"path": str(shelf / "style.safetensors"), "weight": 0.5}), tmp_path / "a", warm)
+    inside = read_job(video.read_document(saved.clip) or "")
+    assert (inside.loras[0].path, inside.loras[0].weight) == ("style.safetensors", 0.5)
+    assert len(inside.loras[0].sha256) == 64
+    assert np.array_equal(make(inside, tmp_path / "b", warm)[0], styled)
+    write_lora(shelf / "style.safetensors", seed=6)
+    with pytest.raises(StudioError, match=rf"style\.safetensors is another file.*{inside.loras[0].sha256[:12]}"):
+        make(inside, tmp_path / "c", warm)
+    (shelf / "style.safetensors").unlink()
+    with pytest.raises(StudioError, match=rf"style\.safetensors, {inside.loras[0].sha256[:12]}.* is not here"):
+        make(inside, tmp_path / "c", warm)
+
+
+def test_weights_without_a_place_are_noted_with_the_clip(shelf, tmp_path, warm):
+    write_lora(
+        shelf / "part.safetensors", 5, **{"diffusion_model.blocks.9.self_attn.q.lora_A.weight": torch.ones(4, 48)}
+    )
+    _, saved, _ = make(job({"path": "part.safetensors"}), tmp_path / "a", warm)
+    assert saved.notes == (
+        "18 of 19 weights of part.safetensors; this model has no place for "
+        "diffusion_model.blocks.9.self_attn.q.lora_A.weight.",
+    )
+
+
+def test_a_presets_own_few_step_lora_is_merged_and_another_preset_loads_the_weights_anew(
+    shelf, tiny_toybox, tmp_path, monkeypatch, warm
+):
+    before, _, _ = make(job(), tmp_path / "a", warm)
+    beside, _, _ = make(job(STYLE), tmp_path / "b", warm)
+    toybox = presets.load("toybox")
+    parts = toybox.components.model_copy(update={"distill": "loras/style.safetensors"})
+    quick = toybox.model_copy(update={"name": "quick", "components": parts})
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    for preset in (toybox, quick):
+        (folder / f"{preset.name}.json").write_text(preset.model_dump_json(), encoding="utf-8")
+    monkeypatch.setattr(presets, "PRESETS", folder)
+    merged, _, _ = make(job().model_copy(update={"preset": "quick"}), tmp_path / "c", warm)
+    assert np.abs(merged.astype(int) - beside).max() <= 3 and not np.array_equal(merged, before)
+    assert np.array_equal(make(job(), tmp_path / "d", warm)[0], before)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_verb_takes_files_and_names_with_weights_and_a_clip_brings_its_own(
+    shelf, tmp_path, monkeypatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    write_lora(tmp_path / "here=odd.safetensors", seed=7)
+    base = ["generate", "--prompt", "a beach", "--seed", "7", *QUICK]
+    chosen = ["--lora", "style.safetensors=0.5", "--lora", "here=odd.safetensors"]
+    assert cli.main([*base, *chosen, "--out", "first.mp4"]) == 0
+    loras = read_job((tmp_path / "first.json").read_bytes()).loras
+    assert [(lora.path, lora.weight) for lora in loras] == [("style.safetensors", 0.5), ("here=odd.safetensors", 1.0)]
+    (tmp_path / "here=odd.safetensors").rename(shelf / "here=odd.safetensors")
+    assert cli.main(["generate", "first.mp4", "--out", "second.mp4"]) == 0
+    assert np.array_equal(frames(tmp_path / "first.mp4"), frames(tmp_path / "second.mp4"))
+    assert cli.main(["generate", "first.mp4", "--lora", "style.safetensors=0", "--out", "third.mp4"]) == 0
+    assert not np.array_equal(frames(tmp_path / "first.mp4"), frames(tmp_path / "third.mp4"))
+    capfd.readouterr()
+    for wrong, said in (("style.safetensors=x", "not understood"), ("gone.safetensors", "is not here")):
+        assert cli.main([*base, "--lora", wrong, "--out", "no.mp4"]) == 1
+        assert said in capfd.readouterr().err
+
+
+def test_tiny_components_name_no_few_step_lora(tmp_path):
+    assert tiny.preset_of(tmp_path).components.distill == ""
