@@ -218,7 +218,8 @@ def generate_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("document", nargs="?", type=Path, metavar="DOCUMENT", help="a job document (.json), or a clip (.mp4) to remake")
+    what = "a job document (.json), a clip (.mp4) to remake, or what Wan2GP made (.mp4, .mkv, .png, .jpg)"
+    add("document", nargs="?", type=Path, metavar="DOCUMENT", help=what)
     add("--preset", help="which model (toybox)")
     add(
         "--subject",

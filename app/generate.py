@@ -15,11 +15,13 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from engine import lora_files, pictures, presets, video
+from engine import foreign, lora_files, pictures, presets
+from engine.foreign import Foreign
 from engine.job import GenerateJob, make_job, read_job
 from engine.messages import Cancelled, Message, Progress, StudioError
 
@@ -80,7 +82,9 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
     """
     values: dict[str, Any] = {}
     if given.document:
-        values = read_document(given.document, given.outputs).model_dump(exclude_none=True)
+        found = read_document(given.document, given.outputs)
+        values = found.job.model_dump(exclude_none=True)
+        sys.stderr.write(f"{found.said}\n" if found.said else "")
     elif given.prompt is None:
         raise StudioError(
             what="There is nothing to make.",
@@ -105,8 +109,9 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
     return make_job(**{**values, "subjects": tuple(subjects.values()), "loras": tuple(loras.values())})
 
 
-def read_document(path: Path, outputs: Path) -> GenerateJob:
-    """The job inside a .json, or inside a clip, which may open no file of this machine outside `outputs`.
+def read_document(path: Path, outputs: Path) -> Foreign:
+    """The job inside a .json, or inside a clip or a picture of Wan2GP, which may open no file of this machine outside
+    `outputs`.
 
     Raises:
         StudioError: no such file, or no job in it.
@@ -116,15 +121,15 @@ def read_document(path: Path, outputs: Path) -> GenerateJob:
             f"There is no file {path}.", "A job document or a clip was expected there.", "Check the name."
         )
     if path.suffix.lower() == ".json":
-        return read_job(path.read_bytes())
-    text = video.read_document(path)
-    if text is None:
+        return Foreign(read_job(path.read_bytes()), "")
+    found = foreign.opened(path)
+    if found is None:
         raise StudioError(
             what=f"{path.name} carries no job.",
-            why="Only clips that this studio wrote hold their document, and sites that re-encode clips drop it.",
+            why="Only clips of this studio and of Wan2GP hold their document, and sites that re-encode clips drop it.",
             next_step="Use the original file, or the .json beside it.",
         )
-    return lora_files.detached(pictures.detached(read_job(text), [outputs]))
+    return replace(found, job=lora_files.detached(pictures.detached(found.job, [outputs])))
 
 
 def read_subject(text: str) -> tuple[str, list[dict[str, str]]]:

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine import lora_files, presets, video
+from engine import foreign, lora_files, presets, video
+from engine.foreign import Foreign
 from engine.job import GenerateJob, read_job
 from engine.messages import StudioError
 from engine.report import REPORT, STRIP
@@ -96,20 +97,22 @@ def compare(a: Clip, b: Clip) -> list[tuple[str, str, str]]:
     return [(field, x, y) for field, x, y in pairs if x != y]
 
 
-def open_clip(path: Path) -> GenerateJob:
-    """The job inside a clip, from wherever that comes; its pictures' paths are a stranger's words.
+def open_clip(path: Path) -> Foreign:
+    """The job inside a clip, or in a clip or picture of Wan2GP, from wherever that comes.
+
+    The paths of its pictures are a stranger's words.
 
     Raises:
         StudioError: not a video, no document inside, or one that this studio does not read.
     """
-    text = video.read_document(path)
-    if text is None:
+    found = foreign.opened(path)
+    if found is None:
         raise StudioError(
             f"{path.name} carries no document.",
             "Another program made it, or a messenger or editor has stripped it.",
-            "Use the mp4 as this studio wrote it, or the .json beside it.",
+            "Use the mp4 as this studio or Wan2GP wrote it, or the .json beside it.",
         )
-    return read_job(text)
+    return found
 
 
 # --- reading the folder ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The Gallery tab: every clip in the outputs folder, what it was made from, and two of them side by side.
 
-In:  the library; an mp4 that a creator drops.
+In:  the library; an mp4 that a creator drops, or what Wan2GP made.
 Out: `Ticket`s for Generate, exported files, deleted clips.
 Knows nothing of the queue, of the form, or of how a clip is made.
 """
@@ -21,7 +21,7 @@ from app.library import Clip
 from app.stage import video
 from app.studio import Studio
 from app.tabs.wiring import CLICKS, Ticket, select, sending
-from engine import lora_files, presets
+from engine import foreign, lora_files, presets
 from engine.job import GenerateJob
 from engine.messages import StudioError
 
@@ -71,8 +71,8 @@ def layout() -> GalleryTab:
         detail = gr.HTML("", js_on_load=CLICKS, elem_id="detail", apply_default_css=False)
         grid = gr.HTML("", js_on_load=CLICKS, elem_id="posters", apply_default_css=False)
         drop = gr.File(
-            label="Drop a clip here to open its settings in Generate",
-            file_types=[".mp4", ".webm"],
+            label="Drop a clip here, of this studio or of Wan2GP, to open its settings in Generate",
+            file_types=[".mp4", ".webm", ".mkv", *foreign.PICTURES],
             height=96,
             elem_id="drop-clip",
         )
@@ -265,7 +265,8 @@ def wire(tab: GalleryTab, studio: Studio, ticket: gr.State, tabs: gr.Tabs) -> Se
         if not path:
             return [gr.skip()] * 4
         try:
-            found = Ticket.of(studio.own(library.open_clip(Path(path))))
+            opened = library.open_clip(Path(path))
+            found = Ticket.of(studio.own(opened.job), said=opened.said)
         except StudioError as error:
             return [markup.refusal(error), gr.skip(), gr.skip(), None]
         return ["", found, select("generate"), None]

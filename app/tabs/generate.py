@@ -416,7 +416,7 @@ def _wire_open(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) ->
             filled = fill(studio, *opened(found))
         except StudioError as error:
             return [*(gr.skip() for _ in tab.filled), *refusals(replace_field(error)), 0, *_button(0)]
-        return [*filled, *refusals(None), found.row, *_button(found.row)]
+        return [*filled, *refusals(None)[:-1], markup.note(found.said), found.row, *_button(found.row)]
 
     def start() -> list[Any]:
         form, cast = opening(studio)

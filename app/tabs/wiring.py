@@ -39,16 +39,20 @@ def sending(**more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Ticket:
-    """A document on its way to the Generate tab; `row` is the waiting row it edits, 0 for a new clip."""
+    """A document on its way to the Generate tab; `row` is the waiting row it edits, 0 for a new clip.
+
+    `said` is what a person should know about where it comes from.
+    """
 
     document: str = ""
     row: int = 0
+    said: str = ""
     stamp: float = field(default_factory=time.time)  # the same document twice is two tickets
 
     @classmethod
-    def of(cls, job: GenerateJob, *, row: int = 0) -> Ticket:
+    def of(cls, job: GenerateJob, *, row: int = 0, said: str = "") -> Ticket:
         """A ticket that opens this job."""
-        return cls(write_job(job), row)
+        return cls(write_job(job), row, said)
 
 
 def select(tab: str) -> gr.Tabs:

@@ -136,7 +136,7 @@ def test_a_dropped_clip_gives_back_its_job_with_its_pictures_pixels(tmp_path: Pa
     packed = pictures.pack(a_job(prompt="@it hops", subjects=subjects), presets.load("toybox"))
     clip = make(tmp_path, "a", pictures.portable(packed))
     (tmp_path / "red.png").unlink()
-    job = library.open_clip(clip)
+    job = library.open_clip(clip).job
     assert job.subjects[0].pictures[0].path == ""
     now, then = (pictures.prepare_subject(one.subjects[0], size=64)[0] for one in (job, packed))
     assert (now == then).all()
