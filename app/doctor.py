@@ -22,7 +22,9 @@ from typing import Any, Literal
 
 import psutil
 
+from app.plan import typical
 from app.settings import ROOT, check_port
+from engine import memory as planner
 from engine import presets
 from engine.messages import StudioError
 
@@ -150,14 +152,31 @@ def ffmpeg() -> Finding:
 
 
 def models() -> Iterator[Finding]:
-    """Each preset: whether its files are here. One that works is enough."""
+    """Which presets are here, which could be fetched, and which this machine could run."""
+    absent = []
     for name in presets.names():
+        preset = presets.load(name)
         try:
-            presets.check_files(presets.load(name))
+            presets.check_files(preset)
         except StudioError as error:
-            yield Finding("FAIL" if name == "toybox" else "warn", "model", error.what, f"{error.why} {error.next_step}")
+            if not preset.downloads():
+                yield Finding("FAIL", "model", error.what, f"{error.why} {error.next_step}")
+            absent += [name] if preset.downloads() else []
         else:
             yield Finding("ok", "model", f"{name} is here")
+    if absent:
+        yield Finding("ok", "model", f"{', '.join(absent)}: `python launch.py models pull NAME` fetches one")
+    yield fitting(planner.machine())
+
+
+def fitting(here: planner.Machine) -> Finding:
+    """Which presets this machine could make a clip with, at their own size and length, with two subjects."""
+    known = [preset for name in presets.names() if (preset := presets.load(name)).shape is not None]
+    fit = [p.name for p in known if planner.plan(typical(p), p, here).fits]
+    room = f"{(here.ram if here.shared else here.vram) / GB:.0f} GB free"
+    room += ", and a good deal of patience for the large ones" if here.device == "cpu" else ""
+    says = f"{here.name} ({room}) can hold {', '.join(fit) or 'none of the presets'}"
+    return Finding("ok" if fit else "warn", "plan", says, "" if fit else "Close other programs.")
 
 
 def torch_and_device() -> Iterator[Finding]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import psutil
 
 from engine import memory, presets
-from engine.job import GenerateJob, Picture, Sampling, Subject
+from engine.job import GenerateJob, Picture, Sampling, Subject, make_job
 from engine.memory import GB, Machine, Plan
 from engine.messages import StudioError
 from engine.presets import Preset
@@ -24,7 +25,7 @@ CARD_TFLOPS = 60  # a card for creators in bf16, attention included; a finished 
 
 def main(given: argparse.Namespace) -> int:
     """Print the plan; see the header."""
-    job, preset = presets.resolve(_job(given))
+    job, preset = _job(given), presets.load(given.preset)
     here = _machine(given)
     if preset.shape is None:
         raise StudioError(
@@ -42,21 +43,25 @@ def main(given: argparse.Namespace) -> int:
 
 
 def _job(given: argparse.Namespace) -> GenerateJob:
-    """A job of that size with blank subjects: what they show does not change what they need."""
-    preset = presets.load(given.preset)
-    count = min(2, preset.max_subjects) if given.subjects is None else given.subjects
-    subjects = tuple(Subject(name=f"s{i}", pictures=(Picture(path="-"),)) for i in range(1, count + 1))
+    """The job that the options describe."""
     width, height = (int(side) for side in given.size.split("x")) if given.size else (None, None)
-    return GenerateJob(
-        preset=given.preset,
-        prompt=" ".join(f"@{subject.name}" for subject in subjects) or "-",
-        subjects=subjects,
+    return typical(
+        presets.load(given.preset),
+        subjects=given.subjects,
         num_frames=given.frames,
         width=width,
         height=height,
         precision=given.precision,
         sampling=Sampling(num_inference_steps=given.steps),
     )
+
+
+def typical(preset: Preset, *, subjects: int | None = None, **values: Any) -> GenerateJob:
+    """A resolved job with blank subjects, two unless said: what they show does not change what they need."""
+    count = min(2, preset.max_subjects) if subjects is None else subjects
+    cast = tuple(Subject(name=f"s{i}", pictures=(Picture(path="-"),)) for i in range(1, count + 1))
+    prompt = " ".join(f"@{subject.name}" for subject in cast) or "-"
+    return presets.resolve(make_job(preset=preset.name, prompt=prompt, subjects=cast, **values))[0]
 
 
 def _machine(given: argparse.Namespace) -> Machine:

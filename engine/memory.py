@@ -3,7 +3,7 @@
 In:  a checked job, its preset, and what the machine has.
 Out: a `Plan`; or a StudioError with the cheapest changes that would fit. And, when memory ran out all the same, which
      memory it was.
-Knows nothing of torch, so the page may ask; `engine.load` and `engine.offload` do what a plan says.
+Imports no torch, so the page may ask; `engine.load` and `engine.offload` do what a plan says.
 
 Units: bytes unless a name says otherwise.
 """
@@ -327,12 +327,8 @@ def told_apart() -> Iterator[None]:
     Raises:
         Lack: naming the memory.
     """
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise Lack("VRAM") from error
     except MemoryError as error:
         raise Lack("RAM") from error
     except OSError as error:
@@ -342,6 +338,7 @@ def told_apart() -> Iterator[None]:
     except RuntimeError as error:
         said = str(error).lower()
         what = next((kind for saying, kind in _SAYINGS.items() if saying in said), None)
+        what = "VRAM" if type(error).__name__ == "OutOfMemoryError" else what  # torch's own, of every card
         if what is None:
             raise
         raise Lack(what) from error

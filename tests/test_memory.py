@@ -170,6 +170,7 @@ def test_a_file_with_a_lying_header_is_refused_by_name(content: bytes, tmp_path:
     ("error", "what"),
     [
         (MemoryError(), "RAM"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "VRAM"),
         (OSError(28, "No space left on device"), "disk"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "RAM"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), "VRAM"),
