@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
+PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
 ABOUT = "Put several people and things into one video and keep each of them recognisable."
 VERBS = """\
 verbs:
@@ -138,6 +139,7 @@ def studio(arguments: list[str]) -> int:
     """Open the page and serve it until Ctrl+C."""
     settings = studio_settings(arguments, os.environ)
     os.environ["IDCRAFTER_MODELS"] = str(settings.models_dir)  # for this process and for the worker it starts
+    os.environ["IDCRAFTER_PROFILE"] = settings.profile
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from app import main as page
@@ -163,6 +165,7 @@ def studio_parser() -> argparse.ArgumentParser:
     add("--theme", choices=("dark", "light", "system"), default="dark", help="colours of the page")
     add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="where clips go (outputs)")
     add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
+    add("--profile", choices=PROFILES, default="auto", help="GB of the graphics card that clips may use (what is free)")
     add("--offline", action="store_true", help="ask nothing of the network")
     return parser
 
@@ -193,6 +196,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
         outputs=outputs,
         models_dir=(given.models_dir or presets.models_dir()).expanduser().resolve(),
         data=outputs / ".studio",
+        profile=given.profile,
         offline=given.offline,
     )
 
@@ -203,6 +207,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
 def generate(arguments: list[str]) -> int:
     """Make one clip in this process; its path goes to stdout."""
     given = generate_parser().parse_args(arguments)
+    os.environ["IDCRAFTER_PROFILE"] = given.profile
     if given.models_dir:
         os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
     from app import generate as one_clip
@@ -243,6 +248,7 @@ def generate_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE.mp4", help="where the clip goes (a dated name in the outputs folder)")
     add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="the outputs folder")
     add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
+    add("--profile", choices=PROFILES, default="auto", help="GB of the graphics card that may be used (what is free)")
     return parser
 
 
@@ -264,7 +270,7 @@ def plan(arguments: list[str]) -> int:
     add("--vram", type=float, metavar="GB", help="as if there were a card with so much memory")
     add("--ram", type=float, metavar="GB", help="as if the machine had so much memory")
     add("--tflops", type=float, help="what the card reaches in bf16")
-    add("--profile", choices=PROFILES, default="auto", help="how much of the card may be used")
+    add("--profile", choices=PROFILES, default="auto", help="GB of the card that may be used (what is free)")
     add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
     given = parser.parse_args(arguments)
     if given.size and not re.fullmatch(r"\d{2,4}x\d{2,4}", given.size):
@@ -274,9 +280,6 @@ def plan(arguments: list[str]) -> int:
     from app import plan as planner
 
     return planner.main(given)
-
-
-PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
 
 
 def doctor(arguments: list[str]) -> int:

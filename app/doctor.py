@@ -166,7 +166,7 @@ def models() -> Iterator[Finding]:
             yield Finding("ok", "model", f"{name} is here")
     if absent:
         yield Finding("ok", "model", f"{', '.join(absent)}: `python launch.py models pull NAME` fetches one")
-    yield fitting(planner.machine())
+    yield fitting(planner.machine(planner.profile()))
 
 
 def fitting(here: planner.Machine) -> Finding:

@@ -4,20 +4,23 @@ In:  a checked job, its preset's measured cost, and this machine's own finished 
 Out: an `Estimate`.
 Knows nothing of torch or of the page.
 
-Time grows with the number of latent tokens (frames are grouped by four in every Wan VAE) and with the forwards that one
-step of the chosen guidance takes. Attention's quadratic part is left out: what it adds, the history corrects.
+Memory is what `engine.memory` plans. Time grows with the number of latent tokens (frames are grouped by four in every
+Wan VAE) and with the forwards that one step of the chosen guidance takes. Attention's quadratic part is left out: what
+it adds, the history corrects.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
 from app.queue import Row
-from engine import presets
+from engine import memory, presets
 from engine.job import GenerateJob
 from engine.presets import Preset
 
@@ -25,6 +28,7 @@ FORWARDS = {"none": 1, "joint": 2, "dual": 3, "chained": 3}
 HISTORY = 12  # latest finished clips of the preset that correct the prediction
 BYTES_PER_PIXEL = 0.12  # H.264 at our quality, written pixels, generous: flat art takes a third of it
 LITTLE_DISK = 300 * 2**20
+MACHINE_S = 20  # how long free memory is taken to stay what it is
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Estimate:
 
     seconds: float
     memory_mb: int
+    memory: str  # which limit comes first, in a sentence
+    fits: bool
     clip_bytes: int
     free_bytes: int
     learnt: bool
@@ -53,14 +59,23 @@ def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: P
     ratios = [took / _predicted(row.job, preset) for row in history if (took := _took(row, preset)) and row.job]
     correction = median(ratios[:HISTORY]) if ratios else 1.0
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    planned = memory.plan(job, preset, _machine(time.monotonic() // MACHINE_S)) if preset.shape else None
     written = _pixels(job) * (job.num_frames or 1) * preset.display_scale**2
     return Estimate(
         seconds=_predicted(job, preset) * correction,
-        memory_mb=round(preset.cost.weights_mb + preset.cost.activations_mb * _tokens(job, preset)),
+        memory_mb=round(planned.peak / 1e6) if planned else 0,
+        memory=planned.words() if planned else "Nothing is known of what this preset needs.",
+        fits=planned is None or planned.fits,
         clip_bytes=round(written * BYTES_PER_PIXEL),
         free_bytes=shutil.disk_usage(nearest).free,
         learnt=bool(ratios),
     )
+
+
+@lru_cache(maxsize=1)
+def _machine(now: float) -> memory.Machine:
+    """This machine as it was a moment ago: asking the card's tool at every keystroke would be felt."""
+    return memory.machine(memory.profile())
 
 
 def _took(row: Row, preset: Preset) -> float | None:

@@ -204,13 +204,15 @@ class Form:
         lora_files.check(job)
         return job
 
-    def priced(self) -> GenerateJob:
-        """The same clip without its subjects and words: enough to say what it costs while the form is unfinished.
+    def priced(self, cast: Cast = Cast()) -> GenerateJob:
+        """The same clip with blank subjects and words: enough to say what it costs while the form is unfinished.
 
         Raises:
             StudioError: a number does not fit the preset.
         """
-        return replace(self, prompt="-", negative_prompt=None, loras=()).job(Cast(), seed=0)
+        slots = [replace(slot, name=f"s{number}") for number, slot in enumerate(cast.slots) if slot.pictures]
+        prompt = " ".join(f"@{slot.name}" for slot in slots) or "-"
+        return replace(self, prompt=prompt, negative_prompt=None, loras=()).job(Cast(tuple(slots)), seed=0)
 
     def wanted(self) -> tuple[float | None, int]:
         """The likeness that every subject has to reach, None for any, and how many further seeds may be drawn for it.

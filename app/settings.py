@@ -41,6 +41,8 @@ class Settings(Document):
     """Models that are not part of the repository; a preset's folder is looked up there second."""
     data: Path = ROOT / "outputs" / ".studio"
     """The queue, saved subjects, uploads and logs."""
+    profile: Literal["auto", "6", "8", "12", "16", "24", "all"] = "auto"
+    """GB of the graphics card that clips may use; "auto" is what is free, "all" the whole card."""
     offline: bool = False
     """Ask nothing of the network, not even for models."""
 

@@ -70,7 +70,12 @@ READING = 400 * MB  # of an encoder beside its weights, for one prompt and its p
 BASE_RAM = 1_600 * MB  # the page and the worker with their libraries
 
 
-def machine(profile: str = "auto") -> Machine:
+def profile() -> str:
+    """How much of the card the creator gives; `--profile` sets it for every process."""
+    return os.environ.get("IDCRAFTER_PROFILE") or "auto"
+
+
+def machine(profile: str) -> Machine:
     """This machine, as it is now; asks NVIDIA's own tool, and imports nothing heavy."""
     here = psutil.virtual_memory()
     disk = shutil.disk_usage(next(folder for folder in (models_dir(), *models_dir().parents) if folder.exists())).free
@@ -139,6 +144,11 @@ class Plan:
     def ram(self) -> int:
         """Highest need of the machine's memory."""
         return max(phase.ram for phase in self.phases)
+
+    @property
+    def peak(self) -> int:
+        """What a creator is told: of the card, or where it shares the machine's memory, of both together."""
+        return max(p.vram + p.ram for p in self.phases) if self.machine.shared else self.vram
 
     @property
     def fits(self) -> bool:

@@ -128,10 +128,6 @@ class Cost(Document):
     on: str = "two CPU cores"
     """Which machine the seconds are of."""
 
-    weights_mb: int = Field(ge=0)
-    """All weights together in memory."""
-    activations_mb: int = Field(ge=0)
-    """Everything else while sampling at the preset's own size."""
     step_s: float = Field(gt=0)
     """One denoising step at the preset's own size and guidance."""
     start_s: float = Field(ge=0)

@@ -218,11 +218,11 @@ def refusals(error: StudioError | None) -> list[str]:
     return [markup.refusal(error) if name == place else "" for name in PLACES]
 
 
-def cost_line(studio: Studio, form: Form) -> str:
+def cost_line(studio: Studio, form: Form, cast: Cast) -> str:
     """Time, memory and disk of these values, before anybody presses Go."""
     try:
         costs = estimate.clip_costs(
-            form.priced(), studio.queue.rows(states=["done"], limit=40), studio.settings.outputs
+            form.priced(cast), studio.queue.rows(states=["done"], limit=40), studio.settings.outputs
         )
     except StudioError as error:
         return f'<p class="cost">{escape(error.next_step)}</p>'
@@ -231,7 +231,8 @@ def cost_line(studio: Studio, form: Form) -> str:
     low = " low" if costs.disk_is_low else ""
     return (
         f'<p class="cost"><span title="{basis}"><b>{markup.duration(costs.seconds * form.count)}</b>{many}</span>'
-        f"<span><b>{markup.size(costs.memory_mb * 1e6)}</b> memory</span>"
+        f'<span class="{"" if costs.fits else "low"}" title="{escape(costs.memory)}">'
+        f"<b>{markup.size(costs.memory_mb * 1e6)}</b> memory</span>"
         f'<span class="disk{low}"><b>{markup.size(costs.clip_bytes * form.count)}</b> disk, '
         f"{markup.size(costs.free_bytes)} free</span></p>"
     )
@@ -337,9 +338,9 @@ def wire(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) -> list[
 
 
 def _wire_form(tab: GenerateTab, studio: Studio) -> None:
-    def price(*values: Any) -> list[str]:
+    def price(cast: Cast, *values: Any) -> list[str]:
         form = Form(*values)
-        return [cost_line(studio, form), _length(form)]
+        return [cost_line(studio, form, cast), _length(form)]
 
     def take_preset(name: str, prompt: str, cast: Cast) -> list[Any]:
         return fill(studio, Form.fresh(presets.load(name), prompt=prompt), cast)
@@ -355,9 +356,10 @@ def _wire_form(tab: GenerateTab, studio: Studio) -> None:
     free = ("prompt", "seed", "fresh_seed", "negative_prompt", "until", "tries")
     priced = [form[name] for name in FIELDS if name not in free]
     gr.on(
-        [*(part.change for part in priced), tab.go.click],  # each clip since then has taught it something
+        # Each clip since the last time has taught it something, hence also at the button.
+        [*(part.change for part in priced), panel.cast.change, tab.go.click],
         price,
-        tab.values,
+        [panel.cast, *tab.values],
         [tab.cost, tab.length],
         **quiet(trigger_mode="always_last"),
     )
@@ -420,7 +422,7 @@ def _wire_open(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) ->
 
     def start() -> list[Any]:
         form, cast = opening(studio)
-        return [*fill(studio, form, cast), cost_line(studio, form)]
+        return [*fill(studio, form, cast), cost_line(studio, form, cast)]
 
     ticket.change(take, ticket, outputs, **quiet())
     load(start, None, [*tab.filled, tab.cost], **quiet())

@@ -102,7 +102,14 @@ def test_the_first_guess_is_the_presets_own_figures(job: GenerateJob, tmp_path: 
     cost, steps = preset.cost, preset.sampling.num_inference_steps or 0
     found = estimate.estimate(job, preset, [], tmp_path)
     assert found.seconds == pytest.approx(cost.start_s + steps * cost.step_s + cost.decode_s)
-    assert found.memory_mb == cost.weights_mb + cost.activations_mb and not found.learnt
+    assert not found.learnt
+
+
+def test_the_memory_said_is_the_plans_and_subjects_count(tmp_path: Path, cast: Cast) -> None:
+    studio_job = Form.fresh(presets.load("toybox")).priced(cast)
+    assert len(studio_job.subjects) == len(cast.slots)
+    found = estimate.estimate(studio_job, presets.load("toybox"), [], tmp_path)
+    assert found.fits and "binds" in found.memory and 500 < found.memory_mb < 5000
 
 
 def test_a_machine_that_takes_twice_as_long_is_believed(job: GenerateJob, tmp_path: Path) -> None:
