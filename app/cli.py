@@ -138,8 +138,7 @@ def keep_traceback() -> str:
 def studio(arguments: list[str]) -> int:
     """Open the page and serve it until Ctrl+C."""
     settings = studio_settings(arguments, os.environ)
-    os.environ["IDCRAFTER_MODELS"] = str(settings.models_dir)  # for this process and for the worker it starts
-    os.environ["IDCRAFTER_PROFILE"] = settings.profile
+    os.environ["IDCRAFTER_MODELS"] = str(settings.models_dir)  # for this process and for the workers it starts
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from app import main as page
@@ -165,9 +164,43 @@ def studio_parser() -> argparse.ArgumentParser:
     add("--theme", choices=("dark", "light", "system"), default="dark", help="colours of the page")
     add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="where clips go (outputs)")
     add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
-    add("--profile", choices=PROFILES, default="auto", help="GB of the graphics card that clips may use (what is free)")
+    add("--devices", default="", metavar="LIST", help="a worker on each of these, such as cuda:0,cuda:1 (the fastest)")
+    add_machine(parser)
     add("--offline", action="store_true", help="ask nothing of the network")
     return parser
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The options of every verb that runs models."""
+    add = parser.add_argument
+    add(
+        "--attention",
+        metavar="KERNELS",
+        help="auto, native, flash, flash3, sage, xformers or cudnn; what does not run here is left out with a line",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the blocks at the first clip; slower start, faster steps",
+    )
+    add("--profile", choices=PROFILES, help="GB of the graphics card that clips may use (auto: what is free)")
+
+
+def use_machine(given: argparse.Namespace) -> None:
+    """Put these options where this process, and every worker it starts, reads them.
+
+    Raises:
+        StudioError: a word that names nothing.
+    """
+    if given.attention is not None:
+        os.environ["IDCRAFTER_ATTENTION"] = given.attention
+    if given.compile is not None:
+        os.environ["IDCRAFTER_COMPILE"] = "1" if given.compile else ""
+    if given.profile is not None:
+        os.environ["IDCRAFTER_PROFILE"] = given.profile
+    from engine import machine
+
+    machine.of(os.environ)
 
 
 def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Settings:
@@ -178,6 +211,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
         StudioError: open to others without a password, or the port is taken.
     """
     given = studio_parser().parse_args(arguments)
+    use_machine(given)
     from app import settings
     from engine import presets
 
@@ -196,7 +230,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
         outputs=outputs,
         models_dir=(given.models_dir or presets.models_dir()).expanduser().resolve(),
         data=outputs / ".studio",
-        profile=given.profile,
+        devices=settings.read_devices(given.devices),
         offline=given.offline,
     )
 
@@ -207,7 +241,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
 def generate(arguments: list[str]) -> int:
     """Make one clip in this process; its path goes to stdout."""
     given = generate_parser().parse_args(arguments)
-    os.environ["IDCRAFTER_PROFILE"] = given.profile
+    use_machine(given)
     if given.models_dir:
         os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
     from app import generate as one_clip
@@ -245,10 +279,11 @@ def generate_parser() -> argparse.ArgumentParser:
     add("--frames", type=int, help="length, 4k + 1 frames")
     add("--size", metavar="WxH", help="width and height in pixels")
     add("--steps", type=int, help="denoising steps")
+    add("--cache", metavar="WORD", help="leave out steps that hardly matter: off, careful or fast (the preset's own)")
     add("--out", type=Path, metavar="FILE.mp4", help="where the clip goes (a dated name in the outputs folder)")
     add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="the outputs folder")
     add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
-    add("--profile", choices=PROFILES, default="auto", help="GB of the graphics card that may be used (what is free)")
+    add_machine(parser)
     return parser
 
 

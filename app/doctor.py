@@ -24,8 +24,8 @@ import psutil
 
 from app.plan import typical
 from app.settings import ROOT, check_port
+from engine import machine, presets
 from engine import memory as planner
-from engine import presets
 from engine.messages import StudioError
 
 GB = 1e9
@@ -166,10 +166,10 @@ def models() -> Iterator[Finding]:
             yield Finding("ok", "model", f"{name} is here")
     if absent:
         yield Finding("ok", "model", f"{', '.join(absent)}: `python launch.py models pull NAME` fetches one")
-    yield fitting(planner.machine(planner.profile()))
+    yield fitting(planner.hardware(machine.of().profile))
 
 
-def fitting(here: planner.Machine) -> Finding:
+def fitting(here: planner.Hardware) -> Finding:
     """Which presets this machine could make a clip with, at their own size and length, with two subjects."""
     known = [preset for name in presets.names() if (preset := presets.load(name)).shape is not None]
     fit = [p.name for p in known if planner.plan(typical(p), p, here).fits]

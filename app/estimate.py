@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from app.queue import Row
-from engine import memory, presets
+from engine import machine, memory, presets
 from engine.job import GenerateJob
 from engine.presets import Preset
 
@@ -73,9 +73,9 @@ def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: P
 
 
 @lru_cache(maxsize=1)
-def _machine(now: float) -> memory.Machine:
+def _machine(now: float) -> memory.Hardware:
     """This machine as it was a moment ago: asking the card's tool at every keystroke would be felt."""
-    return memory.machine(memory.profile())
+    return memory.hardware(machine.of().profile)
 
 
 def _took(row: Row, preset: Preset) -> float | None:

@@ -96,8 +96,9 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
     values |= {field: value for field, value in options.items() if value is not None}
     if given.size is not None:
         values["width"], values["height"] = read_size(given.size)
-    if given.steps is not None:
-        values["sampling"] = {**values.get("sampling", {}), "num_inference_steps": given.steps}
+    drawn = {"num_inference_steps": given.steps, "cache": given.cache}
+    if drawn := {field: value for field, value in drawn.items() if value is not None}:
+        values["sampling"] = {**values.get("sampling", {}), **drawn}
     subjects = {subject["name"]: subject for subject in values.get("subjects", ())}
     for text in given.subject:
         name, pictures = read_subject(text)

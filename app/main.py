@@ -168,13 +168,13 @@ def launch(page: gr.Blocks, settings: Settings) -> str:
 
 
 def serve(settings: Settings) -> None:
-    """Show the page and keep a worker beside it until somebody presses Ctrl-C.
+    """Show the page and keep its workers beside it until somebody presses Ctrl-C.
 
     Raises:
         StudioError: the port is taken, another studio keeps this queue, or the folders cannot be written.
     """
     page = build(settings)
-    keeper = WorkerKeeper(settings.data / "queue.db", settings.outputs)
+    keeper = WorkerKeeper(settings.data / "queue.db", settings.outputs, devices=settings.devices)
     try:
         url = launch(page, settings)
         keeper.start()  # after the page: importing torch beside it would make the page wait

@@ -15,7 +15,7 @@ import psutil
 
 from engine import memory, presets
 from engine.job import GenerateJob, Picture, Sampling, Subject, make_job
-from engine.memory import GB, Machine, Plan
+from engine.memory import GB, Hardware, Plan
 from engine.messages import StudioError
 from engine.presets import Preset
 
@@ -64,14 +64,14 @@ def typical(preset: Preset, *, subjects: int | None = None, **values: Any) -> Ge
     return presets.resolve(make_job(preset=preset.name, prompt=prompt, subjects=cast, **values))[0]
 
 
-def _machine(given: argparse.Namespace) -> Machine:
+def _machine(given: argparse.Namespace) -> Hardware:
     """This machine, or one with a card of so many GB; its other memory is this machine's unless said."""
-    here = memory.machine(given.profile)
+    here = memory.hardware(given.profile)
     ram = round(given.ram * GB) if given.ram else here.ram
     if given.vram is None:
-        return Machine(here.device, here.name, ram if here.shared else here.vram, ram, here.disk)
+        return Hardware(here.device, here.name, ram if here.shared else here.vram, ram, here.disk)
     ram = ram if given.ram else psutil.virtual_memory().total
-    return Machine("cuda", f"a card of {given.vram:g} GB", round(given.vram * GB), ram, here.disk)
+    return Hardware("cuda", f"a card of {given.vram:g} GB", round(given.vram * GB), ram, here.disk)
 
 
 def report(job: GenerateJob, preset: Preset, made: Plan, tflops: float | None) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from engine import machine
 from engine.job import Document
 from engine.messages import StudioError
 
@@ -41,8 +42,8 @@ class Settings(Document):
     """Models that are not part of the repository; a preset's folder is looked up there second."""
     data: Path = ROOT / "outputs" / ".studio"
     """The queue, saved subjects, uploads and logs."""
-    profile: Literal["auto", "6", "8", "12", "16", "24", "all"] = "auto"
-    """GB of the graphics card that clips may use; "auto" is what is free, "all" the whole card."""
+    devices: tuple[str, ...] = ()
+    """What the workers run on, one each, such as cuda:0 and cuda:1; empty: one worker on the fastest device."""
     offline: bool = False
     """Ask nothing of the network, not even for models."""
 
@@ -63,6 +64,15 @@ def read_auth(text: str) -> tuple[str, str] | None:
             next_step="Set IDCRAFTER_AUTH=user:password, or give --auth user:password.",
         )
     return user, password
+
+
+def read_devices(text: str) -> tuple[str, ...]:
+    """Devices from cuda:0,cuda:1; none for an empty text.
+
+    Raises:
+        StudioError: a word names no device.
+    """
+    return tuple(machine.check_device(word.strip()) for word in text.split(",") if word.strip())
 
 
 def check_password(auth: tuple[str, str] | None, *, listen: bool, share: bool) -> None:

@@ -1,4 +1,4 @@
-"""The worker: one child process that makes the queue's clips, and the keeper that lives in the page and replaces it.
+"""The worker: a child process that makes the queue's clips, and the keeper that lives in the page and replaces it.
 
 In:  rows of the queue.
 Out: clips, and the rows' progress, previews and ends.
@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ from typing import IO
 
 from app.platform_calls import NO_WINDOW, try_lock
 from app.queue import Queue, Row
-from engine import video
+from engine import machine, video
 from engine.job import GenerateJob
 from engine.messages import Cancelled, Failed, Message, Preview, Progress, Saved, StudioError
 
@@ -51,32 +51,35 @@ log = logging.getLogger(__name__)
 
 
 class WorkerKeeper:
-    """Keeps one worker alive beside the page: starts it, notices its death, marks its row, starts another.
+    """Keeps a worker alive for each device beside the page: starts it, sees it die, marks its row, starts another.
 
-    One keeper per data folder: a lock file beside the queue refuses a second one.
+    One keeper per data folder: a lock file beside the queue refuses a second one. Its workers share the line, each row
+    going to whoever is free first.
 
     Args:
         queue: the queue's file.
         outputs: where the clips go.
         run: another engine than `engine.run:run`, as "module:function". The seam for tests that need no model.
+        devices: what each worker runs on, such as "cuda:1"; "" is the fastest device that a worker finds.
     """
 
-    def __init__(self, queue: Path, outputs: Path, *, run: str = "") -> None:
+    def __init__(self, queue: Path, outputs: Path, *, run: str = "", devices: Sequence[str] = ("",)) -> None:
         self._queue_file = Path(queue).resolve()
         self._outputs = Path(outputs).resolve()
         self._run = run
-        self._child: subprocess.Popen[bytes] | None = None
+        self._devices = tuple(devices) or ("",)
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._lock: IO[bytes] | None = None
 
     def start(self) -> None:
-        """Start the worker. Rows that an earlier studio left running become interrupted.
+        """Start the workers. Rows that an earlier studio left running become interrupted.
 
         Raises:
             StudioError: another studio keeps a worker for this queue, or the folder cannot be written.
         """
-        if self._thread is not None:
+        if self._threads:
             return
         self._queue = Queue(self._queue_file)
         self._lock = _only_one(self._queue_file)
@@ -86,15 +89,17 @@ class WorkerKeeper:
             )
         )
         self._stopping.clear()
-        self._thread = threading.Thread(target=self._keep, name="worker-keeper", daemon=True)
-        self._thread.start()
+        for place in range(len(self._devices)):
+            thread = threading.Thread(target=self._keep, args=(place,), name=f"worker-keeper-{place}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def stop(self) -> None:
-        """End the worker and wait until it is gone. What it was making becomes interrupted; the line stays."""
+        """End the workers and wait until they are gone. What they were making becomes interrupted; the line stays."""
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -102,38 +107,52 @@ class WorkerKeeper:
     @property
     def alive(self) -> bool:
         """Whether there is a worker at this moment."""
-        return self.pid is not None
+        return bool(self.pids)
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process numbers, in the order of their devices; those that are gone are left out."""
+        return [child.pid for _, child in sorted(self._children.items()) if child.poll() is None]
 
     @property
     def pid(self) -> int | None:
-        """The worker's process number, None while there is none."""
-        child = self._child
-        return child.pid if child is not None and child.poll() is None else None
+        """The first worker's process number, None while there is none."""
+        return next(iter(self.pids), None)
 
-    def _keep(self) -> None:
+    def _keep(self, place: int) -> None:
         """Start, wait for the end, mark, start again; slower each time if it does not live for a minute."""
         quick_deaths = 0
         while not self._stopping.is_set():
             began = time.monotonic()
             name = f"worker-{secrets.token_hex(4)}"
             try:
-                self._child = self._spawn(name)
+                child = self._children[place] = self._spawn(name, self._devices[place])
             except OSError:
                 log.exception("the worker could not be started")
             else:
-                self._wait_for_end(self._child)
-                self._mark(name, self._child.returncode)
+                self._wait_for_end(child)
+                self._mark(name, child.returncode)
             lived = time.monotonic() - began
             quick_deaths = 0 if lived > STEADY_S else quick_deaths + 1
             self._stopping.wait(min(60.0, 0.25 * 2**quick_deaths))
 
-    def _spawn(self, name: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, name: str, device: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-X", "utf8", "-X", "faulthandler", "-m", "app.worker", "--attached"]
         command += ["--queue", str(self._queue_file), "--outputs", str(self._outputs), "--name", name]
         command += ["--run", self._run] if self._run else []
+        environment = machine.alone_with(device, os.environ)
+        if len(self._devices) > 1:
+            # Busy OpenMP pools fight over the cores: each worker gets its share of them.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self._devices))))
         with _log_file(self._queue_file.parent).open("ab") as said:
             return subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=said, stderr=said, creationflags=NO_WINDOW
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=said,
+                stderr=said,
+                creationflags=NO_WINDOW,
             )
 
     def _wait_for_end(self, child: subprocess.Popen[bytes]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from engine import lora
+from engine import kernels, lora, machine
 from engine.faces import FaceFiles
 from engine.job import Lora
 from engine.judges import Judges
@@ -45,10 +45,29 @@ disable_progress_bar()  # a bar per component says nothing; the run says how far
 
 
 def device() -> torch.device:
-    """The fastest device of this machine."""
+    """The device this process was told to use, or else the fastest of this machine.
+
+    Raises:
+        StudioError: it was told to use one that is not there.
+    """
+    wanted = machine.of().device
+    if wanted:
+        return _present(torch.device(wanted))
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _present(wanted: torch.device) -> torch.device:
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        raise StudioError(
+            what=f"There is no device {wanted} on this machine.",
+            why=str(error).strip().splitlines()[0][:200],
+            next_step="Start the studio with --devices naming those it has, or without --devices.",
+        ) from error
+    return wanted
 
 
 def precision(part: Part, where: torch.device) -> torch.dtype:
@@ -85,7 +104,10 @@ def load(part: Part, folder: Path, where: torch.device, *, merge: Path | None = 
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, cv2.error) as error:
         reason = str(error).strip().splitlines()
         raise _damaged(part, folder, reason[0][:200] if reason else type(error).__name__) from error
-    return model.to(where).eval().requires_grad_(False)
+    model = model.to(where).eval().requires_grad_(False)
+    if part == "transformer":
+        kernels.set_up(model, machine.of())
+    return model
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -38,7 +38,7 @@ Where = Literal[
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """What there is to work with, free at this moment."""
 
     device: str  # "cuda", "mps", "xpu" or "cpu"
@@ -54,7 +54,7 @@ class Machine:
         """Whether device and machine have one memory."""
         return self.device in ("cpu", "mps")
 
-    def limited(self, profile: str) -> Machine:
+    def limited(self, profile: str) -> Hardware:
         """With no more memory on the device than a profile allows: "auto" and "all" leave it, "8" is 8 GB."""
         if profile in ("auto", "all"):
             return self
@@ -70,29 +70,30 @@ READING = 400 * MB  # of an encoder beside its weights, for one prompt and its p
 BASE_RAM = 1_600 * MB  # the page and the worker with their libraries
 
 
-def profile() -> str:
-    """How much of the card the creator gives; `--profile` sets it for every process."""
-    return os.environ.get("IDCRAFTER_PROFILE") or "auto"
-
-
-def machine(profile: str) -> Machine:
-    """This machine, as it is now; asks NVIDIA's own tool, and imports nothing heavy."""
+def hardware(profile: str) -> Hardware:
+    """What there is here, as it is now; asks NVIDIA's own tool, and imports nothing heavy."""
     here = psutil.virtual_memory()
     disk = shutil.disk_usage(next(folder for folder in (models_dir(), *models_dir().parents) if folder.exists())).free
     card = _nvidia(whole=profile == "all")
     if card is not None:
-        return Machine("cuda", *card, here.available, disk).limited(profile)
+        return Hardware("cuda", *card, here.available, disk).limited(profile)
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    found = Machine("mps", "Apple silicon", here.available, here.available, disk)
+    found = Hardware("mps", "Apple silicon", here.available, here.available, disk)
     return (found if apple else replace(found, device="cpu", name="the processor alone")).limited(profile)
 
 
 def _nvidia(*, whole: bool) -> tuple[str, int] | None:
     """Name and memory of the first NVIDIA card: what is free, or all of it."""
     tool = shutil.which("nvidia-smi")
-    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or seen in ("", "-1"):
         return None
-    asked = [tool, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    asked = [
+        tool,
+        *(["-i", seen.split(",")[0]] if seen else []),
+        "--query-gpu=name,memory.free,memory.total",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
         name, free, total = (part.strip() for part in said.splitlines()[0].split(","))
@@ -128,7 +129,7 @@ class Phase:
 class Plan:
     """How a clip will be made, and what it will take."""
 
-    machine: Machine
+    machine: Hardware
     parts: dict[str, Fit]
     phases: tuple[Phase, ...]
     tiled: bool  # the VAE decodes in tiles
@@ -179,12 +180,12 @@ class Plan:
         return f"{what} {verdict}: {_gb(need)} of {_gb(limit)} GB{when}."
 
 
-def plan(job: GenerateJob, preset: Preset, here: Machine) -> Plan:
+def plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
     """The first of all ways to make this clip that fits, from the most exact and quickest on; else the smallest one.
 
     Args:
         job: resolved; its `precision`, where it has one, is kept.
-        here: with a profile already taken into account (`Machine.limited`).
+        here: with a profile already taken into account (`Hardware.limited`).
     """
     shape, load = preset.shape, counts.load_of(job, preset)
     assert shape is not None
@@ -234,7 +235,7 @@ def _encoder_ways(preset: Preset, plain: int) -> list[dict[str, Fit]]:
 def _plan(
     job: GenerateJob,
     preset: Preset,
-    here: Machine,
+    here: Hardware,
     load: Load,
     plain: int,
     encoders: dict[str, Fit],
@@ -272,7 +273,7 @@ def _plan(
 # --- when it does not fit ---------------------------------------------------------------------------------------------
 
 
-def fitted(job: GenerateJob, preset: Preset, here: Machine) -> Plan:
+def fitted(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
     """`plan`, where it fits.
 
     Raises:
@@ -367,7 +368,7 @@ _SAYINGS = {
 """What allocators say who raise a plain RuntimeError, the more telling ones first."""
 
 
-def explanation(lack: Lack, job: GenerateJob, preset: Preset, here: Machine) -> StudioError:
+def explanation(lack: Lack, job: GenerateJob, preset: Preset, here: Hardware) -> StudioError:
     """What to change when memory ran out twice: the cheapest jobs that need a third less than this one did."""
     less = replace(here, vram=here.vram * 2 // 3, ram=here.ram * 2 // 3)
     changes = [words for words, changed in cheaper(job, preset) if plan(changed, preset, less).fits][:3]

@@ -46,6 +46,7 @@ from engine.report import REPORT, STRIP, IdentityReport
 
 __all__ = ["Warm", "run"]
 
+PREVIEWS = ".previews"  # folder of pictures of clips in the making, one folder each
 PREVIEW_SHARE = 10  # a preview waits ten times as long as the one before took: a tenth of the time at most
 PREVIEW_GAP_S = 0.5  # nobody looks more often
 
@@ -81,7 +82,7 @@ def run(
     job = lora_files.hashed(pictures.pack(job, preset))
     target = clip or _free_name(outputs, job)
     _check_writable(target.parent)
-    previews = _Previews(outputs / ".previews" / target.stem)
+    previews = _Previews(outputs / PREVIEWS / target.stem)
 
     with memory.explained(job, preset), previews, ExitStack() as until_done:
         say(Progress("encode", 0, 1))
@@ -194,10 +195,20 @@ def _free_name(outputs: Path, job: GenerateJob) -> Path:
     stem = f"{now:%H%M%S}-{words}-s{job.seed}"
     folder = outputs / f"{now:%Y-%m-%d}"
     number, target = 1, folder / f"{stem}.mp4"
-    while target.exists():
+    while target.exists() or not _claimed(outputs / PREVIEWS / target.stem):
         number += 1
         target = folder / f"{stem}-{number}.mp4"
     return target
+
+
+def _claimed(folder: Path) -> bool:
+    """Whether the previews' folder is new: two workers may begin the same job within a second."""
+    with _explained(folder.parent):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            return False
+    return True
 
 
 def _check_writable(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from engine import memory, presets
 from engine.job import GenerateJob, Picture, Sampling, Subject
-from engine.memory import GB, Machine, Plan
+from engine.memory import GB, Hardware, Plan
 from engine.messages import StudioError
 from engine.presets import Components, HubFiles, Preset, Shape, Size
 
@@ -17,7 +17,7 @@ WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16,
 SMALL = Shape(dim=1536, num_layers=30, ffn_dim=8960, num_heads=12, **WAN)
 LARGE = Shape(dim=5120, num_layers=40, ffn_dim=13824, num_heads=40, **WAN)
 NOWHERE = HubFiles(repo="nobody/nothing", path="none", num_bytes=1, licence="Apache-2.0")
-CARD = Machine("cuda", "a card", 24 * GB, 64 * GB, 200 * GB)
+CARD = Hardware("cuda", "a card", 24 * GB, 64 * GB, 200 * GB)
 
 
 def preset_of(shape: Shape, conditioning: Any = "frames") -> Preset:
@@ -118,12 +118,12 @@ def test_where_nothing_fits_no_change_is_promised() -> None:
 def test_a_profile_takes_from_the_card_and_where_memory_is_shared_from_the_machine() -> None:
     assert CARD.limited("8").vram == 8 * GB and CARD.limited("8").ram == CARD.ram
     assert CARD.limited("auto") == CARD.limited("all") == CARD
-    apple = Machine("mps", "a", 32 * GB, 32 * GB, GB)
+    apple = Hardware("mps", "a", 32 * GB, 32 * GB, GB)
     assert apple.limited("8").ram == apple.limited("8").vram == 8 * GB
 
 
 def test_on_a_processor_everything_is_counted_as_its_memory() -> None:
-    here = Machine("cpu", "a processor", 64 * GB, 64 * GB, 100 * GB)
+    here = Hardware("cpu", "a processor", 64 * GB, 64 * GB, 100 * GB)
     made = memory.plan(job_of(), preset_of(SMALL), here)
     assert made.binding[0] == "RAM" and made.parts["transformer"].precision == "fp32"
 

@@ -232,3 +232,63 @@ def test_a_worker_by_hand_needs_no_page(house: House) -> None:
 def test_the_worker_module_is_light() -> None:
     check = "import sys, app.worker, app.library; sys.exit(any(m in sys.modules for m in ('torch', 'gradio', 'cv2')))"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[House]:
+    """A house with two workers."""
+    house = House(tmp_path)
+    house.keeper = WorkerKeeper(house.queue.path, house.outputs, run=SMALL, devices=("cpu", "cpu"))
+    house.keeper.start()
+    yield house
+    house.keeper.stop()
+
+
+def test_two_workers_share_the_line_and_no_row_is_made_twice(pair: House) -> None:
+    pair.once(lambda: len(pair.keeper.pids) == 2)
+    long = [pair.queue.add(a_job(steps=60, seed=seed)) for seed in (100, 101)]
+    running = pair.once(
+        lambda: (
+            [row for id in long if (row := pair.queue.get(id)).state == "running"]
+            if all(pair.queue.get(id).progress for id in long)
+            else None
+        )
+    )
+    assert len({row.worker for row in running}) == 2
+    ids = [pair.queue.add(a_job(seed=seed)) for seed in range(8)]
+    rows = [pair.until(id, "done") for id in (*long, *ids)]
+    clips = [row.saved["clip"] for row in rows if row.saved]
+    assert len(set(clips)) == 10 == len(list(pair.outputs.rglob("*.mp4")))
+
+
+def test_a_killed_worker_leaves_the_other_going(pair: House) -> None:
+    ids = [pair.queue.add(a_job(steps=100, seed=seed)) for seed in (100, 101)]
+    pair.once(lambda: all(pair.queue.get(id).progress for id in ids))
+    pids = pair.keeper.pids
+    psutil.Process(pids[0]).kill()
+    lost = pair.once(lambda: next((id for id in ids if pair.queue.get(id).state == "interrupted"), None))
+    kept = next(id for id in ids if id != lost)
+    assert pair.queue.get(kept).state == "running" and pids[1] in pair.keeper.pids
+    pair.until(kept, "done")
+    pair.until(pair.queue.run_again(lost), "running")  # by whoever is free: the other, or the dead one's successor
+
+
+def test_a_worker_sees_its_own_device_and_its_share_of_the_cores(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    told = []
+
+    def listen(command: list[str], env: dict[str, str], **rest: object) -> None:
+        told.append({name: env.get(name) for name in ("IDCRAFTER_DEVICE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")})
+        raise OSError("no process is wanted here")
+
+    monkeypatch.setattr("app.worker.subprocess.Popen", listen)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr("app.worker.os.cpu_count", lambda: 16)
+    keeper = WorkerKeeper(tmp_path / "queue.db", tmp_path, devices=("cuda:0", "cuda:1"))
+    keeper.start()
+    keeper.stop()
+    told.sort(key=str)
+    assert told == [
+        {"IDCRAFTER_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "4", "OMP_NUM_THREADS": "8"},
+        {"IDCRAFTER_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "6", "OMP_NUM_THREADS": "8"},
+    ]
