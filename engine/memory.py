@@ -88,12 +88,8 @@ def _nvidia(*, whole: bool) -> tuple[str, int] | None:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if tool is None or seen in ("", "-1"):
         return None
-    asked = [
-        tool,
-        *(["-i", seen.split(",")[0]] if seen else []),
-        "--query-gpu=name,memory.free,memory.total",
-        "--format=csv,noheader,nounits",
-    ]
+    only = ["-i", seen.split(",")[0]] if seen else []
+    asked = [tool, *only, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
         name, free, total = (part.strip() for part in said.splitlines()[0].split(","))
