@@ -5,7 +5,7 @@ Out: docs/measurements.md, one row per figure with the command, the commit, the 
      measured again replaces the old one.
 Knows nothing of how a model is trained. Whatever has to be cold or counted apart runs in a process of its own.
 
-    python launch.py bench [sizes flops memory loop report judges identity page] [--preset NAME]
+    python launch.py bench [sizes flops memory loop report caches judges identity page] [--preset NAME]
 """
 
 from __future__ import annotations
@@ -318,6 +318,27 @@ def judges(preset: str) -> Iterator[Figure]:
         yield Figure(f"judges-{name}-faults", f"{name} judges, planted faults noticed", told, "≥ .95", least >= 0.95)
 
 
+def caches(preset: str) -> Iterator[Figure]:
+    """Steps left out, over twelve held-out jobs of two subjects at the preset's own steps and at fifty."""
+    for steps in (presets.load(preset).sampling.num_inference_steps or 30, 50):
+        found = _json_of("train.left_out", preset, "--jobs", "12", "--steps", str(steps))
+        for word, fewer in (("off", 1.0), ("careful", 1.5), ("fast", 2.25)):
+            row = found[word]
+            saved = row["steps"] / row["computed"]
+            key, what = f"cache-{word}-{steps}", f"Leave out: {word}, {steps} steps"
+            yield Figure(
+                key, f"{what}, computed", f"{row['computed']:.1f} ({saved:.2f}x fewer)", f"≥ {fewer:g}x", saved >= fewer
+            )
+            kept = row["psnr"] >= 25 or row["change"] >= -0.01
+            yield Figure(
+                f"{key}-loss",
+                f"{what}: frames against off (lowest), weakest likeness (change)",
+                f"{row['psnr']:.1f} dB ({row['lowest']:.1f}), {row['weakest']:.3f} ({row['change']:+.3f})",
+                {"off": "equal", "careful": "≥ 25 dB or -.01"}.get(word, ""),
+                {"off": row["lowest"] == 99, "careful": kept}.get(word),
+            )
+
+
 ASKED = ("own picture first of 16", "everyone there", "verb", "direction", "place", "pose copied", "taken for drawn")
 CHANCE = 1 / 16
 
@@ -490,6 +511,7 @@ MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
     "memory": memory,
     "loop": loop,
     "report": report,
+    "caches": caches,
     "judges": judges,
     "identity": identity,
     "page": page,

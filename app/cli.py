@@ -279,7 +279,9 @@ def generate_parser() -> argparse.ArgumentParser:
     add("--frames", type=int, help="length, 4k + 1 frames")
     add("--size", metavar="WxH", help="width and height in pixels")
     add("--steps", type=int, help="denoising steps")
-    add("--cache", metavar="WORD", help="leave out steps that hardly matter: off, careful or fast (the preset's own)")
+    add(
+        "--cache", metavar="WORD", help="leave out forwards that hardly matter: off, careful or fast (the preset's own)"
+    )
     add("--out", type=Path, metavar="FILE.mp4", help="where the clip goes (a dated name in the outputs folder)")
     add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="the outputs folder")
     add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkerKeeper:
-    """Keeps a worker alive for each device beside the page: starts it, sees it die, marks its row, starts another.
+    """Keeps a worker alive beside the page for each device: starts it, notices its death, marks its row, starts anew.
 
     One keeper per data folder: a lock file beside the queue refuses a second one. Its workers share the line, each row
     going to whoever is free first.

@@ -46,8 +46,8 @@ def set_up(transformer: ModelMixin, machine: Machine) -> None:
 def use_attention(transformer: ModelMixin, name: str) -> str:
     """Let the video's attention run on these kernels; returns the name of those it got.
 
-    Only attention without a mask, the video's to itself and to the prompt, is changed: most kernels lack masks, and
-    the subjects' attention takes a hundredth of the time.
+    Only attention without a mask is changed, the video's to itself and to the prompt: most kernels take no mask, and
+    the subjects' attention is small beside the video's.
 
     Args:
         name: one of `BACKENDS`, or "auto".

@@ -136,6 +136,26 @@ class Cost(Document):
     """Decoding and saving at the preset's own size."""
 
 
+class LeftOut(Document):
+    """How one word of `Sampling.cache` leaves out steps, and what that was measured to do."""
+
+    tolerance: float = Field(gt=0, le=10)
+    """Relative error that a row of left-out steps may gather, by the model's own latest answer."""
+    share: float = Field(gt=0, le=1)
+    """Share of the preset's own steps that are still computed."""
+    costs: str
+    """What is lost, in a few words for the page."""
+
+
+class Caching(Document):
+    """The two ways of leaving out steps."""
+
+    careful: LeftOut = LeftOut(tolerance=0.06, share=0.55, costs="not measured on this model")
+    """Few enough that a clip keeps its look."""
+    fast: LeftOut = LeftOut(tolerance=0.6, share=0.35, costs="not measured on this model")
+    """As many as a clip bears."""
+
+
 class Preset(Document):
     """A model a creator can pick."""
 
@@ -179,6 +199,8 @@ class Preset(Document):
     """What to stay away from."""
     sampling: Sampling
     """Its own defaults, every field that its guidance needs filled in."""
+    caching: Caching = Caching()
+    """What `Sampling.cache` means here."""
     draft_steps: int = Field(ge=1, le=100)
     """Steps of a quick draft; "finish this one" takes the full number with the same seed."""
     cost: Cost

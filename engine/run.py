@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine import (
+    caching,
     conditioning,
     decode,
     encode,
@@ -98,10 +99,11 @@ def run(
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
         lead = conditions.lead
 
-        def predict(latents: Tensor, sigma: float) -> Tensor:
+        def asked(latents: Tensor, sigma: float) -> Tensor:
             return guided(job.sampling, lambda branch: conditions.predict(latents, sigma, branch))
 
         solver = _solver(job)
+        predict = caching.chosen(job.sampling.cache, preset.caching, asked, solver)
         pace = _Pace()
 
         def on_step(step: sampling.Step) -> None:

@@ -129,6 +129,28 @@ def test_whatever_a_job_says_shows_in_its_frames(tmp_path, warm, plain_frames, c
     assert not np.array_equal(plain_frames, _make(_job(tmp_path, **changes), tmp_path / "b", warm))
 
 
+def test_leaving_out_nothing_is_the_clip_itself_and_leaving_out_much_does_not_carry_over(
+    tmp_path, warm, plain_frames, monkeypatch
+):
+    asked = []
+    forward = IdentityWanTransformer3DModel.forward
+    monkeypatch.setattr(
+        IdentityWanTransformer3DModel, "forward", lambda *given, **more: asked.append(1) or forward(*given, **more)
+    )
+
+    def made(word: str, steps: int) -> tuple[np.ndarray, int]:
+        asked.clear()
+        job = _job(tmp_path, sampling={"num_inference_steps": steps, "cache": word})
+        return _make(job, tmp_path / word, warm), len(asked)
+
+    off, forwards = made("off", 3)
+    assert np.array_equal(off, plain_frames) and forwards == 6
+    first, few = made("fast", 12)
+    again, as_few = made("fast", 12)
+    assert few == as_few < 24 and np.array_equal(first, again)
+    assert np.array_equal(made("off", 3)[0], plain_frames)
+
+
 def test_another_picture_or_weight_of_a_subject_gives_another_clip(tmp_path, warm, plain_frames):
     fox, kite = _job(tmp_path).subjects
     for changed in (

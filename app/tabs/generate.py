@@ -90,7 +90,7 @@ def layout(studio: Studio) -> GenerateTab:
             refused["prompt"] = _beside()
             quality = _model(form, preset, refused)
             length = _size(form, start, refused)
-            _advanced(form, start, refused)
+            _advanced(form, start, preset, refused)
             about = gr.HTML(_about(preset), apply_default_css=False)
             cost, go, stop_editing, sanity = _go(form, refused)
         with gr.Column(elem_id="stage-column", min_width=320):
@@ -138,7 +138,7 @@ def _size(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) -> gr.
     return length
 
 
-def _advanced(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) -> None:
+def _advanced(form: dict[str, Any], start: Form, preset: Preset, refused: dict[str, gr.HTML]) -> None:
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         with gr.Row(elem_classes="numbers"):
             form["num_inference_steps"] = gr.Number(start.num_inference_steps, label="Steps", precision=0, min_width=70)
@@ -149,6 +149,13 @@ def _advanced(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) ->
                 min_width=90,
             )
             form["shift"] = gr.Number(start.shift, label="Shift", step=0.1, min_width=70)
+        form["cache"] = gr.Dropdown(
+            [("Off", "off"), ("Careful", "careful"), ("Fast", "fast")],
+            value=start.cache or "off",
+            label="Leave out",
+            info=_left_out(preset),
+            elem_id="leave-out",
+        )
         modes = [("None", "none"), ("Joint", "joint"), ("Dual", "dual"), ("Chained", "chained")]
         form["guidance"] = gr.Radio(modes, value=start.guidance, label="Guidance", elem_id="guidance")
         with gr.Row(elem_classes="numbers"):
@@ -193,6 +200,15 @@ def _qualities(preset: Preset) -> list[tuple[str, str]]:
 
 def _about(preset: Preset) -> str:
     return f'<p class="about">{escape(preset.about)}</p>'
+
+
+def _left_out(preset: Preset) -> str:
+    """What leaving out steps brings and costs, as it was measured on this model."""
+    said = [
+        f"{word}: {1 / left.share:.1f}x fewer, {left.costs}."
+        for word, left in (("Careful", preset.caching.careful), ("Fast", preset.caching.fast))
+    ]
+    return f"Steps that hardly differ from those before are not computed. {' '.join(said)}"
 
 
 def _length(form: Form) -> str:
@@ -242,10 +258,9 @@ def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
     """Put a form and its cast on the page, in the order of `GenerateTab.filled`."""
     preset = presets.load(form.preset)
     scales = _scales(form.guidance)
-    values = [
-        gr.Number(value=getattr(form, name), visible=scales[name]) if name in scales else getattr(form, name)
-        for name in FIELDS
-    ]
+    shown = {name: gr.Number(value=getattr(form, name), visible=scales[name]) for name in scales}
+    shown["cache"] = gr.Dropdown(value=form.cache or "off", info=_left_out(preset))
+    values = [shown.get(name, getattr(form, name)) for name in FIELDS]
     quality = gr.Radio(_qualities(preset), value=_quality_of(form))
     return [*cast_panel.paint(studio, cast, form.preset), *values, quality, _about(preset), _length(form)]
 

@@ -119,6 +119,21 @@ def test_a_machine_that_takes_twice_as_long_is_believed(job: GenerateJob, tmp_pa
     assert estimate.estimate(job, preset, [done], tmp_path).seconds == pytest.approx(2 * guess)
 
 
+def test_steps_that_are_left_out_cost_nothing(job: GenerateJob, tmp_path: Path) -> None:
+    preset = presets.load("toybox")
+    cost, steps = preset.cost, preset.sampling.num_inference_steps or 0
+
+    def drawing(word: str, count: int) -> float:
+        settings = job.sampling.model_copy(update={"cache": word, "num_inference_steps": count})
+        whole = estimate.estimate(job.model_copy(update={"sampling": settings}), preset, [], tmp_path).seconds
+        return whole - cost.start_s - cost.decode_s
+
+    assert drawing("careful", steps) == pytest.approx(steps * preset.caching.careful.share * cost.step_s)
+    assert drawing("fast", steps) < drawing("careful", steps) < drawing("off", steps)
+    assert drawing("careful", 2 * steps) < 1.5 * drawing("careful", steps)  # twice the steps are not twice the work
+    assert drawing("fast", 2) == pytest.approx(2 * cost.step_s)
+
+
 def row_of(job: GenerateJob, folder: Path) -> Row:
     queue = Queue(folder / "queue.db")
     return queue.get(queue.add(job))

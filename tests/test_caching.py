@@ -1,0 +1,108 @@
+"""Steps that are left out: which, what stands in for them, and that nothing of it outlives a clip."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import caching, sampling, tiny
+from engine.conditioning import Encoded, prepare
+from engine.guidance import guided
+from engine.job import Sampling
+from engine.messages import StudioError
+from engine.presets import Caching
+
+SHAPE = (1, 4, 2, 4, 4)
+STEPS = 30
+LEVELS = [1 - step / STEPS for step in range(STEPS)]
+
+
+class Curve:
+    """A velocity that depends on the time alone; remembers when it was asked."""
+
+    def __init__(self, power: float) -> None:
+        self.power, self.asked = power, []
+
+    def __call__(self, latents: Tensor, time: float) -> Tensor:
+        self.asked.append(time)
+        return torch.full(SHAPE, 1 + time**self.power)
+
+
+def walk(predict: sampling.Predict, steps: int = STEPS, solver: str = "euler") -> Tensor:
+    torch.manual_seed(0)
+    return sampling.denoise(torch.randn(SHAPE), predict, sampling.SOLVERS[solver](steps, 1.0), lambda _: None)
+
+
+@pytest.mark.parametrize("word", [None, "off"])
+def test_off_is_the_very_prediction_itself(word):
+    curve = Curve(2)
+    assert caching.chosen(word, Caching(), curve, sampling.Euler(4, 1.0)) is curve
+
+
+def test_a_straight_line_is_asked_for_thrice_then_every_fifth_time_and_at_the_end():
+    curve = Curve(1)
+    left = caching.LeavingOut(curve, LEVELS, 0.001)
+    with_gaps, whole = walk(left), walk(Curve(1))
+    torch.testing.assert_close(with_gaps, whole)
+    asked = [round(STEPS * (1 - time)) for time in curve.asked]
+    assert asked == [0, 1, 2, 7, 12, 17, 22, 27, 29] and left.computed == len(asked)
+
+
+def test_the_more_it_bends_the_more_it_is_asked_and_the_less_is_tolerated_the_nearer_it_stays():
+    computed = {}
+    for power in (2, 5):
+        for tolerance in (1e-4, 1e-2):
+            left = caching.LeavingOut(Curve(power), LEVELS, tolerance)
+            missed = (walk(left) - walk(Curve(power))).abs().max().item()
+            assert missed <= tolerance * 2  # a velocity is below 2 and time runs from 1 to 0
+            computed[power, tolerance] = left.computed
+    assert computed[5, 1e-2] > computed[2, 1e-2] and computed[2, 1e-4] > computed[2, 1e-2]
+    assert computed[2, 1e-2] <= STEPS / 2
+
+
+@pytest.mark.parametrize("solver", ["unipc", "wan_unipc"])
+def test_every_solver_can_be_left_waiting(solver):
+    made = sampling.SOLVERS[solver](STEPS, 3.0)
+    left = caching.chosen("fast", Caching(), Curve(2), made)
+    torch.manual_seed(0)
+    clip = sampling.denoise(torch.randn(SHAPE), left, made, lambda _: None)
+    assert left.computed < STEPS / 1.5
+    torch.testing.assert_close(clip, walk_of(solver), rtol=0, atol=0.05)
+
+
+def walk_of(solver: str) -> Tensor:
+    torch.manual_seed(0)
+    return sampling.denoise(torch.randn(SHAPE), Curve(2), sampling.SOLVERS[solver](STEPS, 3.0), lambda _: None)
+
+
+def test_a_clip_that_breaks_is_noticed_at_the_step_that_asks():
+    def broken(latents: Tensor, time: float) -> Tensor:
+        return torch.full(SHAPE, float("nan") if time < 0.5 else 1 + time**2)
+
+    with pytest.raises(StudioError, match="holds NaN"):
+        walk(caching.LeavingOut(broken, LEVELS, 0.01))
+
+
+def test_two_steps_leave_nothing_to_leave_out():
+    left = caching.LeavingOut(Curve(2), [1.0, 0.5], 10.0)
+    assert torch.equal(walk(left, steps=2), walk(Curve(2), steps=2)) and left.computed == 2
+
+
+@pytest.mark.parametrize("guidance", ["joint", "dual", "chained"])
+def test_the_line_through_merged_velocities_is_the_merged_lines_of_the_branches(guidance):
+    """What lets one state stand for a state per branch."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    transformer = tiny.stir(tiny.transformer(), 1.0)
+    encoded = Encoded(torch.randn(1, 8, tiny.TEXT_DIM), torch.randn(1, 8, tiny.TEXT_DIM))
+    conditions = prepare("identity", transformer, encoded)
+    settings = Sampling(guidance=guidance, guidance_scale=2.5, subject_scale=5.0, text_scale=7.5)
+    noisy, levels = torch.randn(1, tiny.LATENT_CHANNELS, 2, 4, 4), (0.9, 0.8)
+    branches = {
+        branch: [conditions.predict(noisy, level, branch) for level in levels]
+        for branch in ("none", "subjects", "text", "full")
+    }
+    merged = [guided(settings, lambda branch, n=n: branches[branch][n]) for n in (0, 1)]
+    lines = guided(settings, lambda branch: 2 * branches[branch][1] - branches[branch][0])
+    torch.testing.assert_close(2 * merged[1] - merged[0], lines, rtol=1e-4, atol=1e-4)
