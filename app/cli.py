@@ -1,4 +1,4 @@
-"""The command line: python launch.py [studio | generate | plan | doctor | bench | evaluate | test] ...
+"""The command line: python launch.py [studio | generate | plan | models | doctor | bench | evaluate | test] ...
 
 In:  arguments, IDCRAFTER_AUTH, and for `generate` a job document or a clip that carries one.
 Out: an exit code: 0 done, 1 refused or failed with one line on stderr, 2 not understood, 130 cancelled.
@@ -30,6 +30,7 @@ verbs:
   (none)      open the studio in the browser
   generate    make one clip here and now
   plan        say what a clip needs here, or on a card of another size
+  models      list, plan, pull, verify, remove, adopt, add: the models and their files
   doctor      look at this machine and say what is missing
   bench       measure what docs/measurements.md claims
   evaluate    make held-out jobs and say how well everyone is recognised
@@ -319,6 +320,13 @@ def plan(arguments: list[str]) -> int:
     return planner.main(given)
 
 
+def models(arguments: list[str]) -> int:
+    """The models: what they need, what is here, and bringing the rest."""
+    from app import models_cli
+
+    return models_cli.main(models_cli.parser(Parser).parse_args(arguments))
+
+
 def doctor(arguments: list[str]) -> int:
     """Look at this machine; 1 when something stands in the way."""
     parser = Parser(prog="python launch.py doctor", description="Look at this machine and say what is missing.")
@@ -374,6 +382,7 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "studio": studio,
     "generate": generate,
     "plan": plan,
+    "models": models,
     "doctor": doctor,
     "bench": bench,
     "evaluate": evaluate,

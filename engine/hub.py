@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import httpx2  # what huggingface_hub speaks through; it lets a dead line's errors pass as they are
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -374,7 +375,7 @@ class Hub:
                 return question(HfApi(endpoint=self.endpoint, token=self._secret() or False))
             except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, OfflineModeIsEnabled) as error:
                 raise _unknown(wanted, error) from None
-            except (HfHubHTTPError, OSError) as error:
+            except (HfHubHTTPError, httpx2.TransportError, OSError) as error:
                 failures += 1
                 if failures >= transfer.TRIES:
                     raise _unknown(wanted, error) from None
@@ -485,7 +486,7 @@ def _unknown(wanted: Wanted, error: Exception) -> StudioError:
         step = "Start without --offline once; what has been fetched then works offline."
     return StudioError(
         f"{wanted.path} of {wanted.repo} is not to be had.",
-        reason or f"The Hub does not answer ({type(error).__name__}).",
+        reason or f"The Hub does not answer ({str(error)[:120] or type(error).__name__}).",
         step.format(page),
         field="preset",
     )

@@ -21,12 +21,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException, IncompleteRead
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 20  # most bytes read at once
 TRIES = 6  # failures in a row without a new byte, before giving up
+SOON_S = 0.2  # after a line that dropped, but had brought something
 LOOK_S = 0.3  # how often somebody else's progress is looked at
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,10 +128,11 @@ def transfer(
         except (OSError, HTTPException) as error:
             if isinstance(error, OSError) and error.errno is not None and not _of_the_line(error):
                 raise  # the disk, not the line
-            failures = 1 if bytes_of(part) > have else failures + 1
+            grown = bytes_of(part) > have
+            failures = 1 if grown else failures + 1
             if failures >= TRIES:
                 raise
-            time.sleep(pause(failures))
+            time.sleep(min(SOON_S, pause(1)) if grown else pause(failures))
     if part.stat().st_size > source.size:
         part.unlink()
         raise Refused("it is longer than it should be")
@@ -147,7 +149,7 @@ def _stream(source: Source, part: Path, have: int, say: Callable[[int], None]) -
             headers["If-Range"] = mark.read_text(encoding="utf-8")
     request = urllib.request.Request(source.location, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer, part.open("ab") as file:
+        with urllib.request.urlopen(request, timeout=30) as answer, part.open("ab", buffering=0) as file:
             if answer.status != 206:
                 file.truncate(0)
                 have = 0
@@ -166,9 +168,12 @@ def _stream(source: Source, part: Path, have: int, say: Callable[[int], None]) -
         ) from None
 
 
-def _copy(answer: Any, file: BinaryIO, have: int, say: Callable[[int], None]) -> None:
-    while chunk := answer.read(CHUNK):
-        file.write(chunk)
+def _copy(answer: Any, file: IO[bytes], have: int, say: Callable[[int], None]) -> None:
+    # Each piece as it comes and straight to the disk: on a slow line a whole CHUNK is seconds that a kill would lose.
+    while chunk := answer.read1(CHUNK):
+        rest = memoryview(chunk)
+        while rest:
+            rest = rest[file.write(rest) :]
         have += len(chunk)
         say(have)
     left = getattr(answer, "length", 0)

@@ -1,0 +1,286 @@
+"""Models: what each preset needs from the Hub, what of it is here, and how it is brought, checked and taken away.
+
+In:  presets, and a `Hub` that asks and fetches.
+Out: states that ask nobody, plans, and deeds that say how far they are.
+Knows nothing of Gradio, of the command line, of threads, or of torch.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine import presets
+from engine.hub import Hub, Plan, Say, Wanted
+from engine.messages import StudioError
+from engine.presets import OPTIONAL, Components, HubFiles, Preset
+from engine.transfer import bytes_of, linked_or_copied
+
+WINDOW_S = 12.0  # a speed is that of the last seconds, not of an hour ago
+NO_LICENCE = "none named"  # written down where a person went on without one
+
+
+# --- what is here ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """How a preset stands on this machine."""
+
+    preset: Preset
+    to_fetch: tuple[HubFiles, ...]  # of parts that are not here
+    own: tuple[str, ...]  # parts that nobody can fetch: a checkpoint of the creator's own
+    judges: bool  # whether those who judge its clips are here, too
+    arrived: int  # bytes of files that are on their way
+
+    @property
+    def fetched(self) -> bool:
+        """Nothing is left to fetch."""
+        return not self.to_fetch
+
+    @property
+    def here(self) -> bool:
+        """It can make clips."""
+        return self.fetched and not self.own
+
+    @property
+    def bytes_to_fetch(self) -> int:
+        """As the preset says; a plan asks the Hub."""
+        return sum(files.num_bytes for files in self.to_fetch)
+
+    @property
+    def word(self) -> str:
+        """One or two words for a table."""
+        if self.here:
+            return "here"
+        return "missing" if self.to_fetch else "needs your checkpoint"
+
+
+def state(preset: Preset, hub: Hub) -> State:
+    """How a preset stands. Asks nobody and opens no weights."""
+    needed = preset.downloads(optional=False)
+    to_fetch = _distinct(files for part, own in needed.items() if not preset.has(part) for files in own)
+    own = tuple(
+        part
+        for part in Components.model_fields
+        if part not in OPTIONAL and isinstance(named := getattr(preset.components, part), str) and named
+        if not preset.has(part)
+    )
+    judges = all(preset.has(part) for part in preset.downloads() if part in OPTIONAL)
+    arrived = sum(hub.arrived(repo) for repo in {files.repo for files in to_fetch})
+    return State(preset, to_fetch, own, judges, arrived)
+
+
+def named_files(preset: Preset, *, judges: bool) -> tuple[HubFiles, ...]:
+    """What the preset names on the Hub, each once; with `judges` also the networks that judge a clip."""
+    return _distinct(files for own in preset.downloads(optional=judges).values() for files in own)
+
+
+def wanted(preset: Preset, hub: Hub, *, judges: bool) -> tuple[Wanted, ...]:
+    """Every single file of it.
+
+    Raises:
+        StudioError: a repository or folder is not to be had.
+    """
+    found = [
+        each
+        for files in named_files(preset, judges=judges)
+        for each in hub.expand(files.repo, files.path, files.revision, xet=files.xet)
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def link(preset: Preset) -> str:
+    """Where a person reads about the model: its transformer's page, or the first that its source names, or ""."""
+    files = preset.downloads(optional=False).get("transformer")
+    named = re.search(r"https://[^\s,]+", preset.source)
+    return files[0].link if files else named[0] if named else ""
+
+
+def _distinct(files: Iterable[HubFiles]) -> tuple[HubFiles, ...]:
+    return tuple(dict.fromkeys(files))
+
+
+# --- bringing it here ------------------------------------------------------------------------------------------------
+
+
+def check_licences(preset: Preset, hub: Hub, *, judges: bool) -> None:
+    """Refuse files under no licence, unless a person has already gone on without one.
+
+    Raises:
+        StudioError: neither the preset nor the repository's own card names a licence.
+    """
+    for files in named_files(preset, judges=judges):
+        if not files.licence and not hub.licence(files.repo, files.revision)[0]:
+            raise no_licence(files.repo)
+
+
+def no_licence(repo: str) -> StudioError:
+    """The refusal of a repository that names no licence."""
+    return StudioError(
+        f"{repo} names no licence.",
+        "Without one its owner has allowed nobody to use it.",
+        "Ask its owner; or go on at your own risk, with --accept-no-licence or its box under Models.",
+        field="repository",
+    )
+
+
+def plan(preset: Preset, hub: Hub, *, judges: bool) -> Plan:
+    """What fetching it would do, as the Hub says."""
+    return hub.plan(wanted(preset, hub, judges=judges))
+
+
+def pull(preset: Preset, hub: Hub, say: Say, *, judges: bool, accept_no_licence: bool = False) -> int:
+    """Fetch what is missing of a preset; gives the number of its files.
+
+    Raises:
+        StudioError: no licence, no room, no such file, a dead line, or damage; what has arrived stays.
+    """
+    if not accept_no_licence:
+        check_licences(preset, hub, judges=judges)
+    paths = hub.pull(wanted(preset, hub, judges=judges), say)
+    gather(preset, hub, judges=judges)
+    return len(paths)
+
+
+def gather(preset: Preset, hub: Hub, *, judges: bool) -> None:
+    """One folder for each part whose files lie in several repositories; linked, so that nothing lies here twice."""
+    for part, files in preset.downloads(optional=judges).items():
+        if not isinstance(getattr(preset.components, part), tuple):
+            continue
+        folder = preset.place(part)
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in (one for named in files for one in hub.here(named.repo, named.path, named.revision)):
+            source, target = hub.local(each), folder / Path(each.path).name
+            if source is not None and bytes_of(target) != bytes_of(source):
+                target.unlink(missing_ok=True)
+                linked_or_copied(source, target)
+
+
+def verify(preset: Preset, hub: Hub, say: Say) -> list[Wanted]:
+    """Hash every file that is here again; gives the damaged ones, which are then taken away."""
+    here = set(_here(preset, hub))
+    return hub.verify([each for each in wanted(preset, hub, judges=True) if replace(each, xet=False) in here], say)
+
+
+def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list[StudioError]]:
+    """Take over what ComfyUI, Wan2GP or another cache has already fetched for any preset, by hash, not by name.
+
+    Returns:
+        The files that were taken over, and what could not be asked about.
+
+    Raises:
+        StudioError: one of the folders is not there.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise StudioError(
+                f"There is no folder {folder}.",
+                "Files are adopted from a ComfyUI `models`, a Wan2GP `ckpts`, or another Hugging Face cache.",
+                "Give the path of such a folder.",
+                field="folder",
+            )
+    adopted, unknown = [], []
+    known = presets.readable()
+    for files in _distinct(each for preset in known for each in named_files(preset, judges=True)):
+        try:
+            adopted += hub.adopt(hub.expand(files.repo, files.path, files.revision, xet=files.xet), folders, say)
+        except StudioError as error:
+            unknown.append(error)
+    for preset in known:
+        gather(preset, hub, judges=True)
+    return adopted, unknown
+
+
+# --- taking it away --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What taking a preset away would do."""
+
+    files: tuple[Wanted, ...]
+    num_bytes: int
+    kept_for: tuple[str, ...]  # other presets here that need some of its files
+
+
+def removal(preset: Preset, hub: Hub) -> Removal:
+    """Which files would go, and who else needs the rest. Asks nobody."""
+    own = set(_here(preset, hub))
+    others = {other.title: own & set(_here(other, hub)) for other in _others_here(preset, hub)}
+    kept = set().union(*others.values())
+    files = tuple(sorted(own - kept, key=lambda each: (each.repo, each.path)))
+    blobs = {path.resolve() for each in files if (path := hub.local(each)) is not None}
+    return Removal(files, sum(map(bytes_of, blobs)), tuple(title for title, shared in others.items() if shared))
+
+
+def remove(preset: Preset, hub: Hub) -> Removal:
+    """Take its files away, except those that another preset here needs."""
+    found = removal(preset, hub)
+    keep = [each for other in _others_here(preset, hub) for each in _here(other, hub)]
+    gathered = {part for part in preset.downloads() if isinstance(getattr(preset.components, part), tuple)} - {
+        part for other in _others_here(preset, hub) for part in other.downloads()
+    }
+    hub.remove(found.files, keep)
+    for part in gathered:
+        for path in preset.place(part).glob("*"):
+            path.unlink()
+    return found
+
+
+def forget(preset: Preset) -> None:
+    """Take a preset away that its creator has added; its files are another matter.
+
+    Raises:
+        StudioError: it came with the studio.
+    """
+    path = presets.own_presets() / f"{preset.name}.json"
+    if not path.is_file():
+        raise StudioError(f"{preset.title} came with the studio.", "Only presets that you added can be forgotten.", "")
+    path.unlink()
+
+
+def _here(preset: Preset, hub: Hub) -> list[Wanted]:
+    files = named_files(preset, judges=True)
+    return [each for named in files for each in hub.here(named.repo, named.path, named.revision)]
+
+
+def _others_here(preset: Preset, hub: Hub) -> list[Preset]:
+    return [other for other in presets.readable() if other.name != preset.name and state(other, hub).here]
+
+
+# --- how fast --------------------------------------------------------------------------------------------------------
+
+
+class Speed:
+    """Bytes a second over the last seconds, and the time that is left."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def see(self, here: int) -> None:
+        """So many bytes are here now."""
+        now = self._clock()
+        if len(self._seen) > 1 and now - self._seen[-2][0] < WINDOW_S / 100:
+            self._seen.pop()  # a fast line says more than anybody can read
+        self._seen.append((now, here))
+        while len(self._seen) > 2 and now - self._seen[0][0] > WINDOW_S:
+            self._seen.popleft()
+
+    @property
+    def bytes_per_s(self) -> float:
+        """0 while nothing is known."""
+        if len(self._seen) < 2:
+            return 0.0
+        (first, before), (last, after) = self._seen[0], self._seen[-1]
+        return max(0, after - before) / (last - first) if last > first else 0.0
+
+    def seconds_left(self, total: int) -> float | None:
+        """None while nothing is known."""
+        rate = self.bytes_per_s
+        return (total - self._seen[-1][1]) / rate if rate else None
