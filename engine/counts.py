@@ -124,7 +124,7 @@ def part_weights(preset: Preset, part: str) -> Weights:
     place = preset.place(part)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
     if files and all(file.suffix == ".safetensors" for file in files):
-        return _from_headers(files)
+        return _from_headers(part.replace("_", " "), files)
     if part == "transformer" and preset.shape is not None:
         return transformer_weights(preset.shape)
     if part in PUBLISHED and part in preset.downloads():
@@ -136,12 +136,12 @@ _IN_A_BLOCK = re.compile(r"(?:^|\.)(blocks|vace_blocks|subject_blocks|block|laye
 _FINE = re.compile(r"(norm[123]|scale_shift_table|modulation|time_embedder|time_embedding)(\.|$)")
 
 
-def _from_headers(files: Iterable[Path]) -> Weights:
+def _from_headers(part: str, files: Iterable[Path]) -> Weights:
     """Count what safetensors files hold by their headers alone."""
     stacks: dict[str, dict[str, list[tuple[str, tuple[int, ...]]]]] = {}
     rest: list[tuple[str, tuple[int, ...]]] = []
     for file in files:
-        for key, shape in header(file).items():
+        for key, shape in header(file, part).items():
             found = _IN_A_BLOCK.search(key)
             if found is None:
                 rest.append((key, shape))
@@ -184,7 +184,7 @@ def _kind(key: str) -> str:
     return "ffn" if re.search(r"ffn|mlp|DenseReluDense|wi_|wo", key) else "attention"
 
 
-def header(file: Path) -> dict[str, tuple[int, ...]]:
+def header(file: Path, part: str = "file") -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a safetensors file holds, without reading the weights.
 
     Raises:
@@ -199,8 +199,8 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(told[key]["shape"]) for key in told if key != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise StudioError(
-            f"{file.name} cannot be read.",
-            f"It is no whole safetensors file ({str(error)[:100]}).",
+            f"The {part} in {file.parent.name} cannot be loaded.",
+            f"{file.name} is no whole safetensors file ({str(error)[:100]}).",
             "Fetch it again under Models.",
             field="preset",
         ) from None

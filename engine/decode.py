@@ -40,7 +40,8 @@ def frames(latents_1CFhw: Tensor, vae: AutoencoderKLWan, *, tiled: bool = False)
     Raises:
         StudioError: a frame holds NaN.
     """
-    side = TILE // vae.config.scale_factor_spatial
+    config: Any = vae.config
+    side = TILE // config.scale_factor_spatial
     if not tiled or max(latents_1CFhw.shape[-2:]) <= side:
         yield from (list(to_levels(decoded[0])) for decoded in _decoded(latents_1CFhw, vae))
         return
@@ -75,7 +76,8 @@ def _decoded(latents_1CFhw: Tensor, vae: AutoencoderKLWan) -> Iterator[Tensor]:
 
 def _tiles_together(latents_1CFhw: Tensor, vae: AutoencoderKLWan, side: int, path: Path) -> NDArray[np.float16]:
     """All frames (3, F, H, W) as a file in memory's clothes: each tile weighed down towards the edges it shares."""
-    scale = vae.config.scale_factor_spatial
+    config: Any = vae.config
+    scale = config.scale_factor_spatial
     height, width = latents_1CFhw.shape[-2:]
     last = _groups(latents_1CFhw.shape[2], vae)[-1][1]
     whole = np.memmap(path, np.float16, "w+", shape=(3, last, height * scale, width * scale))
@@ -113,7 +115,8 @@ def _weights(length: int, side: int, scale: int, device: torch.device) -> dict[i
 
 def _groups(latent_frames: int, vae: AutoencoderKLWan) -> list[tuple[int, int]]:
     """First and behind-the-last frame of what comes out of each latent frame."""
-    each = vae.config.scale_factor_temporal
+    config: Any = vae.config
+    each = config.scale_factor_temporal
     return [(0, 1)] + [(1 + each * (number - 1), 1 + each * number) for number in range(1, latent_frames)]
 
 

@@ -262,9 +262,12 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
 
 def _text(text: str, preset: Preset, warm: Warm) -> Tensor:
     key = ("text", fingerprint(preset.place("text_encoder")), fingerprint(preset.place("tokenizer")), text)
-    return warm.remembered(
-        key, lambda: text_states([text], warm.part("tokenizer", preset), warm.part("text_encoder", preset))
-    )
+
+    def made() -> Tensor:
+        with warm.at_work("text_encoder", preset) as encoder:
+            return text_states([text], warm.part("tokenizer", preset), encoder)
+
+    return warm.remembered(key, made)
 
 
 def _vlm(
@@ -274,9 +277,12 @@ def _vlm(
         return None, None
     hashes = tuple(tuple(_hash(picture) for picture in subject) for subject in shown)
     key = ("vlm", fingerprint(preset.place("vlm")), fingerprint(preset.place("vlm_tokenizer")), prompt, hashes)
-    return warm.remembered(
-        key, lambda: vlm_states([prompt], [shown], warm.part("vlm_tokenizer", preset), warm.part("vlm", preset))
-    )
+
+    def made() -> tuple[Tensor, Tensor]:
+        with warm.at_work("vlm", preset) as vlm:
+            return vlm_states([prompt], [shown], warm.part("vlm_tokenizer", preset), vlm)
+
+    return warm.remembered(key, made)
 
 
 def _references(shown: Sequence[Sequence[Picture]], weights: Sequence[float], preset: Preset, warm: Warm) -> References:

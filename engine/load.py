@@ -1,36 +1,41 @@
-"""The parts of a preset, from folders on disk into memory.
+"""The parts of a preset, from files on disk into memory.
 
-In:  a preset and the name of a part.
+In:  a preset, the name of a part, and perhaps a precision for its large weights.
 Out: a loaded model or tokenizer on the right device, in the right precision, without gradients.
-Knows nothing of jobs, of what the parts are used for, or of any network: only local files, only safetensors, and ONNX
-for the two face networks, which OpenCV reads.
+Knows nothing of jobs, of what the parts are used for, or of any network: only local files, only safetensors and GGUF,
+and ONNX for the two face networks, which OpenCV reads.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import cv2
+import psutil
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from engine import kernels, lora, machine
+from engine import kernels, lora, machine, memory, offload, weights
 from engine.faces import FaceFiles
 from engine.job import Lora
 from engine.judges import Judges
+from engine.memory import Fit, Hardware, Plan
 from engine.messages import StudioError
-from engine.model import IdentityWanTransformer3DModel
-from engine.presets import Preset
+from engine.presets import Preset, models_dir
+from engine.quantize import Precision, num_bytes
 
 Part = Literal[
     "transformer", "vae", "text_encoder", "tokenizer", "vlm", "vlm_tokenizer",
@@ -38,6 +43,12 @@ Part = Literal[
 ]  # fmt: skip
 JUDGES: tuple[Part, ...] = ("judges", "detector", "segmenter", "embedder")
 ENCODERS: tuple[Part, ...] = ("text_encoder", "vlm")
+VISITING: dict[Part, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "transformer": (("blocks", "vace_blocks"), ("subject_blocks",)),
+    "text_encoder": ((), ("encoder.block",)),
+    "vlm": ((), ("model.visual.blocks", "model.language_model.layers")),
+}
+"""Lists of blocks that may visit the device one by one: those that run in every step, and those that run once."""
 KEEP_ENCODERS_BYTES = 2 * 2**30  # larger encoders leave memory before sampling starts
 REMEMBERED_BYTES = 512 * 2**20  # encoded prompts and pictures that a warm worker keeps
 
@@ -70,56 +81,76 @@ def _present(wanted: torch.device) -> torch.device:
     return wanted
 
 
-def precision(part: Part, where: torch.device) -> torch.dtype:
+def usual_dtype(part: Part, where: torch.device) -> torch.dtype:
     """bf16 on CUDA, fp32 elsewhere (on a CPU half precision crawls); the VAE in fp32 everywhere."""
     # The VAE is small, and in bf16 its flat areas show bands.
     return torch.bfloat16 if where.type == "cuda" and part != "vae" else torch.float32
 
 
-def load(part: Part, folder: Path, where: torch.device, *, merge: Path | None = None) -> Any:
+def load(
+    part: Part,
+    place: Path,
+    where: torch.device,
+    precision: Precision | None = None,
+    *,
+    expect: Mapping[str, int] | None = None,
+    merge: Path | None = None,
+) -> Any:
     """One part of a model.
 
     Args:
         part: which one.
-        folder: in diffusers' or transformers' layout.
+        place: a folder in diffusers' or transformers' layout; a transformer may be a single file or bare shards.
         where: device it goes to; whoever judges frames stays on the processor, where decoded frames are.
-        merge: a LoRA that becomes a part of the weights.
+        precision: of the large weights of the transformer, the text encoder and the VLM; None takes what the device
+            computes in.
+        expect: "dim" and "layers" that a transformer has to have; only where a precision is asked for, or with files.
+        merge: a LoRA that becomes a part of the transformer's weights.
 
     Raises:
         StudioError: a file is missing, cut short, or of another model.
     """
-    if not folder.is_dir():
-        raise _damaged(part, folder, "The folder is not there.")
+    if not place.is_dir() and not (part == "transformer" and place.is_file()):
+        raise _damaged(part, place, "The folder is not there.")
     try:
         if part == "faces":
-            return FaceFiles(folder)
+            return FaceFiles(place)
         if part.endswith("tokenizer"):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         where = torch.device("cpu") if part in JUDGES else where
-        model = _LOADERS[part](folder, precision(part, where))
-        if merge is not None:
-            lora.apply(model, [Lora(path=str(merge), weight=1.0, sha256="")], merge=True)
-    except StudioError:
+        dtype = usual_dtype(part, where)
+        if part == "transformer" and (precision or expect or not _written_by_diffusers(place)):
+            model = weights.transformer(place, dtype, precision=precision, where=where, expect=expect, merge=merge)
+        elif precision and part in _ENCODERS:
+            model = weights.encoder(_ENCODERS[part], place, dtype, precision=precision, where=where)
+        else:
+            model = _LOADERS[part](place, dtype)
+            if merge is not None:
+                lora.apply(model, [Lora(path=str(merge), weight=1.0, sha256="")], merge=True)
+    except (StudioError, torch.OutOfMemoryError):
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, cv2.error) as error:
         reason = str(error).strip().splitlines()
-        raise _damaged(part, folder, reason[0][:200] if reason else type(error).__name__) from error
+        raise _damaged(part, place, reason[0][:200] if reason else type(error).__name__) from error
     model = model.to(where).eval().requires_grad_(False)
     if part == "transformer":
-        kernels.set_up(model, machine.of())
+        kernels.set_up(cast(ModelMixin, model), machine.of())
     return model
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
     """With identity blocks, with VACE's side branch, or plain Wan: the folder's config says which."""
-    written_by = _config(folder).get("_class_name")
-    kinds = {
-        kind.__name__: kind
-        for kind in (IdentityWanTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel)
-    }
-    if written_by not in kinds:
-        raise _damaged("transformer", folder, f"It holds a {written_by}, not one of {', '.join(kinds)}.")
-    return _diffusers(kinds[written_by], folder, dtype, "transformer")
+    return _diffusers(weights.KINDS[_config(folder)["_class_name"]], folder, dtype, "transformer")
+
+
+def _written_by_diffusers(place: Path) -> bool:
+    """Whether its config.json names one of the classes; Wan's original folders have one of their own."""
+    if not (place / "config.json").is_file():
+        return False
+    written_by = _config(place).get("_class_name")
+    if written_by not in (*weights.KINDS, "WanModel", "VaceWanModel"):
+        raise _damaged("transformer", place, f"It holds a {written_by}, not one of {', '.join(weights.KINDS)}.")
+    return written_by in weights.KINDS
 
 
 def _vae(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -139,11 +170,11 @@ def _judges(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _text_encoder(folder: Path, dtype: torch.dtype) -> nn.Module:
-    return _transformers(UMT5EncoderModel, folder, dtype, "text_encoder")
+    return _transformers(_ENCODERS["text_encoder"], folder, dtype, "text_encoder")
 
 
 def _vlm(folder: Path, dtype: torch.dtype) -> nn.Module:
-    return _transformers(Qwen2_5_VLForConditionalGeneration, folder, dtype, "vlm")
+    return _transformers(_ENCODERS["vlm"], folder, dtype, "vlm")
 
 
 def _detector(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -177,6 +208,7 @@ def _transformers(kind: Any, folder: Path, dtype: torch.dtype, part: Part) -> nn
     return model
 
 
+_ENCODERS: dict[Part, Any] = {"text_encoder": UMT5EncoderModel, "vlm": Qwen2_5_VLForConditionalGeneration}
 _LOADERS: dict[Part, Callable[[Path, torch.dtype], nn.Module]] = {
     "transformer": _transformer,
     "vae": _vae,
@@ -223,24 +255,73 @@ class Warm:
         self.device = where or device()
         self._parts: dict[Part, tuple[tuple[Any, ...], Any]] = {}
         self._remembered: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._plan: Plan | None = None
 
-    def part(self, part: Part, preset: Preset) -> Any:
-        """A part of this preset, from memory when it is the same as last time.
+    # --- what fits ---
+
+    def hardware(self) -> Hardware:
+        """What there is to work with; what this worker holds already is counted as free, since it may let go of it."""
+        found = memory.hardware("all")
+        own = sum(num_bytes(model) for _, model in self._parts.values() if isinstance(model, nn.Module))
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            vram = total if machine.of().profile == "all" else free + torch.cuda.memory_reserved(self.device)
+            found = replace(found, device="cuda", name=torch.cuda.get_device_name(self.device), vram=vram)
+        else:
+            ram = found.ram + own
+            found = replace(found, device=self.device.type, vram=ram, ram=ram)
+        return found.limited(machine.of().profile)
+
+    def follow(self, plan: Plan | None) -> None:
+        """From now on parts are loaded as this plan has them; without one, whole and exact."""
+        self._plan = plan
+
+    def empty(self) -> None:
+        """Let go of every part."""
+        self._drop(self._parts)
+
+    def part(self, part: Part, preset: Preset, precision: Precision | None = None) -> Any:
+        """A part of this preset, from memory when it is the same as last time, in the same precision.
 
         Raises:
             StudioError: its files are missing or damaged.
         """
         place = preset.place(part)
         merge = preset.place("distill") if part == "transformer" and preset.components.distill else None
-        mark = (fingerprint(place), fingerprint(merge) if merge is not None else ())
+        fit = self._fit(part)
+        exact = "bf16" if usual_dtype(part, self.device) == torch.bfloat16 else "fp32"
+        precision = None if fit is None or fit.precision == exact else fit.precision
+        where = self.device if fit is None or fit.where == "device" else torch.device("cpu")
+        mark = (precision, str(where), fingerprint(place), fingerprint(merge) if merge is not None else ())
         kept = self._parts.pop(part, None)
         if kept is not None and kept[0] == mark:
             self._parts[part] = kept
             return kept[1]
         del kept  # the old one leaves before the new one comes: two large models may not fit
-        loaded = load(part, place, self.device, merge=merge)
+        self._give_way(part, fit)
+        loaded = load(part, place, where, precision, merge=merge)
         self._parts[part] = (mark, loaded)
         return loaded
+
+    @contextmanager
+    def at_work(self, part: Part, preset: Preset) -> Iterator[Any]:
+        """A part ready to compute on the device; where the plan says so, its blocks visit it one by one.
+
+        Raises:
+            StudioError: see `part`.
+        """
+        model = self.part(part, preset)
+        with self.visiting(part, model):
+            yield model
+
+    def visiting(self, part: Part, model: Any) -> AbstractContextManager[None]:
+        """For the length of a block, a loaded part's blocks visit the device, where the plan says that they do."""
+        fit = self._fit(part)
+        if fit is None or fit.where == "device":
+            return nullcontext()
+        spill = _spill_folder(part) if fit.where == "disk" else None
+        lists, once = VISITING[part]
+        return offload.visiting(model, lists, self.device, once=once, spill=spill)
 
     def remembered(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """The tensors made for this key before, or made now and kept; the oldest leave when there are too many."""
@@ -252,24 +333,49 @@ class Warm:
         return self._remembered[key]
 
     def make_room(self) -> None:
-        """Encoders leave memory when they are large; the next clip with another prompt loads them again."""
+        """Encoders leave memory when they are large, or in the way; the next clip with another prompt loads them."""
         loaded: list[Part] = [part for part in ENCODERS if part in self._parts]
-        if sum(num_bytes(self._parts[part][1]) for part in loaded) > KEEP_ENCODERS_BYTES:
-            for part in loaded:
-                del self._parts[part]
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        total = sum(num_bytes(self._parts[part][1]) for part in loaded)
+        plan = self._plan
+        in_the_way = plan is not None and plan.peak + total > plan.machine.vram
+        if total > KEEP_ENCODERS_BYTES or in_the_way:
+            self._drop(loaded)
+
+    def _fit(self, part: Part) -> Fit | None:
+        return None if self._plan is None else self._plan.parts.get(part)
+
+    def _give_way(self, part: Part, fit: Fit | None) -> None:
+        """What another clip left on the device leaves, where this part would not fit beside it."""
+        if fit is None or self._plan is None:
+            return
+        held: dict[Part, int] = {each: num_bytes(model) for each, (_, model) in self._parts.items() if each in VISITING}
+        if fit.device + sum(held.values()) > self._plan.machine.vram:
+            self._drop(held)
+
+    def _drop(self, parts: Iterable[Part]) -> None:
+        for part in list(parts):
+            del self._parts[part]
+            shutil.rmtree(_spill_folder(part), ignore_errors=True)  # Windows keeps mapped files for a while
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _spill_folder(part: Part) -> Path:
+    """Where this process keeps weights that blocks visit from; what processes that are gone have left there goes.
+
+    Beside the models, since the system's folder for passing files may be memory itself.
+    """
+    root = models_dir() / ".visiting"
+    for old in root.glob("*") if root.is_dir() else ():
+        if not old.name.isdigit() or not psutil.pid_exists(int(old.name)):
+            shutil.rmtree(old, ignore_errors=True)
+    return root / str(os.getpid()) / part
 
 
 def fingerprint(place: Path) -> tuple[Any, ...]:
     """Changes when the file, or a file of the folder, does: its name, size and time of change."""
     files = sorted(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
     return (str(place), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-
-
-def num_bytes(module: nn.Module) -> int:
-    """Memory of a module's parameters and buffers, in bytes."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
 def _bytes(value: Any) -> int:

@@ -409,6 +409,30 @@ def apply(transformer: nn.Module, loras: Sequence[Lora], *, merge: bool = False)
     return matched
 
 
+def merging(transformer: nn.Module, path: Path) -> Callable[[str, Tensor], Tensor]:
+    """What turns each weight, on its way into this model, into the weight with the file's change in it.
+
+    Args:
+        transformer: on the meta device, before any layer is quantized.
+
+    Raises:
+        StudioError: see `fitting`.
+    """
+    by_name = dict(fitting(transformer, path)[0])
+
+    def merged(name: str, tensor: Tensor) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        change, difference = by_name.get(name), None
+        if change is not None:
+            difference = change.of_weight(1.0)
+        elif owner in by_name:
+            change = by_name[owner]
+            difference = change.of_weight(1.0) if leaf == "weight" else change.of_bias(1.0)
+        return tensor if difference is None else (tensor.float() + difference.to(tensor.device)).to(tensor.dtype)
+
+    return merged
+
+
 def remove(transformer: nn.Module) -> None:
     """Take away what `apply` added: the weights are then the very tensors that they were before."""
     undo = _UNDO.pop(transformer, [])

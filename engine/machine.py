@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from engine.messages import StudioError
 
@@ -67,7 +67,8 @@ def of(environment: Mapping[str, str] = os.environ) -> Machine:
             why=f"There are {', '.join(get_args(Attention))}.",
             next_step="Set IDCRAFTER_ATTENTION to one of those, or leave it out.",
         )
-    return Machine(device, attention, environment.get("IDCRAFTER_COMPILE", "") not in ("", "0"), profile)
+    compiled = environment.get("IDCRAFTER_COMPILE", "") not in ("", "0")
+    return Machine(device, cast(Attention, attention), compiled, cast(Profile, profile))
 
 
 def check_device(word: str) -> str:

@@ -54,6 +54,10 @@ class Hardware:
         """Whether device and machine have one memory."""
         return self.device in ("cpu", "mps")
 
+    def shrunk(self) -> Hardware:
+        """Two thirds of both memories: what to plan with when the first plan did not hold."""
+        return replace(self, vram=self.vram * 2 // 3, ram=self.ram * 2 // 3)
+
     def limited(self, profile: str) -> Hardware:
         """With no more memory on the device than a profile allows: "auto" and "all" leave it, "8" is 8 GB."""
         if profile in ("auto", "all"):
@@ -256,7 +260,7 @@ def _plan(
         ("the VLM reads", vlm.device + min(READING, vlm.device), vlm.memory),
         ("pictures are encoded", vae.device + encode, 0),
         ("sampling", stay + cache + counts.forward_bytes(shape, load.tokens, plain), transformer.memory),
-        ("decoding", stay + decode, transformer.memory),
+        ("decoding", stay - (transformer.device if transformer.where != "device" else 0) + decode, transformer.memory),
     ]
     if not preset.components.vlm or not load.pictures:
         needs.pop(1)
@@ -366,7 +370,7 @@ _SAYINGS = {
 
 def explanation(lack: Lack, job: GenerateJob, preset: Preset, here: Hardware) -> StudioError:
     """What to change when memory ran out twice: the cheapest jobs that need a third less than this one did."""
-    less = replace(here, vram=here.vram * 2 // 3, ram=here.ram * 2 // 3)
+    less = here.shrunk()
     changes = [words for words, changed in cheaper(job, preset) if plan(changed, preset, less).fits][:3]
     words = list(changes) or [words for words, _ in cheaper(job, preset)][:3]
     where = {"VRAM": "The card's memory", "disk": "The disk's space"}.get(

@@ -299,10 +299,18 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         )
         self.init_identity()
 
-    def init_identity(self) -> None:
-        """Start (or start again) everything that plain Wan does not have; Wan's own weights stay as they are."""
+    def init_identity(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Start (or start again) everything that plain Wan does not have; Wan's own weights stay as they are.
+
+        Args:
+            wanted: asked for a module's name with a dot behind it, to start some of them now and others later.
+        """
+
+        def asked(name: str) -> bool:
+            return is_identity_key(name + ".") and wanted(name + ".")
+
         for name, module in self.named_modules():
-            if not is_identity_key(name + "."):
+            if not asked(name):
                 continue
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -310,21 +318,27 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
-        if self.video_position_embedding is not None:
+        if self.video_position_embedding is not None and asked("video_position_embedding"):
             nn.init.zeros_(self.video_position_embedding.proj.weight)
-        # About a sixth of a patch token's size: seen from the first step, and the picture stays the louder of the two.
-        nn.init.normal_(self.slot_embedding.weight, std=0.1)
-        _start_as_copy(self.subject_patch_embedding, self.patch_embedding, self.config["subject_zoom"])
-        for block, subjects in zip(self.blocks, cast(list[SubjectBlock], list(self.subject_blocks)), strict=False):
+        if asked("slot_embedding"):
+            # About a sixth of a patch token's size: seen from the first step, and the picture stays the louder.
+            nn.init.normal_(self.slot_embedding.weight, std=0.1)
+        if asked("subject_patch_embedding"):
+            _start_as_copy(self.subject_patch_embedding, self.patch_embedding, self.config["subject_zoom"])
+        tower = cast(list[SubjectBlock], list(self.subject_blocks))
+        mine = [number for number in range(len(tower)) if asked(f"subject_blocks.{number}")]
+        for number in mine:
+            block = self.blocks[number]
             if isinstance(block, IdentityWanTransformerBlock) and block.identity is not None:
-                _start_as_matched_filter(block.identity, subjects)
-        for block in cast(list[SubjectBlock], list(self.subject_blocks)):
-            if block.slot_key is not None:
-                nn.init.normal_(block.slot_key.weight, std=SLOT_KEY)
+                _start_as_matched_filter(block.identity, tower[number])
+        for number in mine:
+            worn = tower[number].slot_key
+            if worn is not None:
+                nn.init.normal_(worn.weight, std=SLOT_KEY)
         # Stages 1 and 2 start quiet, though not silent: at full size what they add, an average over many tokens and so
         # nearly the same for each, halves within four layers what tells one token from another.
-        for block in cast(list[SubjectBlock], list(self.subject_blocks)):
-            for attention in (block.attn1, block.attn2):
+        for number in mine:
+            for attention in (tower[number].attn1, tower[number].attn2):
                 if attention is not None:
                     nn.init.xavier_uniform_(cast(nn.Linear, attention.to_out[0]).weight, gain=0.1)
 

@@ -148,6 +148,14 @@ def _spill(block: nn.Module, path: Path) -> None:
         start += size
 
 
+def _dress(visitor: nn.Module, owner: nn.Module) -> None:
+    """What differs between equal blocks beside their weights: a LoRA's hooks, the number of a layer."""
+    for here, there in zip(visitor.modules(), owner.modules(), strict=True):
+        here._forward_hooks = there._forward_hooks
+        plain = {name: value for name, value in there.__dict__.items() if isinstance(value, (bool, int, float, str))}
+        here.__dict__.update(plain)
+
+
 def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -204,6 +212,7 @@ class _Line:
             place.filling = None
         if place.filled is not None:
             torch.cuda.current_stream(self._device).wait_event(place.filled)
+        _dress(place.block, self._blocks[index])
         result = place.block(*args, **kwargs)
         last = index + 1 == len(self._blocks)
         if self._brief and last:

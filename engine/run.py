@@ -7,13 +7,16 @@ Knows nothing of queues, pages or processes.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 import shutil
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import (
@@ -41,13 +46,15 @@ from engine import (
 )
 from engine.guidance import guided
 from engine.job import GenerateJob, write_job
-from engine.load import Warm
-from engine.messages import Message, Preview, Progress, Saved, StudioError
+from engine.load import Warm, fingerprint
+from engine.messages import Cancelled, Message, Preview, Progress, Saved, StudioError
 from engine.report import REPORT, STRIP, IdentityReport
 
 __all__ = ["Warm", "run"]
 
 PREVIEWS = ".previews"  # folder of pictures of clips in the making, one folder each
+log = logging.getLogger(__name__)
+
 PREVIEW_SHARE = 10  # a preview waits ten times as long as the one before took: a tenth of the time at most
 PREVIEW_GAP_S = 0.5  # nobody looks more often
 
@@ -83,17 +90,67 @@ def run(
     job = lora_files.hashed(pictures.pack(job, preset))
     target = clip or _free_name(outputs, job)
     _check_writable(target.parent)
-    previews = _Previews(outputs / PREVIEWS / target.stem)
+    here = warm.hardware()
+    plan = memory.fitted(job, preset, here) if preset.shape is not None else None
+    with _Previews(outputs / PREVIEWS / target.stem) as previews:
+        try:
+            saved = _made(job, preset, plan, say, target, warm, previews)
+        except memory.Lack as lack:
+            log.warning("out of memory (%s); once more, sparing", lack.what)
+            say(Progress("load", 0, 0, note=f"{lack.what} ran out; trying once more with less."))
+            warm.empty()
+            less = memory.plan(job, preset, here.shrunk()) if preset.shape is not None else None
+            try:
+                saved = _made(job, preset, less, say, target, warm, previews)
+            except memory.Lack as again:
+                raise memory.explanation(again, job, preset, here) from again
+    return replace(saved, seconds=time.monotonic() - began)
 
-    with memory.explained(job, preset), previews, ExitStack() as until_done:
-        say(Progress("encode", 0, 1))
-        encoded = encode.job_states(job, preset, warm)
-        warm.make_room()
 
-        say(Progress("load", 0, 1))
-        transformer, vae = warm.part("transformer", preset), warm.part("vae", preset)
-        # Before the subjects are read: a LoRA may change how, and the identity cache is made of what was read.
-        matched = until_done.enter_context(lora.added(transformer, job.loras))
+def _made(
+    job: GenerateJob,
+    preset: presets.Preset,
+    plan: memory.Plan | None,
+    say: Callable[[Message], None],
+    target: Path,
+    warm: Warm,
+    previews: _Previews,
+) -> Saved:
+    """The clip, made as the plan says.
+
+    Raises:
+        Lack: some memory ran out.
+    """
+    warm.follow(plan)
+    if plan is not None:
+        job = job.model_copy(update={"precision": plan.parts["transformer"].precision})
+    with memory.told_apart():
+        kept = _Latents(target, job, preset)
+        latents, notes = kept.read(), ()
+        if latents is None:
+            latents, notes = _drawn(job, preset, say, warm, previews)
+            kept.write(latents)
+        try:
+            saved = _filmed(latents, job, preset, plan is not None and plan.tiled, say, target, warm)
+        except Cancelled:
+            kept.forget()
+            raise
+        kept.forget()
+    return replace(saved, notes=notes)
+
+
+def _drawn(
+    job: GenerateJob, preset: presets.Preset, say: Callable[[Message], None], warm: Warm, previews: _Previews
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The clip's latents (1, C, F, h, w), and what a creator should know of its LoRA."""
+    say(Progress("encode", 0, 1))
+    encoded = encode.job_states(job, preset, warm)
+    warm.make_room()
+
+    say(Progress("load", 0, 1))
+    transformer, vae = warm.part("transformer", preset), warm.part("vae", preset)
+    # A LoRA comes before the subjects are read: it may change how. And before any block visits the device.
+    with lora.added(transformer, job.loras) as matched, warm.visiting("transformer", transformer):
         for file in matched:
             say(Progress("load", 1, 1, note=file.sentence))
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
@@ -115,19 +172,31 @@ def run(
 
         noise = _noise(job, preset, transformer, vae, lead)
         latents = sampling.denoise(noise, predict, solver, on_step)[:, :, lead:]
+    return latents, tuple(file.sentence for file in matched if file.left)
 
-        reporter = _reporter(job, preset, warm)
-        document = write_job(lora_files.portable(pictures.portable(job)))
-        size = (job.width or 0, job.height or 0)
-        with video.ClipWriter(
-            target, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
-        ) as writer:
-            for number, group in enumerate(decode.frames(latents, vae), start=1):
-                for frame in group:
-                    writer.write(frame)
-                    if reporter is not None:
-                        reporter.see(frame)
-                say(Progress("decode", number, latents.shape[2]))
+
+def _filmed(
+    latents: Tensor,
+    job: GenerateJob,
+    preset: presets.Preset,
+    tiled: bool,
+    say: Callable[[Message], None],
+    target: Path,
+    warm: Warm,
+) -> Saved:
+    """Decode, judge and write, frame by frame."""
+    reporter = _reporter(job, preset, warm)
+    document = write_job(lora_files.portable(pictures.portable(job)))
+    size = (job.width or 0, job.height or 0)
+    with video.ClipWriter(
+        target, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
+    ) as writer:
+        for number, group in enumerate(decode.frames(latents, warm.part("vae", preset), tiled=tiled), start=1):
+            for frame in group:
+                writer.write(frame)
+                if reporter is not None:
+                    reporter.see(frame)
+            say(Progress("decode", number, latents.shape[2]))
 
     say(Progress("save", 0, 1))
     report = reporter.finish() if reporter is not None else None
@@ -135,12 +204,41 @@ def run(
         clip=writer.path,
         document=_write_beside(writer.path, document),
         poster=video.write_poster(writer.path),
-        seconds=time.monotonic() - began,
+        seconds=0.0,
         num_frames=writer.frames,
         report=_write_report(reporter, report, writer.path),
         weakest=report.weakest if report is not None else None,
-        notes=tuple(file.sentence for file in matched if file.left),
     )
+
+
+class _Latents:
+    """What was sampled, beside the clip until it is decoded: a decode that fails costs no sampling.
+
+    The file is named by what was sampled, so another try of the same job finds it, whatever its clip is called.
+    """
+
+    def __init__(self, target: Path, job: GenerateJob, preset: presets.Preset) -> None:
+        marks = [str(fingerprint(preset.place(part))) for part in ("transformer", "vae", "text_encoder", "vlm")]
+        whole = "\n".join([write_job(job), *marks])
+        self._path = target.parent / f".{hashlib.sha256(whole.encode()).hexdigest()[:24]}.latents.safetensors"
+
+    def read(self) -> Tensor | None:
+        """Latents of an earlier try, None without one; a damaged file is none."""
+        if not self._path.is_file():
+            return None
+        try:
+            return load_file(self._path)["latents"]
+        except SafetensorError:
+            return None
+
+    def write(self, latents: Tensor) -> None:
+        """Keep them until `forget`."""
+        with _explained(self._path.parent):
+            save_file({"latents": latents.contiguous().cpu()}, self._path)
+
+    def forget(self) -> None:
+        """They have become a clip."""
+        self._path.unlink(missing_ok=True)
 
 
 def _reporter(job: GenerateJob, preset: presets.Preset, warm: Warm) -> identity.Reporter | None:

@@ -162,7 +162,7 @@ def test_operations_of_a_forward_are_those_that_the_paper_of_the_model_has() -> 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0not json"])
 def test_a_file_with_a_lying_header_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(Exception, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(Exception, match=r"model\.safetensors is no whole safetensors file"):
         counts.header(tmp_path / "model.safetensors")
 
 

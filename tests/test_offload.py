@@ -62,6 +62,15 @@ def test_a_model_whose_blocks_wait_outside_predicts_the_same_bit_for_bit(
     assert any(tmp_path.iterdir()) == in_a_file
 
 
+def test_what_a_lora_adds_by_hooks_is_another_in_every_block() -> None:
+    model = tiny.transformer()
+    for number, block in enumerate(model.blocks):
+        block.attn1.to_q.register_forward_hook(lambda _, __, out, number=number: out + number)
+    expected = predict(model)
+    with visiting(model, ["blocks"], CPU):
+        assert torch.equal(predict(model), expected)
+
+
 def test_what_was_added_to_the_layers_before_visits_the_device_with_them() -> None:
     model = tiny.transformer()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
