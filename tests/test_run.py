@@ -364,7 +364,7 @@ def test_a_clip_whose_blocks_visit_the_device_is_the_same_clip(toybox, tmp_path,
     assert torch.equal(encoded.references.vlm_states, plain.references.vlm_states)
     with monkeypatched_plan(replace(plan, parts=parts)):
         assert np.array_equal(_make(_job(tmp_path), tmp_path / "b", sparing), expected)
-    spilled = [path for path in (tmp_path / "models").rglob("*.bin")]
+    spilled = list((tmp_path / "models").rglob("*.bin"))
     assert bool(spilled) == (where == "disk")
     sparing.empty()
     assert not any(path.exists() for path in spilled)
