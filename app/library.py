@@ -180,8 +180,8 @@ def _understood(document: str) -> tuple[str, GenerateJob | None, float]:
         job = read_job(document)
     except StudioError:
         return document, None, 0.0
-    known = job.preset in presets.names()
-    return document, job, (job.num_frames or 0) / presets.load(job.preset).fps if known else 0.0
+    preset = presets.find(job.preset)
+    return document, job, (job.num_frames or 0) / preset.fps if preset else 0.0
 
 
 def _facts(job: GenerateJob | None) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The page: three tabs over one queue, and the server that shows them.
+"""The page: four tabs over one queue, and the server that shows them.
 
 In:  `Settings`.
 Out: a Gradio page, a worker beside it, an API and an MCP server.
@@ -20,6 +20,7 @@ from app.settings import Settings
 from app.stage import STAGES
 from app.studio import ASSETS, SAMPLES, Studio
 from app.tabs import gallery, generate
+from app.tabs import models as models_tab
 from app.tabs import queue as queue_tab
 from app.tabs.wiring import Ticket, quiet
 from app.worker import WorkerKeeper
@@ -28,7 +29,10 @@ from engine.messages import StudioError
 TITLE = "ID-Crafter Studio"
 LOOK_S = 1.0  # how often the page asks the queue whether anything changed; the answer is one number
 UPLOAD_LIMIT = "512mb"  # a dropped clip; a picture is checked by its pixels
-Seen = tuple[int, float]  # the queue's count of changes, and when the latest clip was finished
+# The queue's count of changes, when the latest clip was finished, the pulls' count of changes, and which presets are
+# to be had: what the page last showed.
+Seen = tuple[int, float, int, tuple[tuple[str, str], ...]]
+NOTHING: Seen = (-1, -1.0, -1, ())
 
 
 def build(settings: Settings) -> gr.Blocks:
@@ -46,43 +50,64 @@ def build(settings: Settings) -> gr.Blocks:
                 second = gallery.layout()
             with gr.Tab("Queue", id="queue"):
                 third = queue_tab.layout()
+            with gr.Tab("Models", id="models"):
+                fourth = models_tab.layout()
         changed = [
-            *generate.wire(first, studio, ticket, page.load),
+            *generate.wire(first, studio, ticket, page.load, tabs),
             *gallery.wire(second, studio, ticket, tabs),
             *queue_tab.wire(third, studio, ticket, tabs),
+            *models_tab.wire(fourth, studio),
         ]
-        _wire_looks(page, studio, [first.stage, second.grid, third.head, third.rows, bell], changed)
+        queue_shows = [first.stage, second.grid, third.head, third.rows, bell]
+        asks = [first.form["preset"], fourth.asked]
+        pulls_show = [fourth.head, fourth.cards, first.form["preset"], first.about, fourth.like]
+        _wire_looks(page, studio, asks, queue_shows, pulls_show, changed)
         api.register(studio)
     return page
 
 
-def _wire_looks(page: gr.Blocks, studio: Studio, shown: list[Any], changed: list[Any]) -> None:
-    """Repaint what the queue decides: at the start, after a person acted, and whenever it changed by itself."""
+def _wire_looks(
+    page: gr.Blocks, studio: Studio, asks: list[Any], queue_shows: list[Any], pulls_show: list[Any], changed: list[Any]
+) -> None:
+    """Repaint what the queue and the pulls decide: at the start, after a person acted, and when they change."""
 
-    def repaint(seen: Seen) -> list[Any]:
+    def of_queue(seen: Seen) -> tuple[float, list[Any]]:
+        if studio.queue.changes() == seen[0]:
+            return seen[1], [gr.skip()] * len(queue_shows)
         rows = studio.queue.rows()
         latest = max((row.finished for row in rows if row.state == "done" and row.finished), default=0.0)
-        now = (studio.queue.changes(), latest)
-        if now == seen:
-            return [gr.skip()] * (1 + len(shown))
-        return [
-            now,
+        return latest, [
             generate.paint_stage(rows, studio.queue.paused),
-            gallery.render_grid(studio) if now[1] != seen[1] else gr.skip(),
+            gallery.render_grid(studio) if latest != seen[1] else gr.skip(),
             queue_tab.render_head(rows, studio.queue.paused),
             queue_tab.render_rows(rows),
             _news(rows),
         ]
 
-    def look_again(seen: Seen) -> list[Any]:
-        return [gr.skip()] * (1 + len(shown)) if studio.queue.changes() == seen[0] else repaint(seen)
+    def of_pulls(seen: Seen, preset: str, asked: str) -> tuple[tuple[tuple[str, str], ...], list[Any]]:
+        if studio.pulls.changes() == seen[2]:
+            return seen[3], [gr.skip()] * len(pulls_show)
+        choices = tuple(models_tab.choices(studio))
+        painted = models_tab.paint(studio, asked)
+        if choices == seen[3]:  # an open dropdown is left alone while a bar moves
+            return choices, [*painted, gr.skip(), gr.skip(), gr.skip()]
+        about = generate.about(studio, preset)
+        likes = gr.Dropdown(choices=models_tab.likes())
+        return choices, [*painted, gr.Dropdown(choices=list(choices)), about, likes]
 
-    seen = gr.State((-1, -1.0))
-    outputs = [seen, *shown]
-    page.load(repaint, seen, outputs, **quiet())
+    def repaint(seen: Seen, preset: str, asked: str) -> list[Any]:
+        counts = (studio.queue.changes(), studio.pulls.changes())
+        latest, first = of_queue(seen)
+        choices, second = of_pulls(seen, preset, asked)
+        now = (counts[0], latest, counts[1], choices)
+        return [gr.skip() if now == seen else now, *first, *second]
+
+    seen = gr.State(NOTHING)
+    inputs, outputs = [seen, *asks], [seen, *queue_shows, *pulls_show]
+    page.load(repaint, inputs, outputs, **quiet())
     for event in changed:
-        event.then(repaint, seen, outputs, **quiet())
-    gr.Timer(LOOK_S).tick(look_again, seen, outputs, **quiet())
+        event.then(repaint, inputs, outputs, **quiet())
+    gr.Timer(LOOK_S).tick(repaint, inputs, outputs, **quiet())
 
 
 _TELL = "watch('value', () => window.studio?.tell(element)); window.studio?.tell(element);"

@@ -279,4 +279,4 @@ def finished(job: GenerateJob) -> GenerateJob:
 
 
 def _preset(job: GenerateJob) -> Preset | None:
-    return presets.load(job.preset) if job.preset in presets.names() else None
+    return presets.find(job.preset)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from app.form import Cast, Form, Slot
+from app.pulls import Pulls
 from app.queue import Queue
 from app.settings import Settings
 from app.subjects import Subjects
@@ -38,6 +39,7 @@ class Studio:
     settings: Settings
     queue: Queue
     subjects: Subjects = field(init=False)
+    pulls: Pulls = field(default_factory=Pulls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subjects", Subjects(self.settings.data / "subjects"))

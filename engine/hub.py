@@ -12,6 +12,7 @@ right. A cut pull goes on from the part.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -405,10 +406,11 @@ class Hub:
                 "Try again later; nothing of it was kept.",
             ) from None
         except (Refused, OSError, HTTPException, HfHubHTTPError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG)
             raise StudioError(
                 f"{found.wanted.path} could not be fetched whole.",
                 f"{found.wanted.repo}: {error}.",
-                "Try again: it goes on where it stopped.",
+                f"{'Free some disk space and try' if full else 'Try'} again: it goes on where it stopped.",
             ) from None
 
 

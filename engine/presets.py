@@ -289,15 +289,17 @@ def load(name: str) -> Preset:
     return preset
 
 
+def find(name: str) -> Preset | None:
+    """The preset of that name; None where there is none, or its file does not hold together, as `load` would say."""
+    try:
+        return load(name)
+    except StudioError:
+        return None
+
+
 def readable() -> list[Preset]:
-    """Every preset whose file holds together; `load` says what is wrong with the others."""
-    found = []
-    for name in names():
-        try:
-            found.append(load(name))
-        except StudioError:
-            continue  # its own card on the Models tab says so; it must not take the others along
-    return found
+    """Every preset whose file holds together: one that does not must not take the others along."""
+    return [preset for name in names() if (preset := find(name)) is not None]
 
 
 def check_files(preset: Preset) -> None:

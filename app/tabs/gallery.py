@@ -177,7 +177,7 @@ def _table(job: GenerateJob | None) -> str:
     if job is None:
         return "<p>This clip carries no document that this studio can read.</p>"
     sampling = job.sampling
-    title = presets.load(job.preset).title if job.preset in presets.names() else job.preset
+    title = preset.title if (preset := presets.find(job.preset)) else job.preset
     weights = {"joint": [sampling.guidance_scale]}.get(
         sampling.guidance or "", [sampling.subject_scale, sampling.text_scale]
     )

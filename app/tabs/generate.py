@@ -20,8 +20,9 @@ from app.form import SEEDS, Cast, Form, Slot
 from app.queue import Row
 from app.studio import SANITY, Studio, first_example
 from app.tabs import cast as cast_panel
+from app.tabs import models as models_tab
 from app.tabs.cast import CastPanel
-from app.tabs.wiring import CLICKS, Ticket, quiet, sending
+from app.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from engine import presets
 from engine.job import read_job
 from engine.messages import StudioError
@@ -91,11 +92,11 @@ def layout(studio: Studio) -> GenerateTab:
             quality = _model(form, preset, refused)
             length = _size(form, start, refused)
             _advanced(form, start, preset, refused)
-            about = gr.HTML(_about(preset), apply_default_css=False)
+            about_it = gr.HTML("", js_on_load=CLICKS, elem_id="about-preset", apply_default_css=False)
             cost, go, stop_editing, sanity = _go(form, refused)
         with gr.Column(elem_id="stage-column", min_width=320):
             shown = gr.HTML(stage.render([]), js_on_load=CLICKS, elem_id="stage", apply_default_css=False)
-    return GenerateTab(panel, form, quality, about, length, refused, cost, go, stop_editing, sanity, shown, editing)
+    return GenerateTab(panel, form, quality, about_it, length, refused, cost, go, stop_editing, sanity, shown, editing)
 
 
 def _beside() -> gr.HTML:
@@ -115,7 +116,7 @@ def _prompt() -> gr.Textbox:
 
 def _model(form: dict[str, Any], preset: Preset, refused: dict[str, gr.HTML]) -> gr.Radio:
     with gr.Row(elem_classes="pair"):
-        titles = [(presets.load(name).title, name) for name in presets.names()]
+        titles = [(each.title, each.name) for each in presets.readable()]
         form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset", min_width=100, scale=2)
         quality = gr.Radio(
             _qualities(preset), value="standard", label="Quality", elem_id="quality", min_width=180, scale=5
@@ -198,8 +199,10 @@ def _qualities(preset: Preset) -> list[tuple[str, str]]:
     return [(f"Draft · {preset.draft_steps} steps", "draft"), (f"Standard · {full} steps", "standard")]
 
 
-def _about(preset: Preset) -> str:
-    return f'<p class="about">{escape(preset.about)}</p>'
+def about(studio: Studio, name: str) -> str:
+    """What the chosen model is, and the way to its files where they are not here."""
+    preset = presets.load(name)
+    return f'<p class="about">{escape(preset.about)}</p>{models_tab.missing(studio, preset)}'
 
 
 def _left_out(preset: Preset) -> str:
@@ -243,7 +246,8 @@ def cost_line(studio: Studio, form: Form, cast: Cast) -> str:
     except StudioError as error:
         return f'<p class="cost">{escape(error.next_step)}</p>'
     many = f" for {form.count}" if form.count > 1 else ""
-    basis = "from your own clips" if costs.learnt else "first guess"
+    preset = presets.load(form.preset)
+    basis = escape("from your own clips" if costs.learnt else f"first guess, on {preset.cost.on}")
     low = " low" if costs.disk_is_low else ""
     return (
         f'<p class="cost"><span title="{basis}"><b>{markup.duration(costs.seconds * form.count)}</b>{many}</span>'
@@ -262,7 +266,7 @@ def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
     shown["cache"] = gr.Dropdown(value=form.cache or "off", info=_left_out(preset))
     values = [shown.get(name, getattr(form, name)) for name in FIELDS]
     quality = gr.Radio(_qualities(preset), value=_quality_of(form))
-    return [*cast_panel.paint(studio, cast, form.preset), *values, quality, _about(preset), _length(form)]
+    return [*cast_panel.paint(studio, cast, form.preset), *values, quality, about(studio, form.preset), _length(form)]
 
 
 def paint_stage(rows: Sequence[Row], paused: bool) -> str:
@@ -276,7 +280,7 @@ def paint_stage(rows: Sequence[Row], paused: bool) -> str:
 def opening(studio: Studio) -> tuple[Form, Cast]:
     """What a page shows when it opens: the latest job again, or an example for a newcomer."""
     latest = max(studio.queue.rows(), key=lambda row: row.created, default=None)
-    if latest is not None and latest.job is not None and latest.job.preset in presets.names():
+    if latest is not None and latest.job is not None and presets.find(latest.job.preset):
         job = latest.job
         return replace(Form.of(job), fresh_seed=True), Cast(tuple(Slot.of(subject) for subject in job.subjects))
     return first_example()
@@ -293,6 +297,7 @@ def submit(studio: Studio, form: Form, cast: Cast, editing: int) -> tuple[str, i
     """
     seed = form.first_seed()
     jobs = [form.job(cast, seed=(seed + number) % SEEDS if number else seed) for number in range(form.count)]
+    presets.check_files(presets.load(form.preset))
     if editing:
         studio.queue.edit(editing, jobs[0])
         return f"Job {editing} is updated.", seed
@@ -344,11 +349,12 @@ def opened(ticket: Ticket) -> tuple[Form, Cast]:
 # --- wiring ----------------------------------------------------------------------------------------------------------
 
 
-def wire(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) -> list[Any]:
+def wire(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any, tabs: gr.Tabs) -> list[Any]:
     """Connect the tab. Returns the events after which the whole page should look again at the queue."""
     cast_panel.wire(tab.panel, studio, preset=tab.form["preset"], prompt=tab.form["prompt"])
     _wire_form(tab, studio)
     _wire_open(tab, studio, ticket, load)
+    tab.about.click(lambda: select("models"), None, tabs, **quiet(queue=True))
     return [*_wire_go(tab, studio), _wire_stage(tab, studio, ticket)]
 
 

@@ -45,7 +45,7 @@ def test_axe_finds_no_serious_fault_on_any_tab(page: Page, axe: str) -> None:
     page.locator("#go").click()
     expect(page.locator("#form .refusal")).to_be_visible()
     assert faults(page, axe) == []
-    for name in ("Gallery", "Queue"):
+    for name in ("Gallery", "Queue", "Models"):
         tab(page, name)
         assert faults(page, axe) == []
 
@@ -57,12 +57,12 @@ def test_axe_finds_no_serious_fault_in_the_light_theme(page: Page, axe: str) -> 
     page.locator("#prompt textarea").fill("")
     page.locator("#go").click()
     expect(page.locator("#form .refusal")).to_be_visible()
-    for name in ("Generate", "Gallery", "Queue"):
+    for name in ("Generate", "Gallery", "Queue", "Models"):
         tab(page, name)
         assert faults(page, axe) == []
 
 
-@pytest.mark.parametrize("name", ["Generate", "Gallery", "Queue"])
+@pytest.mark.parametrize("name", ["Generate", "Gallery", "Queue", "Models"])
 def test_a_phone_scrolls_down_and_never_sideways(server: Server, browser: Browser, name: str) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844})
     page = context.new_page()
