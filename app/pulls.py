@@ -31,7 +31,7 @@ class Pull:
     stage: Stage
     here: int = 0  # bytes
     total: int = 0
-    name: str = ""  # the file on its way
+    file: str = ""  # on its way
     bytes_per_s: float = 0.0
     seconds_left: float | None = None
     said: str = ""  # how it ended
@@ -195,7 +195,7 @@ class Pulls:
                 raise _Stop
             speed.see(here)
             left = speed.seconds_left(total)
-            self._set(name, here=here, total=total, name=file, bytes_per_s=speed.bytes_per_s, seconds_left=left)
+            self._set(name, here=here, total=total, file=file, bytes_per_s=speed.bytes_per_s, seconds_left=left)
 
         while not self._turn.acquire(timeout=TURN_S):
             if stop.is_set():

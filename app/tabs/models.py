@@ -120,7 +120,7 @@ def _aside(pull: Pull | None) -> str:
         return ""
     if pull.busy:
         counted = f"file {pull.here} of {pull.total}" if pull.total else "asking"
-        return f'<p class="about" role="status">{counted} {escape(pull.name)}</p>'
+        return f'<p class="about" role="status">{counted} {escape(pull.file)}</p>'
     return markup.refusal(pull.error) if pull.error else markup.note(pull.said)
 
 
@@ -188,7 +188,7 @@ def _progress(pull: Pull | None) -> str:
         figures.append(f"{markup.size(pull.bytes_per_s)}/s")
     if pull.stage == "fetching" and pull.seconds_left is not None:
         figures.append(f"{markup.duration(pull.seconds_left)} left")
-    figures.append(escape(pull.name))
+    figures.append(escape(pull.file))
     alone = f" · {escape(', '.join(pull.by_library))}: fetched by the library, begins anew after a pause"
     return (
         f'<div class="bar {"" if pull.total or pull.stage == "paused" else "unknown"}" role="progressbar" '
