@@ -1,4 +1,5 @@
-"""One clip from the command line: options and a document -> a job -> the engine, in this very process.
+"""One clip from the command line: options and a document -> a job -> the engine, in this very process, or in several
+that torchrun started, one for each card (`engine.parallel`).
 
 In:  parsed options, and perhaps a job document or a clip that carries one.
 Out: the clip's path on stdout, progress on stderr, an exit code.
@@ -14,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -50,19 +52,27 @@ def main(given: argparse.Namespace) -> int:
     meter.show("Starting the engine")
     # On some processors it recommends a package for 4-bit weights, in the middle of everybody's progress.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from engine import parallel
     from engine.run import run  # torch and the model classes: seconds, and only now
 
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, parallel.together() as number, tempfile.TemporaryDirectory() as elsewhere:
 
         def say(message: Message) -> None:
             if interrupt.asked:
                 raise Cancelled
-            if isinstance(message, Progress):
+            if not isinstance(message, Progress):
+                return
+            if number and message.stage == "decode":
+                raise Cancelled  # it has helped to draw the clip; the first process alone decodes and keeps it
+            if not number:
                 meter.progress(message)
 
+        outputs = Path(elsewhere) if number else given.outputs.expanduser().resolve()
         try:
-            saved = run(job, say, outputs=given.outputs.expanduser().resolve(), clip=clip)
+            saved = run(job, say, outputs=outputs, clip=None if number else clip)
         except Cancelled:
+            if number:
+                return 0
             meter.end("Cancelled. Nothing was saved.")
             return 130
     meter.end(f"{saved.num_frames} frames in {saved.seconds:.0f} s.")

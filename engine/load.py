@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from engine import kernels, lora, machine, memory, offload, weights
+from engine import kernels, lora, machine, memory, offload, parallel, weights
 from engine.faces import FaceFiles
 from engine.job import Lora
 from engine.judges import Judges
@@ -135,6 +135,7 @@ def load(
     model = model.to(where).eval().requires_grad_(False)
     if part == "transformer":
         kernels.set_up(cast(ModelMixin, model), machine.of())
+        parallel.share(cast(ModelMixin, model))
     return model
 
 

@@ -152,7 +152,7 @@ class Caching(Document):
 
     careful: LeftOut = LeftOut(tolerance=0.06, share=0.55, costs="not measured on this model")
     """Few enough that a clip keeps its look."""
-    fast: LeftOut = LeftOut(tolerance=0.6, share=0.35, costs="not measured on this model")
+    fast: LeftOut = LeftOut(tolerance=0.3, share=0.4, costs="not measured on this model")
     """As many as a clip bears."""
 
 
