@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from app.settings import Settings
+    from engine.machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
@@ -139,7 +140,8 @@ def keep_traceback() -> str:
 def studio(arguments: list[str]) -> int:
     """Open the page and serve it until Ctrl+C."""
     settings = studio_settings(arguments, os.environ)
-    os.environ["IDCRAFTER_MODELS"] = str(settings.models_dir)  # for this process and for the workers it starts
+    # For this process and for the workers it starts.
+    os.environ.update({"IDCRAFTER_MODELS": str(settings.models_dir), **settings.machine})
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from app import main as page
@@ -187,21 +189,22 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add("--profile", choices=PROFILES, help="GB of the graphics card that clips may use (auto: what is free)")
 
 
-def use_machine(given: argparse.Namespace) -> None:
-    """Put these options where this process, and every worker it starts, reads them.
+def machine_of(given: argparse.Namespace, environment: Mapping[str, str]) -> Machine:
+    """What these options, and this environment where they say nothing, ask of the machine.
 
     Raises:
         StudioError: a word that names nothing.
     """
-    if given.attention is not None:
-        os.environ["IDCRAFTER_ATTENTION"] = given.attention
-    if given.compile is not None:
-        os.environ["IDCRAFTER_COMPILE"] = "1" if given.compile else ""
-    if given.profile is not None:
-        os.environ["IDCRAFTER_PROFILE"] = given.profile
     from engine import machine
 
-    machine.of(os.environ)
+    said = dict(environment)
+    if given.attention is not None:
+        said["IDCRAFTER_ATTENTION"] = given.attention
+    if given.compile is not None:
+        said["IDCRAFTER_COMPILE"] = "1" if given.compile else ""
+    if given.profile is not None:
+        said["IDCRAFTER_PROFILE"] = given.profile
+    return machine.of(said)
 
 
 def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Settings:
@@ -212,13 +215,13 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
         StudioError: open to others without a password, or the port is taken.
     """
     given = studio_parser().parse_args(arguments)
-    use_machine(given)
     from app import settings
     from engine import presets
 
     auth = settings.read_auth(environment.get("IDCRAFTER_AUTH", "") if given.auth is None else given.auth)
     settings.check_password(auth, listen=given.listen, share=given.share)
     host = "0.0.0.0" if given.listen else "127.0.0.1"
+    machine, devices = machine_of(given, environment).variables(), settings.read_devices(given.devices)
     settings.check_port(host, given.port)
     outputs = given.outputs.expanduser().resolve()
     return settings.Settings(
@@ -231,7 +234,8 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
         outputs=outputs,
         models_dir=(given.models_dir or presets.models_dir()).expanduser().resolve(),
         data=outputs / ".studio",
-        devices=settings.read_devices(given.devices),
+        devices=devices,
+        machine=machine,
         offline=given.offline,
     )
 
@@ -242,7 +246,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
 def generate(arguments: list[str]) -> int:
     """Make one clip in this process; its path goes to stdout."""
     given = generate_parser().parse_args(arguments)
-    use_machine(given)
+    os.environ.update(machine_of(given, os.environ).variables())
     if given.models_dir:
         os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
     from app import generate as one_clip

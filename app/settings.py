@@ -44,6 +44,8 @@ class Settings(Document):
     """The queue, saved subjects, uploads and logs."""
     devices: tuple[str, ...] = ()
     """What the workers run on, one each, such as cuda:0 and cuda:1; empty: one worker on the fastest device."""
+    machine: dict[str, str] = Field(default_factory=dict)
+    """Attention kernels and compilation, as the variables that a worker reads (`engine.machine`)."""
     offline: bool = False
     """Ask nothing of the network, not even for models."""
 

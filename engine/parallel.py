@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from diffusers.models._modeling_parallel import (
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from engine import machine
 from engine.messages import StudioError
@@ -77,25 +78,23 @@ def share(transformer: ModelMixin) -> None:
             next_step="Use a number of cards that divides them.",
         )
     kind = transformer.device.type
-    mesh = dist.init_device_mesh(kind, (1, count), mesh_dim_names=("ring", "ulysses"))
+    mesh = init_device_mesh(kind, (1, count), mesh_dim_names=("ring", "ulysses"))
     config = ContextParallelConfig(ulysses_degree=count)
     # By hand what `enable_parallelism` does: that splits the tower's attention as well, and knows no CPU.
     whole = ParallelConfig(context_parallel_config=config)
     whole.setup(dist.get_rank(), count, transformer.device, mesh=mesh)
     for block in blocks:
-        block.attn1.processor._parallel_config = whole
+        processor: Any = block.attn1.processor
+        processor._parallel_config = whole
     blocks[0].register_forward_pre_hook(_check_tokens)
     positions = [ContextParallelInput(split_dim=1, expected_dims=4) for _ in range(2)]
+    plan: dict[str, Any] = {
+        "blocks.*": {"rotary_emb": positions},
+        "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
     warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)  # the library's
-    apply_context_parallel(
-        cast(nn.Module, transformer),
-        config,
-        {
-            "blocks.*": {"rotary_emb": positions},
-            "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
-            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-        },
-    )
+    apply_context_parallel(cast(nn.Module, transformer), config, plan)
 
 
 def _check_tokens(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:

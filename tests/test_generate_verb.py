@@ -88,3 +88,8 @@ def test_ctrl_c_leaves_nothing_behind(here: Path, monkeypatch: pytest.MonkeyPatc
     assert capfd.readouterr().err.endswith("Cancelled. Nothing was saved.\n")
     assert sorted(path.name for path in here.iterdir()) == ["fox.png", "kite.png"]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_to_leave_out_is_written_into_the_document(here: Path):
+    assert cli.main([*two_subjects("clip.mp4"), "--cache", "fast"]) == 0
+    assert read_job((here / "clip.json").read_bytes()).sampling.cache == "fast"
