@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     part = given.target.with_name(f"{given.target.name}.{os.getpid()}.part")
     try:
+        with given.source.open("rb") as handle:
+            if not zipfile.is_zipfile(handle):
+                raise ValueError("not a file that torch has written since 2020, or cut short")
         tensors = _tensors(torch.load(given.source, map_location="cpu", weights_only=True, mmap=True))
         given.target.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part)
@@ -82,8 +86,6 @@ def _reason(error: Exception) -> str:
         return "It holds code or objects, not only weights, and was not opened."
     if isinstance(error, OSError):
         return f"The system says: {error.strerror or first}."
-    if isinstance(error, RuntimeError) and "mmap" in first:
-        return "It is in a format that torch has not written since 2020."
     return f"It is damaged, or no file of weights ({first})."
 
 

@@ -20,7 +20,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
-from torch import Tensor, nn
+from torch import nn
 
 from engine import lora, quantize
 from engine.model import IdentityWanTransformer3DModel, is_identity_key
@@ -100,8 +100,9 @@ def encoder(
 
     dtype = quantize.compute_dtype(precision, dtype)
     config = kind.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with opened(folder) as held, quantize.no_weights():
-        model = kind(config)
+    with opened(folder) as held:
+        with quantize.no_weights():
+            model = kind(config)
         wanted = model.state_dict()
         renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
         names = {key: rename_source_key(key, renamings, [], model.base_model_prefix, wanted)[0] for key in held.entries}
