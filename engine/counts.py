@@ -32,9 +32,9 @@ Precision = Literal["fp32", "bf16", "fp8", "int8", "nf4"]
 
 @dataclass(frozen=True)
 class Block:
-    """What one block holds, or all that is in no block."""
+    """What one block holds, or all that is in no block. A projection bears "any" precision, or eight "bits"."""
 
-    linears: tuple[tuple[str, int, int, int], ...] = ()  # projections: kind, in, out, how many; may be quantized
+    linears: tuple[tuple[str, int, int, int], ...] = ()  # projections: how few bits they bear, in, out, how many
     fine: int = 0  # numbers kept in fp32 where the rest is bf16
     other: int = 0
 
@@ -43,12 +43,9 @@ class Block:
         if precision in ("fp32", "bf16"):
             plain = 4 if precision == "fp32" else 2
             return 4 * self.fine + plain * (self.other + sum(i * o * n for _, i, o, n in self.linears))
-        packed = sum(n * _packed(FORMATS[precision].get(kind, precision), i, o) for kind, i, o, n in self.linears)
+        forms = [(precision if kind == "any" else "int8", i, o, n) for kind, i, o, n in self.linears]
+        packed = sum(n * _packed(precision if precision == "fp8" else form, i, o) for form, i, o, n in forms)
         return 4 * self.fine + 2 * self.other + packed
-
-
-FORMATS: dict[str, dict[str, str]] = {"nf4": {}, "int8": {}, "fp8": {}}
-"""Which kinds of projections have another format than the precision says."""
 
 
 def _packed(form: str, inputs: int, outputs: int) -> float:
@@ -79,12 +76,12 @@ class Weights:
 def transformer_weights(shape: Shape) -> Weights:
     """Wan's transformer, with VACE's branch or identity blocks where the shape has them."""
     D, F, patch = shape.dim, shape.ffn_dim, math.prod(shape.patch)
-    attention = ("attention", D, D, 8)
-    ffn = (("ffn", D, F, 1), ("ffn", F, D, 1))
-    wan = Block((attention, *ffn), fine=8 * D, other=8 * D + F + D + 4 * D)
-    carrier = Block((*wan.linears, ("identity", D, D, 2)), wan.fine, wan.other + 2 * D + 2 * D + D)
-    subject = Block((("identity", D, D, 11),), fine=6 * D, other=11 * D + 5 * D)
-    side = Block((*wan.linears, ("side", D, D, 1)), wan.fine, wan.other + D)
+    attention = (("any", D, D, 6), ("bits", D, D, 2))
+    ffn = (("any", D, F, 1), ("any", F, D, 1))
+    wan = Block((*attention, *ffn), fine=8 * D, other=8 * D + F + D + 4 * D)
+    carrier = Block((*wan.linears, ("any", D, D, 2)), wan.fine, wan.other + 2 * D + 2 * D + D)
+    subject = Block((("any", D, D, 11),), fine=6 * D, other=11 * D + 5 * D)
+    side = Block((*wan.linears, ("bits", D, D, 1)), wan.fine, wan.other + D)
     K, V = shape.identity_layers, shape.vace_layers
     time = shape.freq_dim * D + D + D * D + D
     other = (shape.in_channels * patch + 1) * D + (shape.out_channels * patch) * (D + 1)
@@ -94,21 +91,39 @@ def transformer_weights(shape: Shape) -> Weights:
         other += 2 * shape.vlm_dim + (shape.vlm_dim + 1) * D + D * (D + 1) if shape.vlm_dim else 0
     if V:
         other += (6 * shape.z_dim * patch + 1) * D + D * (D + 1)
-    stacks = ((K, carrier, False), (shape.num_layers - K, wan, False), (K, subject, True), (V, side, False))
+    stacks = [(K, carrier, False), (shape.num_layers - K, wan, False), (K, subject, True), (V, side, False)]
+    if not K:
+        stacks = [(1, _in_eight_bits(wan), False), (shape.num_layers - 1, wan, False), (V, side, False)]
+    else:
+        stacks = [(1, _in_eight_bits(carrier), False), (K - 1, carrier, False), *stacks[1:]]
+    if V:
+        stacks = [*stacks[:-1], (1, _in_eight_bits(side), False), (V - 1, side, False)]
     return Weights(tuple(stack for stack in stacks if stack[0]), Block(fine=time + 2 * D, other=other))
 
 
-def _attention_and_ffn(width: int, inner: int, kv: int, ffn: int) -> Block:
-    """A block of a language or vision model: queries, keys, values, output, and a gated feed-forward part."""
-    linears = (("attention", width, inner, 1), ("attention", width, kv, 2), ("attention", inner, width, 1))
-    return Block((*linears, ("ffn", width, ffn, 2), ("ffn", ffn, width, 1)), other=2 * width)
+def _in_eight_bits(block: Block) -> Block:
+    """The first of a stack: every later one builds on what it rounds (`engine.quantize.EIGHT_BITS`)."""
+    return Block(tuple(("bits", i, o, n) for _, i, o, n in block.linears), block.fine, block.other)
 
 
-UMT5_XXL = Weights(((24, _attention_and_ffn(4096, 4096, 4096, 10240), False),), Block(other=256384 * 4096 + 4096 * 2))
+def _encoder(width: int, kv: int, ffn: int, *, bits: tuple[str, str] = ("any", "any")) -> Block:
+    """A block of a language or vision model: queries, keys, values, output, and a gated feed-forward part.
+
+    Args:
+        bits: what its projections bear, and what the last one of the feed-forward part does.
+    """
+    usual, last = bits
+    linears = ((usual, width, width, 2), (usual, width, kv, 2), (usual, width, ffn, 2), (last, ffn, width, 1))
+    return Block(linears, other=2 * width)
+
+
+UMT5_XXL = Weights(
+    ((24, _encoder(4096, 4096, 10240, bits=("any", "bits")), False),), Block(other=256384 * 4096 + 4096 * 2)
+)
 QWEN_7B = Weights(
     (
-        (28, _attention_and_ffn(3584, 3584, 512, 18944), False),
-        (32, _attention_and_ffn(1280, 1280, 1280, 3420), False),
+        (28, _encoder(3584, 512, 18944), False),
+        (32, _encoder(1280, 1280, 3420, bits=("bits", "bits")), False),
     ),
     Block(other=2 * 152064 * 3584 + 5120 * (5120 + 3584) + 1176 * 1280),
 )
@@ -167,8 +182,8 @@ def _block(tensors: list[tuple[str, tuple[int, ...]]], *, linears: bool) -> Bloc
     fine = other = 0
     for key, shape in tensors:
         if linears and len(shape) == 2 and key.endswith(".weight") and "embedding" not in key:
-            kind = _kind(key)
-            found[kind, shape[1], shape[0]] = found.get((kind, shape[1], shape[0]), 0) + 1
+            bears = "bits" if _EIGHT_BITS.search(key) and "subject_blocks" not in key else "any"
+            found[bears, shape[1], shape[0]] = found.get((bears, shape[1], shape[0]), 0) + 1
         elif _FINE.search(key):
             fine += math.prod(shape)
         else:
@@ -176,12 +191,10 @@ def _block(tensors: list[tuple[str, tuple[int, ...]]], *, linears: bool) -> Bloc
     return Block(tuple((*linear, number) for linear, number in sorted(found.items())), fine, other)
 
 
-def _kind(key: str) -> str:
-    if ".identity." in key or "subject_blocks." in key:
-        return "identity"
-    if ".proj_in." in key or ".proj_out." in key:
-        return "side"
-    return "ffn" if re.search(r"ffn|mlp|DenseReluDense|wi_|wo", key) else "attention"
+_EIGHT_BITS = re.compile(
+    r"(^|\.)(vace_)?blocks\.0\.|(to_out\.0|_attn\.o)\.weight$|vace_blocks\..*proj_(in|out)\.|DenseReluDense\.wo\.|visual\."
+)
+"""What `engine.quantize` keeps in eight bits where the rest has four, in any layout's names."""
 
 
 def header(file: Path, part: str = "file") -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
-from torch import nn
+from torch import Tensor, nn
 
 from engine import lora, quantize
 from engine.model import IdentityWanTransformer3DModel, is_identity_key

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
-from engine import counts, memory, presets
+from engine import counts, memory, presets, quantize
 from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Shape
 from engine.subject_tower import References
@@ -32,8 +32,8 @@ SHAPES = {
 }
 
 
-def built(shape: Shape, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> Any:
-    """The class of that shape on the meta device, as loading leaves it: some modules stay in fp32."""
+def kind_of(shape: Shape, layers: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """The class of that shape, and its arguments."""
     config: dict[str, Any] = {
         "num_attention_heads": shape.num_heads,
         "num_layers": layers or shape.num_layers,
@@ -46,6 +46,12 @@ def built(shape: Shape, dtype: torch.dtype = torch.bfloat16, layers: int | None 
     if shape.identity_layers:
         kind = IdentityWanTransformer3DModel
         config |= {"identity_layers": min(shape.identity_layers, config["num_layers"]), "vlm_dim": shape.vlm_dim}
+    return kind, config
+
+
+def built(shape: Shape, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> Any:
+    """The class of that shape on the meta device, as loading leaves it: some modules stay in fp32."""
+    kind, config = kind_of(shape, layers)
     with torch.device("meta"):
         model = kind(**config).to(dtype)
     for name, parameter in model.named_parameters():
@@ -188,3 +194,12 @@ def test_any_other_fault_passes_through_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as same, memory.told_apart():
         raise error
     assert same.value is error
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b", "wan-14b", "vace-1.3b", "id-crafter-1.3b", "id-crafter-14b"])
+@pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])
+def test_quantized_weights_are_predicted_within_a_hundredth_of_what_the_layers_hold(name: str, precision: Any) -> None:
+    shape = SHAPES[name]
+    kind, config = kind_of(shape)
+    expected = quantize.predicted_bytes(lambda: kind(**config), precision)
+    assert counts.transformer_weights(shape).num_bytes(precision) == pytest.approx(expected, rel=0.01)
