@@ -38,21 +38,23 @@ class Block:
     fine: int = 0  # numbers kept in fp32 where the rest is bf16
     other: int = 0
 
-    def num_bytes(self, precision: Precision) -> float:
-        """Its size at a precision."""
+    def num_bytes(self, precision: Precision, plain: int = 2) -> float:
+        """Its size at a precision, where a number that is not quantized takes `plain` bytes: 2 in bf16, else 4."""
         if precision in ("fp32", "bf16"):
             plain = 4 if precision == "fp32" else 2
             return 4 * self.fine + plain * (self.other + sum(i * o * n for _, i, o, n in self.linears))
-        forms = [(precision if kind == "any" else "int8", i, o, n) for kind, i, o, n in self.linears]
-        packed = sum(n * _packed(precision if precision == "fp8" else form, i, o) for form, i, o, n in forms)
-        return 4 * self.fine + 2 * self.other + packed
+        packed = 0.0
+        for bears, i, o, n in self.linears:
+            form = "int8" if precision == "nf4" and bears == "bits" else precision
+            packed += n * _packed(form, i, o, plain)
+        return 4 * self.fine + plain * self.other + packed
 
 
-def _packed(form: str, inputs: int, outputs: int) -> float:
+def _packed(form: str, inputs: int, outputs: int, plain: int) -> float:
     """Bytes of one quantized projection: 8 bits and a scale a row, or 4 bits and a scale for 64 (scales in 8 bits)."""
     if form == "nf4":
         return inputs * outputs * (0.5 + 1 / 64 + 4 / (64 * 256))
-    return inputs * outputs + 2 * outputs
+    return inputs * outputs + plain * outputs
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,21 @@ class Weights:
     stacks: tuple[tuple[int, Block, bool], ...] = ()
     rest: Block = Block()
 
-    def num_bytes(self, precision: Precision) -> int:
+    def num_bytes(self, precision: Precision, plain: int = 2) -> int:
         """All of it."""
-        return round(self.rest.num_bytes(precision) + sum(n * b.num_bytes(precision) for n, b, _ in self.stacks))
+        each = sum(n * block.num_bytes(precision, plain) for n, block, _ in self.stacks)
+        return round(self.rest.num_bytes(precision, plain) + each)
 
-    def visiting(self, precision: Precision) -> int:
+    def visiting(self, precision: Precision, plain: int = 2) -> int:
         """What is on the device at once when the blocks visit it two at a time (`engine.offload`)."""
-        lasting = sum(min(2, n) * b.num_bytes(precision) for n, b, once in self.stacks if not once)
-        briefly = max((min(2, n) * b.num_bytes(precision) for n, b, once in self.stacks if once), default=0)
-        return round(self.rest.num_bytes(precision) + lasting + briefly)
+        sizes = [(min(2, n) * block.num_bytes(precision, plain), once) for n, block, once in self.stacks]
+        lasting = sum(size for size, once in sizes if not once)
+        briefly = max((size for size, once in sizes if once), default=0)
+        return round(self.rest.num_bytes(precision, plain) + lasting + briefly)
+
+    def largest_block(self, precision: Precision, plain: int = 2) -> int:
+        """Of the largest one."""
+        return round(max((block.num_bytes(precision, plain) for _, block, _ in self.stacks), default=0))
 
 
 def transformer_weights(shape: Shape) -> Weights:

@@ -212,18 +212,17 @@ def _ways(preset: Preset, part: str, plain: int, wanted: Precision | None) -> li
     order: list[tuple[Precision, Where]] = [(precision, where) for precision in tried for where in places]
     for precision in dict.fromkeys((tried[0], tried[-1])):
         order.append((precision, "disk"))
-    return [_fit(weights, precision, where) for precision, where in order]
+    return [_fit(weights, precision, where, plain) for precision, where in order]
 
 
-def _fit(weights: Weights, precision: Precision, where: Where) -> Fit:
-    whole = weights.num_bytes(precision)
+def _fit(weights: Weights, precision: Precision, where: Where, plain: int) -> Fit:
+    whole = weights.num_bytes(precision, plain)
     if where == "device":
         return Fit(precision, where, whole, 0)
-    visiting = weights.visiting(precision)
-    outside = whole - weights.rest.num_bytes(precision)
-    pinned = min(outside, 2 * max((b.num_bytes(precision) for _, b, _ in weights.stacks), default=0))
-    kept = round(outside if where == "memory" else 0)
-    return Fit(precision, where, visiting, kept + round(pinned), round(outside) if where == "disk" else 0)
+    outside = round(whole - weights.rest.num_bytes(precision, plain))
+    pinned = min(outside, 2 * weights.largest_block(precision, plain))
+    kept = outside if where == "memory" else 0
+    return Fit(precision, where, weights.visiting(precision, plain), kept + pinned, outside if where == "disk" else 0)
 
 
 def _encoder_ways(preset: Preset, plain: int) -> list[dict[str, Fit]]:
@@ -244,7 +243,7 @@ def _plan(
 ) -> Plan:
     shape = preset.shape
     assert shape is not None
-    vae = _fit(counts.part_weights(preset, "vae"), "fp32", "device")
+    vae = _fit(counts.part_weights(preset, "vae"), "fp32", "device", plain)
     cache = counts.cache_bytes(shape, load, plain)
     encode = 0 if not load.pictures else counts.ENCODE_PICTURE * max(load.pixels, preset.reference_size**2)
     if preset.conditioning == "side":
