@@ -5,7 +5,7 @@ Out: docs/measurements.md, one row per figure with the command, the commit, the 
      measured again replaces the old one.
 Knows nothing of how a model is trained. Whatever has to be cold or counted apart runs in a process of its own.
 
-    python launch.py bench [sizes flops memory loop report caches judges identity page] [--preset NAME]
+    python launch.py bench [sizes flops memory loop report caches judges identity loading rounding page] [--preset NAME]
 """
 
 from __future__ import annotations
@@ -505,6 +505,20 @@ def _first_clip(address: str, preset: str) -> float:
         time.sleep(0.25)
 
 
+def loading(preset: str) -> Iterator[Figure]:
+    """Memory while a large file is loaded in fewer bits."""
+    from app import bench_weights
+
+    yield from bench_weights.loading(preset)
+
+
+def rounding(preset: str) -> Iterator[Figure]:
+    """What fewer bits change in one forward."""
+    from app import bench_weights
+
+    yield from bench_weights.rounding(preset)
+
+
 MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
     "sizes": sizes,
     "flops": flops,
@@ -514,6 +528,8 @@ MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
     "caches": caches,
     "judges": judges,
     "identity": identity,
+    "loading": loading,
+    "rounding": rounding,
     "page": page,
 }
 

@@ -108,7 +108,7 @@ def _eight_bits(shape: tuple[int, int, bool], form: Form) -> nn.Module:
 
 
 def _four_bits(shape: tuple[int, int, bool]) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     made = Linear4bit(*shape, compress_statistics=True, quant_type="nf4", device="meta")
     # Its kernel for AVX512-BF16 would repack the weights at the first call, into more bytes and only for bf16.
@@ -162,7 +162,7 @@ def _rows(owner: Any, tensor: Tensor, dtype: torch.dtype, where: torch.device) -
 def _blocks(owner: Any, tensor: Tensor, dtype: torch.dtype, where: torch.device) -> nn.Parameter:
     """nf4 with its scales in eight bits, as bitsandbytes rounds a whole tensor."""
     from bitsandbytes import functional
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
 
     block = block_of(owner)
     data = torch.empty(tensor.numel() // 2, 1, dtype=torch.uint8, device=where)
@@ -187,7 +187,8 @@ def _blocks(owner: Any, tensor: Tensor, dtype: torch.dtype, where: torch.device)
         state2=second,
     )
     owner.quant_state = state
-    return Params4bit(data, quant_state=state, blocksize=block, quant_type="nf4", module=owner, bnb_quantized=True)
+    make: Any = Params4bit  # its `__new__` takes more than a checker believes of a Parameter
+    return make(data, quant_state=state, blocksize=block, quant_type="nf4", module=owner, bnb_quantized=True)
 
 
 def _some(tensor: Tensor) -> Iterator[slice]:

@@ -16,8 +16,9 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -225,14 +226,14 @@ TRUE_SHAPE = "comfy.gguf.orig_shape."  # rows that are no multiple of a block we
 
 class _Packed(NamedTuple):
     start: int
-    type: int
+    type: Any
     packed: tuple[int, int]
-    """How many weights are a block, and the bytes it takes."""
+    """How many weights are a block, and the bytes it takes; `type` is the library's own name for it."""
 
 
 class _Gguf(Source):
     def __init__(self, place: Path, file: Path, stack: ExitStack) -> None:
-        self._handle: BinaryIO = stack.enter_context(file.open("rb"))
+        self._handle: BufferedReader = stack.enter_context(file.open("rb"))
         self._size = file.stat().st_size
         self._parts: dict[str, _Packed] = {}
         entries = self._header(place)
@@ -259,7 +260,7 @@ class _Gguf(Source):
         return unpacked.view(self.entries[key].shape)
 
     def _fill(self, key: str, room: Tensor) -> None:
-        if self._handle.readinto(memoryview(room.numpy()).cast("B")) != room.numel():  # pyright: ignore[reportAttributeAccessIssue]
+        if self._handle.readinto(memoryview(cast(Any, room.numpy())).cast("B")) != room.numel():
             raise refused(self.place, f"It is cut short in the middle of {key}.")
 
     def _header(self, place: Path) -> dict[str, Entry]:
@@ -293,7 +294,7 @@ class _Gguf(Source):
             count = math.prod(entry.shape)
             if count % block or start + offset + count // block * size > self._size:
                 raise ValueError(f"{key} does not end inside the file")
-            self._parts[key] = _Packed(start + offset, kind, (block, size))
+            self._parts[key] = _Packed(start + offset, GGMLQuantizationType(kind), (block, size))
         return {key: entry for key, (entry, _, _) in found.items()}
 
     def _field(self) -> tuple[str, Any]:

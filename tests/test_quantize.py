@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from optimum.quanto import quantize as by_quanto
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from app import bench_weights
 from engine import encode, load, quantize, tiny, weights
 from engine.model import IdentityWanTransformer3DModel
 from engine.presets import ROOT
@@ -26,8 +28,10 @@ ROUNDED: tuple[quantize.Precision, ...] = ("int8", "fp8", "nf4")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _without_gradients() -> Iterator[None]:
     torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
 
 
 def filled(model: nn.Module, precision: quantize.Precision, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -222,6 +226,13 @@ def test_rounded_text_states_stay_near_and_half_a_text_encoder_is_refused(tmp_pa
     save_file(held, tmp_path / "model.safetensors")
     with pytest.raises(StudioError, match="1 of its weights are missing"):
         load.load("text_encoder", tmp_path, CPU, "int8")
+
+
+def test_toyboxs_velocity_moves_by_no_more_than_promised() -> None:
+    errors, sizes = bench_weights.one_forward_errors("toybox", (("creaturething", 2, 2),), ("int8", "nf4"))
+    for precision, error in errors.items():
+        assert 0 < error <= (bench_weights.LIMITS[precision] or 1)
+    assert sizes["nf4"] < 0.8 * sizes["int8"] < 0.4 * sizes["full"]
 
 
 def test_a_warm_worker_tells_one_precision_from_another(tiny_toybox: Path) -> None:

@@ -15,10 +15,11 @@ ROOMS = {"engine": ("engine",), "train": ("engine", "train"), "app": ("engine", 
 HEAVY_IN_APP = {
     "app.worker",
     "app.bench",
+    "app.bench_weights",
     "app.generate",
     "app.probe",
 }  # these run the engine; the rest of app is light
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "optimum", "torchvision"}
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "optimum", "torchvision", "gguf"}
 
 
 def modules(room: str) -> list[str]:

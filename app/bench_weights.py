@@ -1,0 +1,260 @@
+"""What loading and rounding weights costs: measurements of app/bench.py that need files and processes of their own.
+
+In:  room for a 5.7 GB file in a temporary folder; the preset whose rounding is measured.
+Out: figures for the report. A child of this module loads that file while its parent watches its memory.
+Knows nothing of how figures are written down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from app.bench import ROOT, Figure
+from engine.messages import StudioError
+
+WAN = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # 1.3B; the rest is the classes' own default
+SPARE = 0.5e9  # what Python, torch and the libraries take themselves, and copies of a few rows
+# diffusers' names -> Wan's own, in this order.
+THEIRS = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "attn1.": "self_attn.",
+    "attn2.": "cross_attn.",
+    ".to_out.0.": ".o.",
+    ".to_q.": ".q.",
+    ".to_k.": ".k.",
+    ".to_v.": ".v.",
+    ".ffn.net.0.proj.": ".ffn.0.",
+    ".ffn.net.2.": ".ffn.2.",
+    ".norm2.": ".norm3.",
+    ".scale_shift_table": ".modulation",
+    "proj_out.": "head.head.",
+}
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def loading(_: str) -> Iterator[Figure]:
+    """One file of Wan 1.3B in fp32, random: memory of a process that loads it, beside the library's own way."""
+    from engine import quantize
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        file = Path(folder) / "wan-1.3b.safetensors"
+        largest = _write_random(file)
+        for precision in ("int8", "nf4"):
+            peak, told = _watched("ours", file, precision)
+            limit = told["size"] + largest + SPARE
+            beyond = (peak - told["size"] - largest) / 1e6
+            yield Figure(
+                f"loading-{precision}",
+                f"Loading one 5.7 GB file as {precision} ({told['size'] / 1e9:.2f} GB): peak of private memory, "
+                f"and beyond the model and its largest tensor",
+                f"{peak / 1e9:.2f} GB, {beyond:.0f} MB beyond",
+                f"≤ {limit / 1e9:.2f} GB",
+                peak <= limit,
+            )
+            yield Figure(f"loading-time-{precision}", f"The same, time ({precision})", f"{told['seconds']:.0f} s")
+            predicted = quantize.predicted_bytes(_wan_1_3b, precision, _usual())
+            off = abs(predicted / told["size"] - 1)
+            yield Figure(
+                f"predicted-{precision}",
+                f"Size of that model as planned ({precision})",
+                f"{off:.2%} off",
+                "≤ 1 %",
+                off <= 0.01,
+            )
+        peak, told = _watched("library", file, "int8")
+        what = f"diffusers' from_single_file, then quanto ({told['size'] / 1e9:.2f} GB): peak of private memory"
+        yield Figure("loading-library", what, f"{peak / 1e9:.2f} GB, {told['seconds']:.0f} s")
+
+
+def _wan_1_3b() -> Any:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    return WanTransformer3DModel(**WAN)
+
+
+def _usual() -> Any:
+    from engine import load
+
+    return load.usual_dtype("transformer", load.device())
+
+
+def _write_random(file: Path) -> int:
+    """A safetensors file in Wan's own names, written tensor by tensor; gives back its largest one's bytes in fp32."""
+    import torch
+
+    from engine import quantize
+
+    with quantize.no_weights():
+        shapes = {key: tuple(tensor.shape) for key, tensor in _wan_1_3b().state_dict().items()}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        key = "head.modulation" if name == "scale_shift_table" else name
+        for ours, own in THEIRS.items():
+            key = key.replace(ours, own)
+        size = 4 * torch.Size(shape).numel()
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    free = shutil.disk_usage(file.parent).free
+    if free < 1.2 * end:
+        raise StudioError(
+            f"The file to load needs {end / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
+            f"It is written to {file.parent}.",
+            "Make room, or set TMPDIR to a larger disk.",
+        )
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)
+    generator = torch.Generator().manual_seed(0)
+    with file.open("wb") as handle:
+        handle.write(len(told).to_bytes(8, "little") + told)
+        for shape in shapes.values():
+            handle.write(torch.randn(shape, generator=generator).mul_(0.02).numpy().data)
+    return max(4 * torch.Size(shape).numel() for shape in shapes.values())
+
+
+def _watched(how: str, file: Path, precision: str) -> tuple[int, dict[str, Any]]:
+    """Peak of a child's private memory while it loads, and what it said at the end.
+
+    Private is what is neither shared nor a file's pages, which the system may drop; where it does not tell, all of it.
+    """
+    command = [sys.executable, "-X", "utf8", "-m", "app.bench_weights", how, str(file), precision]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as child:
+        watched, peak = psutil.Process(child.pid), 0
+        while child.poll() is None:
+            try:
+                used = watched.memory_info()
+            except psutil.NoSuchProcess:
+                break
+            peak = max(peak, used.rss - getattr(used, "shared", 0))
+            time.sleep(0.01)
+        said = child.stdout.read() if child.stdout else ""
+    if child.returncode:
+        raise StudioError(
+            f"The process that loads {file.name} as {precision} failed.",
+            f"Its code is {child.returncode}.",
+            "See above.",
+        )
+    return peak, json.loads(said.splitlines()[-1])
+
+
+def _child(how: str, file: Path, precision: Any) -> dict[str, Any]:
+    import torch
+
+    from engine import load, quantize
+
+    began = time.monotonic()
+    if how == "ours":
+        model = load.load("transformer", file, load.device(), precision)
+    else:
+        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+        from optimum.quanto import freeze, qint8
+        from optimum.quanto import quantize as by_quanto
+
+        with tempfile.TemporaryDirectory() as folder, quantize.no_weights():
+            _wan_1_3b().save_config(folder)
+            config = Path(folder)
+            model = WanTransformer3DModel.from_single_file(
+                str(file), config=str(config), torch_dtype=_usual(), local_files_only=True
+            )
+        names = [name for name, module in model.named_modules() if quantize.form_of(name, module, "int8")]
+        by_quanto(model, weights=qint8, include=names)
+        freeze(model)
+    assert not any(tensor.is_meta for tensor in model.parameters())
+    del torch
+    return {"size": quantize.num_bytes(model), "seconds": time.monotonic() - began}
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+LIMITS = {"int8": 0.01, "fp8": None, "nf4": 0.10}
+JOBS = (("onething", 3, 1), ("creaturething", 2, 2), ("samekind", 5, 2), ("four", 1, 4))
+
+
+def rounding(preset: str) -> Iterator[Figure]:
+    """One forward with rounded weights against the full ones, over jobs of the benchmark and six noise levels."""
+    errors, sizes = one_forward_errors(preset)
+    for precision, found in errors.items():
+        limit = LIMITS[precision]
+        yield Figure(
+            f"rounding-{precision}",
+            f"{preset}, {precision}: relative error of one forward, over 4 jobs and 6 noise levels "
+            f"(transformer {sizes[precision] / 1e6:.1f} MB)",
+            f"{found:.4f}",
+            f"≤ {limit:g}" if limit else "",
+            None if limit is None else found <= limit,
+        )
+
+
+def one_forward_errors(
+    name: str, jobs: tuple[tuple[str, int, int], ...] = JOBS, precisions: tuple[Any, ...] = ("int8", "fp8", "nf4")
+) -> tuple[dict[str, float], dict[str, int]]:
+    """||rounded - full|| / ||full|| of the velocity with prompt and subjects, and what each model holds, in bytes.
+
+    The latents are those that the full model passes through on ten steps of the preset's own schedule.
+    """
+    from engine import conditioning, encode, pictures, presets, quantize, run, sampling
+    from engine.load import Warm
+    from train import evaluate
+
+    warm, preset = Warm(), presets.load(name)
+    full, vae = warm.part("transformer", preset), warm.part("vae", preset)
+    seen: list[tuple[Any, list[tuple[Any, float, Any]]]] = []
+    for category, number, subjects in jobs:
+        job, _ = presets.resolve(evaluate.case(name, category, number, subjects).job)
+        job = pictures.pack(job, preset)
+        encoded = encode.job_states(job, preset, warm)
+        way = conditioning.prepare(preset.conditioning, full, encoded)
+        passed: list[tuple[Any, float, Any]] = []
+        sampling.denoise(
+            run._noise(job, preset, full, vae, way.lead),
+            _noting(way.predict, passed),
+            sampling.SOLVERS["euler"](10, job.sampling.shift or 1.0),
+            lambda step: None,
+        )
+        seen.append((encoded, [passed[step] for step in (0, 2, 4, 6, 8, 9)]))
+    errors, sizes = {}, {"full": quantize.num_bytes(full)}
+    for precision in precisions:
+        rounded = warm.part("transformer", preset, precision)
+        apart = whole = 0.0
+        for encoded, passed in seen:
+            way = conditioning.prepare(preset.conditioning, rounded, encoded)
+            for latents, sigma, velocity in passed:
+                apart += float((way.predict(latents, sigma, "full") - velocity).pow(2).sum())
+                whole += float(velocity.pow(2).sum())
+        errors[precision], sizes[precision] = (apart / whole) ** 0.5, quantize.num_bytes(rounded)
+    return errors, sizes
+
+
+def _noting(predict: Callable[..., Any], passed: list[tuple[Any, float, Any]]) -> Callable[[Any, float], Any]:
+    def noted(latents: Any, sigma: float) -> Any:
+        velocity = predict(latents, sigma, "full")
+        passed.append((latents.clone(), sigma, velocity.clone()))
+        return velocity
+
+    return noted
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m app.bench_weights", description="A child of the measurements.")
+    parser.add_argument("how", choices=("ours", "library"))
+    parser.add_argument("file", type=Path)
+    parser.add_argument("precision")
+    given = parser.parse_args()
+    sys.stdout.write(json.dumps(_child(given.how, given.file, given.precision)) + "\n")
