@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -382,55 +383,88 @@ def apply(transformer: nn.Module, loras: Sequence[Lora], *, merge: bool = False)
         ValueError: `merge` into weights that are already quantized.
     """
     remove(transformer)
-    chosen = [(lora.weight, *fitting(transformer, lora_files.place(lora))) for lora in loras if lora.weight]
-    changes: dict[str, list[tuple[float, Change]]] = {}
-    for weight, fits, _ in chosen:
-        for name, change in fits:
-            changes.setdefault(name, []).append((weight, change))
+    if merge:
+        return _merge(transformer, loras)
+    changes, matched = _chosen(transformer, loras)
     undo = _UNDO.setdefault(transformer, [])
     modules = dict(transformer.named_modules())
     try:
         for name, several in changes.items():
             module = modules.get(name)
-            if module is not None and _is_linear(module) and not merge:
+            if module is not None and _is_linear(module):
                 undo.append(module.register_forward_hook(_Branches(several)).remove)
-            else:
-                undo.extend(_change(modules, name, several))
+                continue
+            owner, _, leaf = name.rpartition(".")
+            places = [(modules[owner], leaf)] if module is None else [(module, "weight"), (module, "bias")]
+            for (holder, own), kind in zip(places, (Change.of_weight, Change.of_bias), strict=False):
+                if (difference := _sum(several, kind)) is not None:
+                    old = getattr(holder, own)
+                    _replace(holder, own, old.detach().float() + difference.to(old.device))
+                    undo.append(partial(setattr, holder, own, old))
     except BaseException:
         remove(transformer)
         raise
-    if merge:
-        del _UNDO[transformer]
     if undo:
         _forget_compiled(transformer)
-    matched = tuple(match for _, _, match in chosen)
-    for match in matched:
-        log.info("%s", match.sentence)
     return matched
 
 
-def merging(transformer: nn.Module, path: Path) -> Callable[[str, Tensor], Tensor]:
-    """What turns each weight, on its way into this model, into the weight with the file's change in it.
+def _merge(transformer: nn.Module, loras: Sequence[Lora]) -> tuple[Matched, ...]:
+    add, matched = merging(transformer, loras)
+    for key, old in list(transformer.named_parameters()):
+        owner, _, leaf = key.rpartition(".")
+        if (new := add(key, old)) is not old:
+            _replace(transformer.get_submodule(owner), leaf, new)
+    return matched
+
+
+def merging(
+    transformer: nn.Module, loras: Sequence[Lora]
+) -> tuple[Callable[[str, Tensor], Tensor], tuple[Matched, ...]]:
+    """For weights that are quantized while they come off the disk: what adds these LoRAs to one of them.
 
     Args:
-        transformer: on the meta device, before any layer is quantized.
+        transformer: its modules tell what fits where; its weights are not looked at and may be on the meta device.
+
+    Returns:
+        A function of a weight's name and the weight: the sum, fp32, or that very tensor where nothing is to be added.
+        And how each file fits.
 
     Raises:
-        StudioError: see `fitting`.
+        StudioError: as `apply` does.
     """
-    by_name = dict(fitting(transformer, path)[0])
+    changes, matched = _chosen(transformer, loras)
 
-    def merged(name: str, tensor: Tensor) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        change, difference = by_name.get(name), None
-        if change is not None:
-            difference = change.of_weight(1.0)
-        elif owner in by_name:
-            change = by_name[owner]
-            difference = change.of_weight(1.0) if leaf == "weight" else change.of_bias(1.0)
-        return tensor if difference is None else (tensor.float() + difference.to(tensor.device)).to(tensor.dtype)
+    def add(key: str, tensor: Tensor) -> Tensor:
+        owner, _, leaf = key.rpartition(".")
+        several = changes.get(key) or (changes.get(owner) if leaf in ("weight", "bias") else None)
+        kind = Change.of_bias if leaf == "bias" else Change.of_weight
+        difference = _sum(several, kind) if several else None
+        return tensor if difference is None else tensor.detach().float() + difference.to(tensor.device)
 
-    return merged
+    return add, matched
+
+
+def _chosen(
+    transformer: nn.Module, loras: Sequence[Lora]
+) -> tuple[dict[str, list[tuple[float, Change]]], tuple[Matched, ...]]:
+    """All changes by the name of their place, each with its LoRA's weight."""
+    changes: dict[str, list[tuple[float, Change]]] = {}
+    matched: list[Matched] = []
+    for lora in loras:
+        if not lora.weight:
+            continue
+        fits, match = fitting(transformer, lora_files.place(lora))
+        matched.append(match)
+        log.info("%s", match.sentence)
+        for name, change in fits:
+            changes.setdefault(name, []).append((lora.weight, change))
+    return changes, tuple(matched)
+
+
+def _sum(several: Sequence[tuple[float, Change]], kind: Callable[[Change, float], Tensor | None]) -> Tensor | None:
+    parts = [part for weight, change in several if (part := kind(change, weight)) is not None]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 def remove(transformer: nn.Module) -> None:
@@ -488,31 +522,12 @@ def _branch(change: Change, weight: float) -> list[Tensor | None]:
     return [change.down, up, full, change.of_bias(weight)]
 
 
-def _change(
-    modules: dict[str, nn.Module], name: str, several: Sequence[tuple[float, Change]]
-) -> list[Callable[[], None]]:
-    """Add to the tensors of a module, or to a bare parameter; what puts the old ones back."""
-    owner, _, leaf = name.rpartition(".")
-    places = [(modules[name], "weight"), (modules[name], "bias")] if name in modules else [(modules[owner], leaf)]
-    undo = []
-    for (holder, own), difference in zip(places, (Change.of_weight, Change.of_bias), strict=False):
-        parts = [part for weight, change in several if (part := difference(change, weight)) is not None]
-        if parts:
-            undo.append(_changed(holder, own, sum(parts[1:], parts[0])))
-    return undo
-
-
-def _changed(holder: nn.Module, name: str, difference: Tensor) -> Callable[[], None]:
-    """Put old + difference in a parameter's place; returns what puts the old one back."""
+def _replace(holder: nn.Module, name: str, new: Tensor) -> None:
+    """Another tensor in a parameter's place, in the precision of the old one."""
     old = getattr(holder, name)
-    if old is None:  # a layer without a bias gets one
-        new = difference
-    elif type(old) is not nn.Parameter or not old.is_floating_point() or old.element_size() < 2:
+    if type(old) is not nn.Parameter or not old.is_floating_point() or old.element_size() < 2:
         raise ValueError(f"{name} of {type(holder).__name__} is quantized, and a difference is added before that.")
-    else:
-        new = (old.detach().float() + difference.to(old.device)).to(old.dtype)
-    setattr(holder, name, nn.Parameter(new, requires_grad=False))
-    return lambda: setattr(holder, name, old)
+    setattr(holder, name, nn.Parameter(new.to(old.dtype), requires_grad=False))
 
 
 def _forget_compiled(transformer: nn.Module) -> None:

@@ -23,6 +23,7 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from torch import Tensor, nn
 
 from engine import lora, quantize
+from engine.job import Lora
 from engine.model import IdentityWanTransformer3DModel, is_identity_key
 from engine.quantize import Precision
 from engine.sources import Entry, Source, opened, refused
@@ -74,7 +75,7 @@ def transformer(
             model = kind(**config)
         own = is_identity_key if identity is not None else (lambda name: False)
         _check(held, model, names, missing_is_fine=own)
-        merged = None if merge is None else lora.merging(model, merge)
+        merged = None if merge is None else lora.merging(model, [Lora(path=str(merge), weight=1.0, sha256="")])[0]
         quantize.swap(model, precision, lambda name: not own(name + "."))
         _fill(model, held, names, dtype, where, merged)
     if identity is not None:

@@ -307,6 +307,22 @@ def test_beside_quantized_weights_a_lora_adds_what_it_adds_to_full_ones(plain, c
         lora.apply(model, [file], merge=True)
 
 
+def test_a_model_that_is_filled_tensor_by_tensor_takes_the_same_sums(plain, changes, tmp_path):
+    with torch.device("meta"):
+        empty = WanTransformer3DModel(**PLAIN)
+    norms = {"diffusion_model.blocks.1.norm3.diff_b": torch.ones(48), "diffusion_model.modulation.diff": torch.ones(3)}
+    norms |= {"diffusion_model.head.modulation.diff": torch.ones(1, 2, 48)}
+    file = write(tmp_path / "few.safetensors", wan(changes) | norms).model_copy(update={"weight": 0.5})
+    add, (matched,) = lora.merging(empty, [file])
+    assert matched.left == ("diffusion_model.modulation.diff",)
+    model = summed(plain, {})
+    lora.apply(model, [file], merge=True)
+    state = plain.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(add(name, state[name]), tensor)
+    assert add("patch_embedding.weight", state["patch_embedding.weight"]) is state["patch_embedding.weight"]
+
+
 # --- our own model ---------------------------------------------------------------------------------------------------
 
 

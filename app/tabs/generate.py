@@ -20,8 +20,10 @@ from app.form import SEEDS, Cast, Form, Slot
 from app.queue import Row
 from app.studio import SANITY, Studio, first_example
 from app.tabs import cast as cast_panel
+from app.tabs import loras as lora_panel
 from app.tabs import models as models_tab
 from app.tabs.cast import CastPanel
+from app.tabs.loras import LoraPanel
 from app.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from engine import presets
 from engine.job import read_job
@@ -41,6 +43,7 @@ BESIDE = {
     "sampling": "advanced",
     "negative_prompt": "advanced",
     "until": "advanced",
+    "loras": "advanced",
 }
 PLACES = ("subjects", "prompt", "preset", "size", "seed", "advanced", "go")
 
@@ -50,6 +53,8 @@ class GenerateTab:
     """The tab's components; `form` in the order of `FIELDS`, `refused` in the order of `PLACES`."""
 
     panel: CastPanel
+    loras: LoraPanel
+    advanced: gr.Accordion
     form: dict[str, Any]
     quality: gr.Radio
     about: gr.HTML
@@ -70,7 +75,8 @@ class GenerateTab:
     @property
     def filled(self) -> list[Any]:
         """What `fill` returns."""
-        return [*self.panel.shown, *self.values, self.quality, self.about, self.length]
+        shown = [*self.panel.shown, *self.loras.shown, self.advanced]
+        return [*shown, *self.values, self.quality, self.about, self.length]
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -91,12 +97,14 @@ def layout(studio: Studio) -> GenerateTab:
             refused["prompt"] = _beside()
             quality = _model(form, preset, refused)
             length = _size(form, start, refused)
-            _advanced(form, start, preset, refused)
+            advanced, loras = _advanced(form, start, preset, refused)
             about_it = gr.HTML("", js_on_load=CLICKS, elem_id="about-preset", apply_default_css=False)
             cost, go, stop_editing, sanity = _go(form, refused)
         with gr.Column(elem_id="stage-column", min_width=320):
             shown = gr.HTML(stage.render([]), js_on_load=CLICKS, elem_id="stage", apply_default_css=False)
-    return GenerateTab(panel, form, quality, about_it, length, refused, cost, go, stop_editing, sanity, shown, editing)
+    return GenerateTab(
+        panel, loras, advanced, form, quality, about_it, length, refused, cost, go, stop_editing, sanity, shown, editing
+    )
 
 
 def _beside() -> gr.HTML:
@@ -139,8 +147,10 @@ def _size(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) -> gr.
     return length
 
 
-def _advanced(form: dict[str, Any], start: Form, preset: Preset, refused: dict[str, gr.HTML]) -> None:
-    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+def _advanced(
+    form: dict[str, Any], start: Form, preset: Preset, refused: dict[str, gr.HTML]
+) -> tuple[gr.Accordion, LoraPanel]:
+    with gr.Accordion("Advanced", open=False, elem_id="advanced") as advanced:
         with gr.Row(elem_classes="numbers"):
             form["num_inference_steps"] = gr.Number(start.num_inference_steps, label="Steps", precision=0, min_width=70)
             form["scheduler"] = gr.Dropdown(
@@ -168,12 +178,16 @@ def _advanced(form: dict[str, Any], start: Form, preset: Preset, refused: dict[s
             ):
                 form[name] = gr.Number(getattr(start, name), label=label, step=0.1, visible=shown[name], min_width=90)
         form["negative_prompt"] = gr.Textbox(start.negative_prompt, label="Stay away from", max_lines=3)
+        form["cache"] = gr.State(start.cache)  # a document may say it; the page has no field for it yet
         with gr.Row(elem_classes="numbers"):
             form["until"] = gr.Number(
                 start.until or 0, label="Draw again until everyone's likeness is", step=0.05, min_width=150
             )
             form["tries"] = gr.Number(start.tries, label="Further seeds at most", precision=0, min_width=90)
+        loras = lora_panel.layout()
+        form["loras"] = loras.loras
         refused["advanced"] = _beside()
+    return advanced, loras
 
 
 def _go(form: dict[str, Any], refused: dict[str, gr.HTML]) -> tuple[gr.HTML, gr.Button, gr.Button, gr.Button]:
@@ -266,7 +280,10 @@ def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
     shown["cache"] = gr.Dropdown(value=form.cache or "off", info=_left_out(preset))
     values = [shown.get(name, getattr(form, name)) for name in FIELDS]
     quality = gr.Radio(_qualities(preset), value=_quality_of(form))
-    return [*cast_panel.paint(studio, cast, form.preset), *values, quality, about(studio, form.preset), _length(form)]
+    # A LoRA that came with a document is not left behind a closed lid: what is wrong with it is said there.
+    loras = [*lora_panel.paint(form.loras), gr.Accordion(open=True) if form.loras else gr.skip()]
+    words = [about(studio, form.preset), _length(form)]
+    return [*cast_panel.paint(studio, cast, form.preset), *loras, *values, quality, *words]
 
 
 def paint_stage(rows: Sequence[Row], paused: bool) -> str:
@@ -352,6 +369,7 @@ def opened(ticket: Ticket) -> tuple[Form, Cast]:
 def wire(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any, tabs: gr.Tabs) -> list[Any]:
     """Connect the tab. Returns the events after which the whole page should look again at the queue."""
     cast_panel.wire(tab.panel, studio, preset=tab.form["preset"], prompt=tab.form["prompt"])
+    lora_panel.wire(tab.loras)
     _wire_form(tab, studio)
     _wire_open(tab, studio, ticket, load)
     tab.about.click(lambda: select("models"), None, tabs, **quiet(queue=True))
@@ -374,7 +392,7 @@ def _wire_form(tab: GenerateTab, studio: Studio) -> None:
         return [gr.Number(visible=shown) for shown in _scales(mode).values()]
 
     form, panel = tab.form, tab.panel
-    free = ("prompt", "seed", "fresh_seed", "negative_prompt", "until", "tries")
+    free = ("prompt", "seed", "fresh_seed", "negative_prompt", "until", "tries", "loras")
     priced = [form[name] for name in FIELDS if name not in free]
     gr.on(
         # Each clip since the last time has taught it something, hence also at the button.
@@ -392,12 +410,15 @@ def _wire_form(tab: GenerateTab, studio: Studio) -> None:
 
 def _wire_go(tab: GenerateTab, studio: Studio) -> list[Any]:
     places = [tab.refused[name] for name in PLACES]
+    names = len(tab.panel.fields)
+    slots = names + len(tab.loras.fields)
 
     def pressed(editing: int, cast: Cast, *given: Any) -> list[Any]:
-        edits, values = given[: len(tab.panel.fields)], given[len(tab.panel.fields) :]
-        cast = cast_panel.edited(cast, *edits)
+        edits, rows, values = given[:names], given[names:slots], given[slots:]
+        cast, form = cast_panel.edited(cast, *edits), Form(*values)
         try:
-            said, seed = submit(studio, Form(*values), cast, editing)
+            form = replace(form, loras=lora_panel.chosen(form.loras, *rows))
+            said, seed = submit(studio, form, cast, editing)
         except StudioError as error:
             return [*refusals(error), gr.skip(), editing, gr.skip(), gr.skip()]
         return [*refusals(None)[:-1], markup.note(said), str(seed), 0, *_button(0)]
@@ -408,7 +429,7 @@ def _wire_go(tab: GenerateTab, studio: Studio) -> list[Any]:
     def check_sanity() -> None:
         studio.queue.add(read_job(SANITY.read_text(encoding="utf-8")), group=stage.SANITY)
 
-    inputs = [tab.editing, tab.panel.cast, *tab.panel.fields, *tab.values]
+    inputs = [tab.editing, tab.panel.cast, *tab.panel.fields, *tab.loras.fields, *tab.values]
     buttons = [tab.editing, tab.go, tab.stop_editing]
     go = tab.go.click(pressed, inputs, [*places, tab.form["seed"], *buttons], **quiet())
     tab.stop_editing.click(leave, None, buttons, **quiet())
