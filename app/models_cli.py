@@ -213,7 +213,7 @@ def adopt(given: argparse.Namespace, hub: Hub) -> int:
         print(f"adopted: {path}")
     for error in unknown:
         _tell(str(error))
-    print(f"{len(adopted)} files adopted." if adopted else "No file there is one that a preset needs.")
+    print(f"Adopted: {len(adopted)}." if adopted else "No file there is one that a preset needs.")
     return 0
 
 

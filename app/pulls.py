@@ -135,8 +135,10 @@ class Pulls:
         def work(hub: Hub, say: Say) -> str:
             self._set(ADOPT, stage="checking")
             adopted, unknown = models.adopt([folder], hub, say)
-            more = f" {len(unknown)} repositories could not be asked." if unknown else ""
-            return (f"{len(adopted)} files adopted." if adopted else "No file there is one that a preset needs.") + more
+            more = f" Not to be asked about: {len(unknown)} repositories or folders." if unknown else ""
+            names = ", ".join(path.name for path in adopted[:4])
+            said = f"Adopted: {len(adopted)} ({names})." if adopted else "No file there is one that a preset needs."
+            return said + more
 
         self._begin(ADOPT, work)
 

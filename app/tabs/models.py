@@ -266,6 +266,7 @@ def act(pulls: Pulls, what: str, name: str, *, judges: bool, unlicensed: bool) -
     elif what == "forget":
         models.forget(presets.load(name))
         pulls.clear(name)
+        pulls.clear(ADD)
     return ""
 
 

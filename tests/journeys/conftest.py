@@ -34,7 +34,7 @@ FLAGS = [
     "--disable-sync",
     "--disable-quic",
 ]
-SLOW_S = 120.0  # longest wait for one thing on two busy cores; a pass takes a tenth of it
+SLOW_S = 90.0  # longest wait for one thing on two busy cores; a pass takes a tenth of it
 
 
 @dataclass

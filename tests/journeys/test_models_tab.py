@@ -164,7 +164,7 @@ def test_what_another_program_fetched_is_adopted(shop: Page, market: Market, tmp
     (tmp_path / "renamed.safetensors").write_bytes(REPOS["own/one"]["one.safetensors"])
     shop.get_by_label("Folder of another program").fill(str(tmp_path))
     shop.get_by_role("button", name="Adopt its files").click()
-    expect(shop.locator("#models-head .note")).to_contain_text("1 files adopted")
+    expect(shop.locator("#models-head")).to_contain_text("Adopted: 1 (renamed.safetensors)")
     assert wait_for(lambda: list(market.cache.rglob("one.safetensors")), "the file")
 
 

@@ -121,7 +121,7 @@ def test_adopting_and_adding_go_the_same_way(home: Home, one: Preset, pulls: Pul
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "x.safetensors").write_bytes(TRANSFORMER)
     pulls.adopt(tmp_path / "theirs")
-    assert until(pulls, ADOPT, ended).said.startswith("1 files adopted.")
+    assert until(pulls, ADOPT, ended).said.startswith("Adopted: 1 (x.safetensors).")
     pulls.adopt(tmp_path / "nowhere")
     assert (failed := until(pulls, ADOPT, ended)).error is not None and "no folder" in failed.error.what
     pulls.add(" me/trained ")
