@@ -60,7 +60,7 @@ def build(settings: Settings) -> gr.Blocks:
         ]
         queue_shows = [first.stage, second.grid, third.head, third.rows, bell]
         asks = [first.form["preset"], fourth.asked]
-        pulls_show = [fourth.head, fourth.cards, first.form["preset"], first.about, fourth.like]
+        pulls_show = [fourth.head, fourth.cards, first.form["preset"], first.lack, fourth.like]
         _wire_looks(page, studio, asks, queue_shows, pulls_show, changed)
         api.register(studio)
     return page
@@ -91,9 +91,9 @@ def _wire_looks(
         painted = models_tab.paint(studio, asked)
         if choices == seen[3]:  # an open dropdown is left alone while a bar moves
             return choices, [*painted, gr.skip(), gr.skip(), gr.skip()]
-        about = generate.about(studio, preset)
+        lack = models_tab.missing(studio, preset)
         likes = gr.Dropdown(choices=models_tab.likes())
-        return choices, [*painted, gr.Dropdown(choices=list(choices)), about, likes]
+        return choices, [*painted, gr.Dropdown(choices=list(choices)), lack, likes]
 
     def repaint(seen: Seen, preset: str, asked: str) -> list[Any]:
         counts = (studio.queue.changes(), studio.pulls.changes())

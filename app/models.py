@@ -274,11 +274,11 @@ class Speed:
 
     @property
     def bytes_per_s(self) -> float:
-        """0 while nothing is known."""
-        if len(self._seen) < 2:
+        """0 while nothing is known, as in the first second."""
+        if not self._seen:
             return 0.0
         (first, before), (last, after) = self._seen[0], self._seen[-1]
-        return max(0, after - before) / (last - first) if last > first else 0.0
+        return max(0, after - before) / (last - first) if last - first >= 1 else 0.0
 
     def seconds_left(self, total: int) -> float | None:
         """None while nothing is known."""

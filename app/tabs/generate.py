@@ -57,6 +57,7 @@ class GenerateTab:
     advanced: gr.Accordion
     form: dict[str, Any]
     quality: gr.Radio
+    lack: gr.HTML
     about: gr.HTML
     length: gr.HTML
     refused: dict[str, gr.HTML]
@@ -76,7 +77,7 @@ class GenerateTab:
     def filled(self) -> list[Any]:
         """What `fill` returns."""
         shown = [*self.panel.shown, *self.loras.shown, self.advanced]
-        return [*shown, *self.values, self.quality, self.about, self.length]
+        return [*shown, *self.values, self.quality, self.lack, self.about, self.length]
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -95,15 +96,29 @@ def layout(studio: Studio) -> GenerateTab:
             refused["subjects"] = panel.refused
             form: dict[str, Any] = {"prompt": _prompt()}
             refused["prompt"] = _beside()
-            quality = _model(form, preset, refused)
+            quality, lack = _model(form, preset, refused)
             length = _size(form, start, refused)
             advanced, loras = _advanced(form, start, preset, refused)
-            about_it = gr.HTML("", js_on_load=CLICKS, elem_id="about-preset", apply_default_css=False)
+            about = gr.HTML(_about(preset), apply_default_css=False)
             cost, go, stop_editing, sanity = _go(form, refused)
         with gr.Column(elem_id="stage-column", min_width=320):
             shown = gr.HTML(stage.render([]), js_on_load=CLICKS, elem_id="stage", apply_default_css=False)
     return GenerateTab(
-        panel, loras, advanced, form, quality, about_it, length, refused, cost, go, stop_editing, sanity, shown, editing
+        panel=panel,
+        loras=loras,
+        advanced=advanced,
+        form=form,
+        quality=quality,
+        lack=lack,
+        about=about,
+        length=length,
+        refused=refused,
+        cost=cost,
+        go=go,
+        stop_editing=stop_editing,
+        sanity=sanity,
+        stage=shown,
+        editing=editing,
     )
 
 
@@ -122,15 +137,16 @@ def _prompt() -> gr.Textbox:
     )
 
 
-def _model(form: dict[str, Any], preset: Preset, refused: dict[str, gr.HTML]) -> gr.Radio:
+def _model(form: dict[str, Any], preset: Preset, refused: dict[str, gr.HTML]) -> tuple[gr.Radio, gr.HTML]:
     with gr.Row(elem_classes="pair"):
         titles = [(each.title, each.name) for each in presets.readable()]
-        form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset", min_width=100, scale=2)
+        form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset", min_width=130, scale=3)
         quality = gr.Radio(
             _qualities(preset), value="standard", label="Quality", elem_id="quality", min_width=180, scale=5
         )
     refused["preset"] = _beside()
-    return quality
+    lack = gr.HTML("", js_on_load=CLICKS, elem_id="lack", elem_classes="beside", apply_default_css=False)
+    return quality, lack
 
 
 def _size(form: dict[str, Any], start: Form, refused: dict[str, gr.HTML]) -> gr.HTML:
@@ -213,10 +229,8 @@ def _qualities(preset: Preset) -> list[tuple[str, str]]:
     return [(f"Draft · {preset.draft_steps} steps", "draft"), (f"Standard · {full} steps", "standard")]
 
 
-def about(studio: Studio, name: str) -> str:
-    """What the chosen model is, and the way to its files where they are not here."""
-    preset = presets.load(name)
-    return f'<p class="about">{escape(preset.about)}</p>{models_tab.missing(studio, preset)}'
+def _about(preset: Preset) -> str:
+    return f'<p class="about">{escape(preset.about)}</p>'
 
 
 def _left_out(preset: Preset) -> str:
@@ -259,8 +273,10 @@ def cost_line(studio: Studio, form: Form, cast: Cast) -> str:
         )
     except StudioError as error:
         return f'<p class="cost">{escape(error.next_step)}</p>'
-    many = f" for {form.count}" if form.count > 1 else ""
     preset = presets.load(form.preset)
+    many = f" for {form.count}" if form.count > 1 else ""
+    if not costs.learnt and preset.cost.on != presets.Cost.model_fields["on"].default:
+        many += f" on {escape(preset.cost.on)}"  # nobody's processor makes such a clip in that time
     basis = escape("from your own clips" if costs.learnt else f"first guess, on {preset.cost.on}")
     low = " low" if costs.disk_is_low else ""
     return (
@@ -282,7 +298,7 @@ def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
     quality = gr.Radio(_qualities(preset), value=_quality_of(form))
     # A LoRA that came with a document is not left behind a closed lid: what is wrong with it is said there.
     loras = [*lora_panel.paint(form.loras), gr.Accordion(open=True) if form.loras else gr.skip()]
-    words = [about(studio, form.preset), _length(form)]
+    words = [models_tab.missing(studio, form.preset), _about(preset), _length(form)]
     return [*cast_panel.paint(studio, cast, form.preset), *loras, *values, quality, *words]
 
 
@@ -372,7 +388,7 @@ def wire(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any, tabs: gr
     lora_panel.wire(tab.loras)
     _wire_form(tab, studio)
     _wire_open(tab, studio, ticket, load)
-    tab.about.click(lambda: select("models"), None, tabs, **quiet(queue=True))
+    tab.lack.click(lambda: select("models"), None, tabs, **quiet(queue=True))
     return [*_wire_go(tab, studio), _wire_stage(tab, studio, ticket)]
 
 

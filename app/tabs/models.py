@@ -24,7 +24,6 @@ from app.tabs.wiring import CLICKS, quiet
 from engine import presets
 from engine.hub import Hub
 from engine.messages import StudioError
-from engine.presets import Preset
 
 SELF = "as its own files tell"
 
@@ -56,7 +55,7 @@ def layout() -> ModelsTab:
     with gr.Column(elem_id="models"):
         head = gr.HTML("", elem_id="models-head", apply_default_css=False)
         with gr.Row(elem_id="models-options"):
-            judges = gr.Checkbox(False, label="Fetch the networks that judge everyone's likeness, too (1.2 GB, once)")
+            judges = gr.Checkbox(False, label=f"Fetch the networks that judge likeness, too ({_judging()}, once)")
             unlicensed = gr.Checkbox(False, label="Also what names no licence, at my own risk")
         refused = gr.HTML("", elem_classes="beside", apply_default_css=False)
         cards = gr.HTML("", js_on_load=CLICKS, elem_id="model-cards", apply_default_css=False)
@@ -77,6 +76,18 @@ def layout() -> ModelsTab:
     )  # fmt: skip
 
 
+def _judging() -> str:
+    """Size of the networks that judge clips, each counted once."""
+    named = {
+        files
+        for preset in presets.readable()
+        for part, own in preset.downloads().items()
+        if part in presets.OPTIONAL
+        for files in own
+    }
+    return markup.size(sum(files.num_bytes for files in named))
+
+
 def likes() -> list[tuple[str, str]]:
     """Whose defaults a repository may take."""
     return [(SELF, ""), *((f"like {preset.title}", preset.name) for preset in presets.readable())]
@@ -92,10 +103,11 @@ def choices(studio: Studio) -> list[tuple[str, str]]:
     return [(each.preset.title + ("" if each.here else " · not here"), each.preset.name) for each in found]
 
 
-def missing(studio: Studio, preset: Preset) -> str:
+def missing(studio: Studio, name: str) -> str:
     """What stands beside a chosen preset that cannot make clips yet, with the way to this tab; else nothing."""
-    found = models.state(preset, studio.pulls.hub())
-    if found.here:
+    preset = presets.find(name)
+    found = models.state(preset, studio.pulls.hub()) if preset else None
+    if preset is None or found is None or found.here:
         return ""
     what = f"{markup.size(found.bytes_to_fetch)} to fetch" if found.to_fetch else "it needs a checkpoint of yours"
     words = f"The files of {escape(preset.title)} are not here yet: {what}."
@@ -147,7 +159,7 @@ def _card(found: models.State, pull: Pull | None, hub: Hub, free: int, asked: bo
         if page.startswith("https://")
         else ""
     )
-    facts = [f"<span>Licence <b>{escape(preset.licence)}</b></span>", link, _sizes(found, free)]
+    facts = [f"<span>Licence <b>{escape(preset.licence)}</b></span>", link, _sizes(found, free, busy)]
     own = "".join(
         f'<p class="about">Its {part.replace("_", " ")} is a checkpoint of yours, in '
         f"{escape(str(presets.models_dir() / str(getattr(preset.components, part))))}.</p>"
@@ -163,11 +175,11 @@ def _card(found: models.State, pull: Pull | None, hub: Hub, free: int, asked: bo
     )
 
 
-def _sizes(found: models.State, free: int) -> str:
+def _sizes(found: models.State, free: int, busy: bool) -> str:
     if found.fetched:
         return ""
     low = " low" if found.bytes_to_fetch > free else ""
-    arrived = f", {markup.size(found.arrived)} of it under way" if found.arrived else ""
+    arrived = f", {markup.size(found.arrived)} of it under way" if found.arrived and not busy else ""
     return (
         f'<span class="disk{low}"><b>{markup.size(found.bytes_to_fetch)}</b> to fetch{arrived}, '
         f"{markup.size(free)} free</span>"
@@ -212,7 +224,7 @@ def _buttons(found: models.State, pull: Pull | None) -> str:
     buttons = []
     if not found.fetched:
         under_way = found.arrived > 0 or (pull is not None and pull.stage == "paused")
-        buttons.append(act("Go on" if under_way else "Fetch", "fetch", kind="primary"))
+        buttons.append(act("Go on", "fetch", kind="primary") if under_way else act("Fetch", "fetch"))
         buttons += [act("Cancel", "cancel")] if under_way else []
     elif not found.judges:
         buttons.append(act("Fetch judges", "judges"))

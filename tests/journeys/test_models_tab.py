@@ -132,11 +132,11 @@ def test_a_model_that_is_missing_says_so_where_it_is_chosen_and_leads_here(shop:
     tab(shop, "Generate")
     shop.locator("#preset input").click()
     shop.get_by_role("option", name="Little · not here").click()
-    expect(shop.locator("#about-preset .refusal")).to_contain_text("not here yet")
+    expect(shop.locator("#lack .refusal")).to_contain_text("not here yet")
     shop.locator("#go").click()
     expect(shop.locator("#form .refusal").first).to_contain_text("not all here")
     assert market.server.queue.rows() == []
-    shop.locator("#about-preset").get_by_role("button", name="Open Models").click()
+    shop.locator("#lack").get_by_role("button", name="Open Models").click()
     expect(card(shop, "little")).to_be_visible()
 
 
@@ -170,6 +170,7 @@ def test_what_another_program_fetched_is_adopted(shop: Page, market: Market, tmp
 
 def test_the_tab_fits_a_phone(market: Market, browser: Browser) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844})
+    context.set_default_timeout(SLOW_S * 1000)
     page = context.new_page()
     open_page(page, market.server)
     tab(page, "Models")
