@@ -64,7 +64,6 @@ class LeavingOut:
         level, last = self._levels[self._step], self._step == len(self._levels) - 1
         self._step += 1
         if self.computed >= FIRST and not last and self._in_a_row < IN_A_ROW:
-            # NaN is not below the tolerance: a broken prediction is asked for again, and the loop's guard sees it.
             gathered = self._gathered + self._bend * self._distances(level)
             if gathered <= self._tolerance:
                 self._gathered, self._in_a_row = gathered, self._in_a_row + 1

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from engine import encode, memory, pictures, presets, tiny, video
+from engine import run as engine_run
 from engine.job import GenerateJob, make_job, read_job
 from engine.load import Warm
 from engine.messages import Cancelled, Message, Preview, Progress, Saved, StudioError
@@ -132,7 +133,7 @@ def test_whatever_a_job_says_shows_in_its_frames(tmp_path, warm, plain_frames, c
 
 
 def test_leaving_out_nothing_is_the_clip_itself_and_leaving_out_much_does_not_carry_over(
-    tmp_path, warm, plain_frames, monkeypatch
+    toybox, tmp_path, warm, monkeypatch
 ):
     asked = []
     forward = IdentityWanTransformer3DModel.forward
@@ -140,17 +141,22 @@ def test_leaving_out_nothing_is_the_clip_itself_and_leaving_out_much_does_not_ca
         IdentityWanTransformer3DModel, "forward", lambda *given, **more: asked.append(1) or forward(*given, **more)
     )
 
-    def made(word: str, steps: int) -> tuple[np.ndarray, int]:
+    def made(**word: str) -> tuple[np.ndarray, int]:
         asked.clear()
-        job = _job(tmp_path, sampling={"num_inference_steps": steps, "cache": word})
-        return _make(job, tmp_path / word, warm), len(asked)
+        job = _job(tmp_path, sampling={"num_inference_steps": 12, **word})
+        return _make(job, tmp_path / "b", warm), len(asked)
 
-    off, forwards = made("off", 3)
-    assert np.array_equal(off, plain_frames) and forwards == 6
-    first, few = made("fast", 12)
-    again, as_few = made("fast", 12)
-    assert few == as_few < 24 and np.array_equal(first, again)
-    assert np.array_equal(made("off", 3)[0], plain_frames)
+    absent, forwards = made()
+    fast, few = made(cache="fast")
+    again, as_few = made(cache="fast")
+    off, all_of_them = made(cache="off")
+    assert np.array_equal(off, absent) and forwards == all_of_them == 24
+    assert few == as_few < 24 and np.array_equal(fast, again) and not np.array_equal(fast, off)
+
+
+def test_two_workers_that_begin_the_same_job_at_once_write_two_clips(tmp_path):
+    names = [engine_run._free_name(tmp_path, _job(tmp_path)) for _ in range(3)]
+    assert len(set(names)) == 3
 
 
 def test_another_picture_or_weight_of_a_subject_gives_another_clip(tmp_path, warm, plain_frames):

@@ -107,6 +107,21 @@ def test_the_cost_is_shown_before_the_button_is_pressed_and_follows_the_values(p
     assert re.search(r"\d.*memory.*disk.*free", page.locator("#cost").inner_text(), re.DOTALL)
 
 
+def test_leaving_out_steps_says_what_it_costs_and_makes_the_clip_cheaper(page: Page, server: Server) -> None:
+    quick(page, steps=100)
+    page.locator("#leave-out").scroll_into_view_if_needed()
+    expect(page.locator("#leave-out")).to_contain_text(re.compile(r"Careful: \d\.\dx fewer, .+ Fast: \d\.\dx fewer"))
+    expect(page.locator("#cost")).to_contain_text("memory")
+    before = page.locator("#cost").inner_text()
+    page.locator("#leave-out input").click()
+    page.get_by_role("option", name="Fast").click()
+    expect(page.locator("#cost")).not_to_have_text(before)
+    server.queue.pause()
+    page.locator("#go").click()
+    row = wait_for(lambda: server.row("waiting"), "the job in the line")
+    assert row.job is not None and row.job.sampling.cache == "fast"
+
+
 def test_nothing_jumps_when_a_run_begins_and_ends(page: Page, watched: Watched) -> None:
     """The stage keeps its place and the button stays under the mouse at 1280 x 720."""
 
