@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import Tensor
 
 from engine import caching, sampling, tiny
@@ -12,6 +14,7 @@ from engine.guidance import guided
 from engine.job import Sampling
 from engine.messages import StudioError
 from engine.presets import Caching
+from engine.subject_tower import References
 
 SHAPE = (1, 4, 2, 4, 4)
 STEPS = 30
@@ -106,3 +109,45 @@ def test_the_line_through_merged_velocities_is_the_merged_lines_of_the_branches(
     merged = [guided(settings, lambda branch, n=n: branches[branch][n]) for n in (0, 1)]
     lines = guided(settings, lambda branch: 2 * branches[branch][1] - branches[branch][0])
     torch.testing.assert_close(2 * merged[1] - merged[0], lines, rtol=1e-4, atol=1e-4)
+
+
+SMALL = {
+    "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 16, "out_channels": 16, "text_dim": 32,
+    "freq_dim": 32, "ffn_dim": 96, "num_layers": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["identity", "none", "frames", "side"])
+def test_whatever_way_subjects_enter_steps_are_left_out_and_untold_nothing_changes(kind):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    transformer = {
+        "identity": lambda: tiny.stir(tiny.transformer(), 1.0),
+        "side": lambda: WanVACETransformer3DModel(**SMALL, vace_layers=[0], vace_in_channels=96),
+    }.get(kind, lambda: WanTransformer3DModel(**SMALL))()
+    encoded = Encoded(
+        torch.randn(1, 8, 32),
+        torch.randn(1, 8, 32),
+        References(torch.randn(1, 1, 1, 16, 4, 4), vlm_states=torch.randn(1, 5, tiny.VLM_DIM)),
+        torch.randn(1, 16, 1, 4, 4),
+        torch.randn(1, 96, 3, 4, 4),
+    )
+    conditions = prepare(kind, transformer.eval(), encoded)
+    settings, asked = Sampling(guidance="dual", subject_scale=3.0, text_scale=2.0), []
+
+    def predict(latents: Tensor, time: float) -> Tensor:
+        return guided(settings, lambda branch: asked.append(branch) or conditions.predict(latents, time, branch))
+
+    def clip(tolerance: float | None) -> tuple[Tensor, int]:
+        asked.clear()
+        solver = sampling.Euler(12, 1.0)
+        torch.manual_seed(1)
+        noise = torch.randn(1, 16, conditions.lead + 2, 4, 4)
+        left = predict if tolerance is None else caching.LeavingOut(predict, solver.sigmas[:-1].tolist(), tolerance)
+        return sampling.denoise(noise, left, solver, lambda _: None), len(asked)
+
+    whole, forwards = clip(None)
+    strict, as_many = clip(1e-12)
+    few = clip(10.0)[1]
+    assert torch.equal(whole, strict) and forwards == as_many == 36
+    assert few < forwards / 2 and few % 3 == 0
