@@ -371,7 +371,7 @@ class _Previews:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A page may be reading one of them, and Windows then keeps it; the next run of that name clears it.
+        # A page may be reading one of them, and Windows then keeps it: a run of that name takes another.
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def due(self, step: int, total: int) -> bool:

@@ -25,7 +25,7 @@ def own_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_forwards_are_counted_frames_compared_and_the_preset_learns_it(tiny_toybox: Path, own_presets: Path):
     job = held_out_job(0)
-    job = left_out._with_steps(job.model_copy(update={"num_frames": 5}), 8)
+    job = left_out.with_steps(job.model_copy(update={"num_frames": 5}), 8)
     found = left_out.measure("toybox", [job])
     assert (found["off"]["computed"], found["off"]["psnr"], found["off"]["change"]) == (8, 99, 0)
     assert 4 <= found["fast"]["computed"] <= found["careful"]["computed"] <= 8

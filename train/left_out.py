@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--write takes the preset's own steps; leave out --steps.")
     jobs = [held_out_job(number, preset=given.preset) for number in range(given.jobs)]
     if given.steps:
-        jobs = [_with_steps(job, given.steps) for job in jobs]
+        jobs = [with_steps(job, given.steps) for job in jobs]
     found = measure(given.preset, jobs)
     print(json.dumps(found, indent=1))  # noqa: T201
     if given.write:
@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _with_steps(job: GenerateJob, steps: int) -> GenerateJob:
+def with_steps(job: GenerateJob, steps: int) -> GenerateJob:
+    """The job with another number of denoising steps."""
     return job.model_copy(update={"sampling": job.sampling.model_copy(update={"num_inference_steps": steps})})
 
 
