@@ -200,6 +200,48 @@ def rounding(preset: str) -> Iterator[Figure]:
             f"≤ {limit:g}" if limit else "",
             None if limit is None else found <= limit,
         )
+    yield from clips(preset)
+
+
+def clips(preset: str, count: int = 12) -> Iterator[Figure]:
+    """Held-out jobs of two subjects made with rounded weights, beside the same with full ones."""
+    import numpy as np
+
+    from engine import presets, run, video
+    from train.left_out import psnr
+    from train.sheet import held_out_job
+
+    jobs = [held_out_job(number, preset=preset) for number in range(count)]
+    scale, made = presets.load(preset).display_scale, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in (None, *LEAST):
+            warm = run.Warm()
+            saved = [
+                run.run(
+                    job.model_copy(update={"precision": precision}),
+                    lambda message: None,
+                    outputs=Path(folder),
+                    clip=Path(folder) / f"{precision}-{number}.mp4",
+                    warm=warm,
+                )
+                for number, job in enumerate(jobs)
+            ]
+            frames = [video.read_frames(each.clip, display_scale=scale) for each in saved]
+            made[precision] = frames, float(np.mean([each.weakest or 0.0 for each in saved]))
+    whole, weakest = made[None]
+    for precision, least in LEAST.items():
+        frames, likeness = made[precision]
+        decibels = [psnr(first, second) for first, second in zip(whole, frames, strict=True)]
+        yield Figure(
+            f"clips-{precision}",
+            f"{preset}, {precision}: {count} jobs, change of the weakest likeness (frames beside full weights)",
+            f"{likeness - weakest:+.3f} ({np.mean(decibels):.1f} dB, lowest {min(decibels):.1f})",
+            f"≥ {least:g}",
+            likeness - weakest >= least,
+        )
+
+
+LEAST = {"int8": -0.01, "nf4": -0.03}
 
 
 def one_forward_errors(
@@ -210,7 +252,7 @@ def one_forward_errors(
     The latents are those that the full model passes through on ten steps of the preset's own schedule.
     """
     from engine import conditioning, encode, pictures, presets, quantize, run, sampling
-    from engine.load import Warm
+    from engine.load import Warm, load
     from train import evaluate
 
     warm, preset = Warm(), presets.load(name)
@@ -231,7 +273,7 @@ def one_forward_errors(
         seen.append((encoded, [passed[step] for step in (0, 2, 4, 6, 8, 9)]))
     errors, sizes = {}, {"full": quantize.num_bytes(full)}
     for precision in precisions:
-        rounded = warm.part("transformer", preset, precision)
+        rounded = load("transformer", preset.place("transformer"), warm.device, precision)
         apart = whole = 0.0
         for encoded, passed in seen:
             way = conditioning.prepare(preset.conditioning, rounded, encoded)

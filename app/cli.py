@@ -287,6 +287,7 @@ def generate_parser() -> argparse.ArgumentParser:
     add(
         "--cache", metavar="WORD", help="leave out forwards that hardly matter: off, careful or fast (the preset's own)"
     )
+    add("--precision", metavar="WORD", help="of the large weights: fp32, bf16, fp8, int8 or nf4 (what fits)")
     add("--out", type=Path, metavar="FILE.mp4", help="where the clip goes (a dated name in the outputs folder)")
     add("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="the outputs folder")
     add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")

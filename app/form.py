@@ -23,6 +23,14 @@ from engine.presets import Preset
 MAX_PICTURES = 3
 MAX_TRIES = 50
 SEEDS = 2**31  # a drawn seed stays short enough to be read aloud
+PRECISIONS = [
+    ("What fits", ""),
+    ("32 bits", "fp32"),
+    ("16 bits", "bf16"),
+    ("8 bits, floating", "fp8"),
+    ("8 bits", "int8"),
+    ("4 bits", "nf4"),
+]
 Role = Literal["person", "object", "background"]
 
 
@@ -139,6 +147,7 @@ class Form:
     until: float | None = None
     tries: int | None = 5
     loras: tuple[Lora, ...] = ()
+    precision: str = ""
 
     @classmethod
     def of(cls, job: GenerateJob) -> Form:
@@ -158,6 +167,7 @@ class Form:
             fresh_seed=False,
             negative_prompt=filled.negative_prompt,
             loras=filled.loras,
+            precision=filled.precision or "",
             **{name: getattr(filled.sampling, name) for name in Sampling.model_fields},
         )
 
@@ -199,6 +209,7 @@ class Form:
             "height": self.height,
             "sampling": {name: getattr(self, name) for name in Sampling.model_fields},
             "loras": [lora.model_dump() for lora in self.loras],
+            "precision": self.precision or None,
         }
         job, _ = presets.resolve(make_job(**values))
         lora_files.check(job)

@@ -103,6 +103,7 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
             field="prompt",
         )
     options = {"preset": given.preset, "prompt": given.prompt, "seed": given.seed, "num_frames": given.frames}
+    options["precision"] = given.precision
     values |= {field: value for field, value in options.items() if value is not None}
     if given.size is not None:
         values["width"], values["height"] = read_size(given.size)

@@ -207,6 +207,8 @@ def _ways(preset: Preset, part: str, plain: int, wanted: Precision | None) -> li
     """One part, from whole and exact to small."""
     weights = counts.part_weights(preset, part)
     exact: Precision = "bf16" if plain == 2 else "fp32"
+    if wanted == "bf16" and plain == 4:
+        wanted = "fp32"  # where bf16 is no faster than this, the more exact of the two
     tried: list[Precision] = [exact, "int8", "nf4"] if wanted is None else [wanted]
     places: list[Where] = ["device", "memory"]
     order: list[tuple[Precision, Where]] = [(precision, where) for precision in tried for where in places]

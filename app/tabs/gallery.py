@@ -17,6 +17,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from app import library, markup, who
+from app.form import PRECISIONS
 from app.library import Clip
 from app.stage import video
 from app.studio import Studio
@@ -191,6 +192,8 @@ def _table(job: GenerateJob | None) -> str:
         "Steps": f"{sampling.num_inference_steps}, {sampling.scheduler}, shift {sampling.shift}",
         "Guidance": guidance,
     }
+    if job.precision:
+        facts["Weights"] = next(words for words, value in PRECISIONS if value == job.precision)
     for lora in job.loras:
         facts[f"LoRA {lora_files.base_name(lora.path)}"] = f"weight {lora.weight:g}"
     if job.negative_prompt:

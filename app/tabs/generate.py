@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 
 from app import estimate, markup, stage
-from app.form import SEEDS, Cast, Form, Slot
+from app.form import PRECISIONS, SEEDS, Cast, Form, Slot
 from app.queue import Row
 from app.studio import SANITY, Studio, first_example
 from app.tabs import cast as cast_panel
@@ -30,6 +30,7 @@ from engine.job import read_job
 from engine.messages import StudioError
 from engine.presets import Preset
 
+WEIGHTS = "Fewer bits take less memory and change the clip a little; a finished clip says what it was made with."
 FIELDS = [field.name for field in fields(Form)]
 # Which error stands beside which field of the form; everything else stands above the button.
 BESIDE = {
@@ -182,6 +183,9 @@ def _advanced(
             label="Leave out",
             info=_left_out(preset),
             elem_id="leave-out",
+        )
+        form["precision"] = gr.Dropdown(
+            PRECISIONS, value=start.precision, label="Weights", info=WEIGHTS, elem_id="precision"
         )
         modes = [("None", "none"), ("Joint", "joint"), ("Dual", "dual"), ("Chained", "chained")]
         form["guidance"] = gr.Radio(modes, value=start.guidance, label="Guidance", elem_id="guidance")
