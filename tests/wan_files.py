@@ -20,6 +20,7 @@ WIDE = {  # rows of 256 weights, as GGUF's K types need
     "num_attention_heads": 8, "attention_head_dim": HEAD, "in_channels": 4, "out_channels": 4, "text_dim": 256,
     "freq_dim": 256, "ffn_dim": 512, "num_layers": 2, "rope_max_seq_len": 64,
 }  # fmt: skip
+FOLDED = "blocks.0.ffn.2.weight"  # written to GGUF in rows of 256, as ComfyUI's tools do where rows fit no block
 SIDE = {"vace_layers": [0, 1], "vace_in_channels": 24}
 
 
@@ -97,7 +98,9 @@ def write_gguf(path: Path, tensors: dict[str, Tensor], kind: str) -> dict[str, T
     for key, tensor in tensors.items():
         values = tensor.float().numpy()
         quant = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 and key.startswith("blocks.") else "F32"]
-        packed = _packed(values, quant)
+        if key == FOLDED:
+            writer.add_array(f"comfy.gguf.orig_shape.{key}", [*tensor.shape])
+        packed = _packed(values.reshape(-1, 256) if key == FOLDED else values, quant)
         writer.add_tensor(key, packed, raw_dtype=quant)
         read[key] = torch.from_numpy(gguf.quants.dequantize(packed, quant).reshape(values.shape).copy())
     writer.write_header_to_file()
