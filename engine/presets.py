@@ -210,9 +210,10 @@ class Preset(Document):
 
     def has(self, part: str) -> bool:
         """Whether one of the `components` is named and there."""
-        return bool(getattr(self.components, part)) and is_whole(
-            self.place(part), weights=not part.endswith("tokenizer")
-        )
+        named: Place = getattr(self.components, part)
+        if isinstance(named, str) and part in OPTIONAL:
+            return bool(named) and self.place(part).exists()  # put there by a person: who is damaged shall say so
+        return bool(named) and is_whole(self.place(part), weights=not part.endswith("tokenizer"))
 
     def place(self, part: str) -> Path:
         """Where one of the `components` lies, or would lie: in the repository, in the creator's own folder of models,

@@ -78,13 +78,13 @@ def layout() -> ModelsTab:
 
 def _judging() -> str:
     """Size of the networks that judge clips, each counted once."""
-    named = {
+    named = dict.fromkeys(
         files
         for preset in presets.readable()
         for part, own in preset.downloads().items()
         if part in presets.OPTIONAL
         for files in own
-    }
+    )
     return markup.size(sum(files.num_bytes for files in named))
 
 
