@@ -236,11 +236,18 @@ def test_toyboxs_velocity_moves_by_no_more_than_promised() -> None:
 
 
 def test_a_warm_worker_tells_one_precision_from_another(tiny_toybox: Path) -> None:
-    from engine import presets
+    from engine import memory, presets
+    from engine.job import make_job
 
     warm, preset = load.Warm(CPU), presets.load("toybox")
-    first = warm.part("transformer", preset, "int8")
-    assert warm.part("transformer", preset, "int8") is first
-    plain_one = warm.part("transformer", preset)
-    assert plain_one is not first and warm.part("transformer", preset) is plain_one
+
+    def part(precision: str | None) -> Any:
+        job, _ = presets.resolve(make_job(prompt="rain", precision=precision))
+        warm.follow(memory.plan(job, preset, warm.hardware()))
+        return warm.part("transformer", preset)
+
+    first = part("int8")
+    assert part("int8") is first
+    plain_one = part(None)
+    assert plain_one is not first and part("fp32") is plain_one
     assert quantize.num_bytes(first) < quantize.num_bytes(plain_one)

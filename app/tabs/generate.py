@@ -198,7 +198,6 @@ def _advanced(
             ):
                 form[name] = gr.Number(getattr(start, name), label=label, step=0.1, visible=shown[name], min_width=90)
         form["negative_prompt"] = gr.Textbox(start.negative_prompt, label="Stay away from", max_lines=3)
-        form["cache"] = gr.State(start.cache)  # a document may say it; the page has no field for it yet
         with gr.Row(elem_classes="numbers"):
             form["until"] = gr.Number(
                 start.until or 0, label="Draw again until everyone's likeness is", step=0.05, min_width=150
