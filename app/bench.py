@@ -5,13 +5,14 @@ Out: docs/measurements.md, one row per figure with the command, the commit, the 
      measured again replaces the old one.
 Knows nothing of how a model is trained. Whatever has to be cold or counted apart runs in a process of its own.
 
-    python launch.py bench [sizes flops memory loop report caches judges identity loading rounding page] [--preset NAME]
+    python launch.py bench [sizes flops memory loop report caches judges identity loading rounding cards page]
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import platform
@@ -505,18 +506,9 @@ def _first_clip(address: str, preset: str) -> float:
         time.sleep(0.25)
 
 
-def loading(preset: str) -> Iterator[Figure]:
-    """Memory while a large file is loaded in fewer bits."""
-    from app import bench_weights
-
-    yield from bench_weights.loading(preset)
-
-
-def rounding(preset: str) -> Iterator[Figure]:
-    """What fewer bits change in one forward."""
-    from app import bench_weights
-
-    yield from bench_weights.rounding(preset)
+def _of(module: str, name: str) -> Callable[[str], Iterator[Figure]]:
+    """A measurement that lies in a module of its own, imported when it is asked for."""
+    return lambda preset: getattr(importlib.import_module(f"app.{module}"), name)(preset)
 
 
 MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
@@ -528,8 +520,9 @@ MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
     "caches": caches,
     "judges": judges,
     "identity": identity,
-    "loading": loading,
-    "rounding": rounding,
+    "loading": _of("bench_weights", "loading"),
+    "rounding": _of("bench_weights", "rounding"),
+    "cards": _of("bench_cards", "cards"),
     "page": page,
 }
 

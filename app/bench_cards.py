@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from app.bench import ROOT, Figure
 from engine import counts, offload, quantize
 from engine.load import VISITING
 from engine.memory import CONTEXT, GB
@@ -135,6 +137,33 @@ def _steps(model: Any, latents: torch.Tensor, text: torch.Tensor, identity: Any,
             torch.cuda.synchronize()
         if number:  # the first one warms up
             yield time.perf_counter() - began
+
+
+def cards(_: str) -> Iterator[Figure]:
+    """Every way on the card of this machine, each in a process of its own; without a card the rows stay open."""
+    whole: dict[str, float] = {}
+    for way in WAYS:
+        command = [sys.executable, "-X", "utf8", "-m", "app.bench_cards", *way.arguments()]
+        key = f"card-{way.size}-{way.precision}-{way.where}-{way.cap:g}"
+        cap = f"at most {way.cap:g} GB" if way.cap else "all memory"
+        what = f"Wan {way.size} with identity blocks, {way.precision}, {WORDS[way.where]}, {cap}, 832x480x81: a step"
+        if not torch.cuda.is_available():
+            yield Figure(key, what, "open: no card here", way.promised)
+            continue
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+        if ran.returncode:
+            yield Figure(key, what, f"failed: {ran.stderr.strip().splitlines()[-1][:120]}", way.promised, False)
+            continue
+        found = json.loads(ran.stdout.splitlines()[-1])
+        whole.setdefault(way.size, found["step_s"])
+        told = f"{found['step_s']:.2f} s ({found['step_s'] / whole[way.size]:.2f}x), peak {found['peak'] / GB:.2f} GB"
+        fits = not way.cap or found["peak"] + CONTEXT <= way.cap * GB
+        yield Figure(key, what, told, way.promised, fits if way.promised else None)
+        off = found["predicted"] / found["peak"] - 1
+        yield Figure(f"{key}-predicted", f"{what}: peak as planned", f"{off:+.1%}", "within 10 %", abs(off) <= 0.1)
+
+
+WORDS = {"device": "whole on the card", "memory": "blocks visiting"}
 
 
 def main() -> None:

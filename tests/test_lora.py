@@ -307,6 +307,23 @@ def test_beside_quantized_weights_a_lora_adds_what_it_adds_to_full_ones(plain, c
         lora.apply(model, [file], merge=True)
 
 
+def test_beside_four_bit_weights_too(tmp_path):
+    from bitsandbytes.nn import Linear4bit
+
+    model = WanTransformer3DModel(**{**PLAIN, "attention_head_dim": 32}).eval().requires_grad_(False)
+    full = model.blocks[0].attn1.to_q
+    small = Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    small.load_state_dict(full.state_dict())
+    model.blocks[0].attn1.to_q = small.to("cpu").requires_grad_(False)  # the move is what quantizes
+    change = {"blocks.0.attn1.to_q": (torch.randn(RANK, 64), torch.randn(64, RANK))}
+    x, (a, b) = torch.randn(5, 64), change["blocks.0.attn1.to_q"]
+    alone = small(x)
+    assert small.weight.dtype == torch.uint8 and not torch.equal(alone, full(x))
+    with lora.added(model, [write_dialect(tmp_path, wan, change)]):
+        assert (small(x) - alone - x @ (b @ a).T * (ALPHA / RANK)).abs().max() < 1e-4
+    assert torch.equal(small(x), alone)
+
+
 def test_a_model_that_is_filled_tensor_by_tensor_takes_the_same_sums(plain, changes, tmp_path):
     with torch.device("meta"):
         empty = WanTransformer3DModel(**PLAIN)

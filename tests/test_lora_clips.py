@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from app import cli
 from engine import presets, tiny, video
-from engine.job import GenerateJob, make_job, read_job
+from engine.job import GenerateJob, Lora, make_job, read_job
 from engine.load import Warm
 from engine.messages import Cancelled, Message, Progress, Saved, StudioError
 from engine.run import run
@@ -103,6 +104,21 @@ def test_the_document_keeps_name_weight_and_hash_and_makes_the_clip_again(shelf,
     (shelf / "style.safetensors").unlink()
     with pytest.raises(StudioError, match=rf"style\.safetensors, {inside.loras[0].sha256[:12]}.* is not here"):
         make(inside, tmp_path / "c", warm)
+
+
+def test_a_lora_of_the_subject_tower_alone_is_there_when_the_subjects_are_read(shelf, tmp_path, warm):
+    """The identity cache is made once per clip; made before the LoRA came, it would know nothing of it."""
+    picture = tmp_path / "fox.png"
+    Image.new("RGB", (64, 64), "orange").save(picture)
+    subject = {"name": "fox", "pictures": [{"path": str(picture)}], "cut_out": False}
+    plain = make_job(**{**job().model_dump(), "prompt": "@fox runs", "subjects": [subject]})
+    halves = {"base_model.model.subject_blocks.0.to_v.lora_A.weight": torch.randn(4, 48)}
+    halves["base_model.model.subject_blocks.0.to_v.lora_B.weight"] = torch.randn(48, 4)
+    save_file(halves, shelf / "tower.safetensors")
+    before, _, _ = make(plain, tmp_path / "a", warm)
+    tower = Lora(path="tower.safetensors")
+    assert not np.array_equal(make(plain.model_copy(update={"loras": (tower,)}), tmp_path / "b", warm)[0], before)
+    assert np.array_equal(make(plain, tmp_path / "c", warm)[0], before)
 
 
 def test_weights_without_a_place_are_noted_with_the_clip(shelf, tmp_path, warm):

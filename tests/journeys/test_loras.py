@@ -63,6 +63,7 @@ def test_two_loras_are_added_weighed_and_one_removed_and_the_clip_says_so(
     choose(page, 2, "ink")
     page.locator("#loras input[type=number]").nth(0).fill("0.5")
     assert faults(page, axe) == []
+    page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.set_viewport_size({"width": 1280, "height": 720})
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
