@@ -103,6 +103,7 @@ def _shape(config: dict[str, Any], repo: str, base: Shape | None) -> Shape:
             patch=tuple(config["patch_size"]),
             vace_layers=len(config.get("vace_layers") or ()),
             identity_layers=config.get("identity_layers") or 0,
+            vlm_dim=(config.get("vlm_dim") or 0) if config.get("identity_layers") else 0,
             vae_spatial=base.vae_spatial if base else 8,
             z_dim=base.z_dim if base else config["in_channels"],
         )

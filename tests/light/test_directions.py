@@ -15,6 +15,7 @@ ROOMS = {"engine": ("engine",), "train": ("engine", "train"), "app": ("engine", 
 HEAVY_IN_APP = {
     "app.worker",
     "app.bench",
+    "app.bench_cards",
     "app.bench_weights",
     "app.generate",
     "app.probe",

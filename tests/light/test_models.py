@@ -54,6 +54,15 @@ REPOS = {
 }
 
 
+# A check that is started in the background hands on that Ctrl-C is to be ignored; a terminal does not.
+AS_IN_A_TERMINAL = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from app import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 @dataclass
 class Home:
     """A cache, a folder of models with presets of its own, and a Hub to fetch from."""
@@ -98,7 +107,7 @@ class Home:
             "IDCRAFTER_MODELS": str(self.folder / "models"), "PYTHONUTF8": "1", **environment,
         }  # fmt: skip
         return subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "models", *words], cwd=ROOT, env=given, encoding="utf-8",
+            [sys.executable, "-c", AS_IN_A_TERMINAL, "models", *words], cwd=ROOT, env=given, encoding="utf-8",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
