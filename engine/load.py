@@ -263,15 +263,21 @@ class Warm:
     def hardware(self) -> Hardware:
         """What there is to work with; what this worker holds already is counted as free, since it may let go of it."""
         found = memory.hardware("all")
-        own = sum(num_bytes(model) for _, model in self._parts.values() if isinstance(model, nn.Module))
+        ram = found.ram + sum(self._held("cpu").values())
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             vram = total if machine.of().profile == "all" else free + torch.cuda.memory_reserved(self.device)
-            found = replace(found, device="cuda", name=torch.cuda.get_device_name(self.device), vram=vram)
+            found = replace(found, device="cuda", name=torch.cuda.get_device_name(self.device), vram=vram, ram=ram)
         else:
-            ram = found.ram + own
             found = replace(found, device=self.device.type, vram=ram, ram=ram)
         return found.limited(machine.of().profile)
+
+    def _held(self, device: str) -> dict[Part, int]:
+        """Bytes of the models that are on a kind of device."""
+        models: dict[Part, nn.Module] = {
+            p: model for p, (_, model) in self._parts.items() if isinstance(model, nn.Module)
+        }
+        return {part: num_bytes(m) for part, m in models.items() if next(m.parameters()).device.type == device}
 
     def follow(self, plan: Plan | None) -> None:
         """From now on parts are loaded as this plan has them; without one, whole and exact."""
@@ -281,8 +287,8 @@ class Warm:
         """Let go of every part."""
         self._drop(self._parts)
 
-    def part(self, part: Part, preset: Preset, precision: Precision | None = None) -> Any:
-        """A part of this preset, from memory when it is the same as last time, in the same precision.
+    def part(self, part: Part, preset: Preset) -> Any:
+        """A part of this preset as the plan has it, from memory when it is the same as last time.
 
         Raises:
             StudioError: its files are missing or damaged.
@@ -349,7 +355,8 @@ class Warm:
         """What another clip left on the device leaves, where this part would not fit beside it."""
         if fit is None or self._plan is None:
             return
-        held: dict[Part, int] = {each: num_bytes(model) for each, (_, model) in self._parts.items() if each in VISITING}
+        there = self._held(self.device.type)
+        held: dict[Part, int] = {each: there[each] for each in VISITING if each in there}
         if fit.device + sum(held.values()) > self._plan.machine.vram:
             self._drop(held)
 

@@ -43,9 +43,7 @@ class Hardware:
 
     device: str  # "cuda", "mps", "xpu" or "cpu"
     name: str
-    vram: (
-        int  # of the card that may be used; on a processor, and where card and machine share memory, the same as `ram`
-    )
+    vram: int  # of the card; where card and machine share memory, and on a processor, the same as `ram`
     ram: int
     disk: int
 
@@ -66,8 +64,6 @@ class Hardware:
         return replace(self, vram=vram, ram=min(self.ram, vram) if self.shared else self.ram)
 
 
-PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
-"""How much of the card a creator gives: all that is free, so many GB, or the whole card."""
 CONTEXT = 600 * MB  # CUDA's own, on every card that computes
 SLACK = 1.05  # the allocator cannot use every hole
 READING = 400 * MB  # of an encoder beside its weights, for one prompt and its pictures

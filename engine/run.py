@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from engine import (
@@ -126,7 +126,7 @@ def _made(
         job = job.model_copy(update={"precision": plan.parts["transformer"].precision})
     with memory.told_apart():
         kept = _Latents(target, job, preset)
-        latents, notes = kept.read(), ()
+        latents, notes = kept.read(warm.device), ()
         if latents is None:
             latents, notes = _drawn(job, preset, say, warm, previews)
             kept.write(latents)
@@ -214,27 +214,28 @@ def _filmed(
 class _Latents:
     """What was sampled, beside the clip until it is decoded: a decode that fails costs no sampling.
 
-    The file is named by what was sampled, so another try of the same job finds it, whatever its clip is called.
+    The file is named by what was sampled, so another try of the same job finds it, whatever its clip is called. One that
+    nobody asks for again is swept away with half-written clips.
     """
 
     def __init__(self, target: Path, job: GenerateJob, preset: presets.Preset) -> None:
         marks = [str(fingerprint(preset.place(part))) for part in ("transformer", "vae", "text_encoder", "vlm")]
         whole = "\n".join([write_job(job), *marks])
-        self._path = target.parent / f".{hashlib.sha256(whole.encode()).hexdigest()[:24]}.latents.safetensors"
+        self._path = target.parent / f".{hashlib.sha256(whole.encode()).hexdigest()[:24]}{video.PART}.safetensors"
 
-    def read(self) -> Tensor | None:
-        """Latents of an earlier try, None without one; a damaged file is none."""
+    def read(self, device: torch.device) -> Tensor | None:
+        """Latents of an earlier try on the device, None without one; a damaged file is none."""
         if not self._path.is_file():
             return None
         try:
-            return load_file(self._path)["latents"]
+            return load_file(self._path)["latents"].to(device)
         except SafetensorError:
             return None
 
     def write(self, latents: Tensor) -> None:
         """Keep them until `forget`."""
         with _explained(self._path.parent):
-            save_file({"latents": latents.contiguous().cpu()}, self._path)
+            self._path.write_bytes(save({"latents": latents.contiguous().cpu()}))
 
     def forget(self) -> None:
         """They have become a clip."""
