@@ -214,8 +214,8 @@ def _filmed(
 class _Latents:
     """What was sampled, beside the clip until it is decoded: a decode that fails costs no sampling.
 
-    The file is named by what was sampled, so another try of the same job finds it, whatever its clip is called. One that
-    nobody asks for again is swept away with half-written clips.
+    The file is named by what was sampled, so another try of the same job finds it, whatever its clip is called. If
+    nobody asks for it again, it is swept away with half-written clips.
     """
 
     def __init__(self, target: Path, job: GenerateJob, preset: presets.Preset) -> None:

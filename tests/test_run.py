@@ -348,6 +348,7 @@ def test_what_was_sampled_outlives_a_decode_that_failed_and_goes_with_the_clip(t
 
     with pytest.raises(RuntimeError, match="is full"):
         run(_job(tmp_path), Breaks(), outputs=tmp_path / "out", warm=warm)
+    assert len(list((tmp_path / "out").rglob(f".*{video.PART}.*"))) == 1, "swept away, should nobody ask again"
     again = Listener()
     saved = run(_job(tmp_path), again, outputs=tmp_path / "out", warm=warm)
     assert "sample" not in {heard.stage for heard in again.heard if isinstance(heard, Progress)}
