@@ -5,7 +5,7 @@ Out: docs/measurements.md, one row per figure with the command, the commit, the 
      measured again replaces the old one.
 Knows nothing of how a model is trained. Whatever has to be cold or counted apart runs in a process of its own.
 
-    python launch.py bench [sizes flops memory loop report caches judges identity loading rounding cards page]
+    python launch.py bench [sizes flops memory loop report caches judges identity loading rounding full cards page]
 """
 
 from __future__ import annotations
@@ -522,6 +522,7 @@ MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
     "identity": identity,
     "loading": _of("bench_weights", "loading"),
     "rounding": _of("bench_weights", "rounding"),
+    "full": _of("bench_full", "full"),
     "cards": _of("bench_cards", "cards"),
     "page": page,
 }

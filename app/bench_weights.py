@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
+import math
 import sys
 import tempfile
 import time
@@ -18,32 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from app.bench import ROOT, Figure
+from app import full_size
+from app.bench import Figure
+from app.bench_full import watched
+from engine import presets
 from engine.messages import StudioError
 
-WAN = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # 1.3B; the rest is the classes' own default
 SPARE = 0.5e9  # what Python, torch and the libraries take themselves, and copies of a few rows
-# diffusers' names -> Wan's own, in this order.
-THEIRS = {
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "attn1.": "self_attn.",
-    "attn2.": "cross_attn.",
-    ".to_out.0.": ".o.",
-    ".to_q.": ".q.",
-    ".to_k.": ".k.",
-    ".to_v.": ".v.",
-    ".ffn.net.0.proj.": ".ffn.0.",
-    ".ffn.net.2.": ".ffn.2.",
-    ".norm2.": ".norm3.",
-    ".scale_shift_table": ".modulation",
-    "proj_out.": "head.head.",
-}
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -54,8 +34,9 @@ def loading(_: str) -> Iterator[Figure]:
     from engine import quantize
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        file = Path(folder) / "wan-1.3b.safetensors"
-        largest = _write_random(file)
+        file, shapes = Path(folder) / "wan-1.3b.safetensors", full_size.shapes_of(_wan)
+        largest = 4 * max(math.prod(shape) for shape in shapes.values())
+        full_size.write_random(file, full_size.in_wans_names(shapes))
         for precision in ("int8", "nf4"):
             peak, told = _watched("ours", file, precision)
             limit = told["size"] + largest + SPARE
@@ -69,7 +50,7 @@ def loading(_: str) -> Iterator[Figure]:
                 peak <= limit,
             )
             yield Figure(f"loading-time-{precision}", f"The same, time ({precision})", f"{told['seconds']:.0f} s")
-            predicted = quantize.predicted_bytes(_wan_1_3b, precision, _usual())
+            predicted = quantize.predicted_bytes(_wan, precision, _usual())
             off = abs(predicted / told["size"] - 1)
             yield Figure(
                 f"predicted-{precision}",
@@ -83,10 +64,10 @@ def loading(_: str) -> Iterator[Figure]:
         yield Figure("loading-library", what, f"{peak / 1e9:.2f} GB, {told['seconds']:.0f} s")
 
 
-def _wan_1_3b() -> Any:
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    return WanTransformer3DModel(**WAN)
+def _wan() -> Any:
+    shape = presets.load("wan-1.3b").shape
+    assert shape is not None
+    return full_size.wan(shape)
 
 
 def _usual() -> Any:
@@ -95,63 +76,17 @@ def _usual() -> Any:
     return load.usual_dtype("transformer", load.device())
 
 
-def _write_random(file: Path) -> int:
-    """A safetensors file in Wan's own names, written tensor by tensor; gives back its largest one's bytes in fp32."""
-    import torch
-
-    from engine import quantize
-
-    with quantize.no_weights():
-        shapes = {key: tuple(tensor.shape) for key, tensor in _wan_1_3b().state_dict().items()}
-    header: dict[str, Any] = {}
-    end = 0
-    for name, shape in shapes.items():
-        key = "head.modulation" if name == "scale_shift_table" else name
-        for ours, own in THEIRS.items():
-            key = key.replace(ours, own)
-        size = 4 * torch.Size(shape).numel()
-        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    free = shutil.disk_usage(file.parent).free
-    if free < 1.2 * end:
-        raise StudioError(
-            f"The file to load needs {end / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
-            f"It is written to {file.parent}.",
-            "Make room, or set TMPDIR to a larger disk.",
-        )
-    told = json.dumps(header).encode()
-    told += b" " * (-len(told) % 8)
-    generator = torch.Generator().manual_seed(0)
-    with file.open("wb") as handle:
-        handle.write(len(told).to_bytes(8, "little") + told)
-        for shape in shapes.values():
-            handle.write(torch.randn(shape, generator=generator).mul_(0.02).numpy().data)
-    return max(4 * torch.Size(shape).numel() for shape in shapes.values())
-
-
 def _watched(how: str, file: Path, precision: str) -> tuple[int, dict[str, Any]]:
-    """Peak of a child's private memory while it loads, and what it said at the end.
-
-    Private is what is neither shared nor a file's pages, which the system may drop; where it does not tell, all of it.
-    """
+    """Peak of a child's private memory while it loads, and what it said at the end."""
     command = [sys.executable, "-X", "utf8", "-m", "app.bench_weights", how, str(file), precision]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as child:
-        watched, peak = psutil.Process(child.pid), 0
-        while child.poll() is None:
-            try:
-                used = watched.memory_info()
-            except psutil.NoSuchProcess:
-                break
-            peak = max(peak, used.rss - getattr(used, "shared", 0))
-            time.sleep(0.01)
-        said = child.stdout.read() if child.stdout else ""
-    if child.returncode:
+    code, said = watched(command)
+    if code or not said:
         raise StudioError(
             f"The process that loads {file.name} as {precision} failed.",
-            f"Its code is {child.returncode}.",
+            f"Its code is {code}.",
             "See above.",
         )
-    return peak, json.loads(said.splitlines()[-1])
+    return max(peak for _, peak in said), said[-1][0]
 
 
 def _child(how: str, file: Path, precision: Any) -> dict[str, Any]:
@@ -168,7 +103,7 @@ def _child(how: str, file: Path, precision: Any) -> dict[str, Any]:
         from optimum.quanto import quantize as by_quanto
 
         with tempfile.TemporaryDirectory() as folder, quantize.no_weights():
-            _wan_1_3b().save_config(folder)
+            _wan().save_config(folder)
             config = Path(folder)
             model = WanTransformer3DModel.from_single_file(
                 str(file), config=str(config), torch_dtype=_usual(), local_files_only=True

@@ -29,11 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from app.platform_calls import NO_WINDOW, try_lock
 from app.queue import Queue, Row
 from engine import machine, video
 from engine.job import GenerateJob
 from engine.messages import Cancelled, Failed, Message, Preview, Progress, Saved, StudioError
+from engine.platform_calls import NO_WINDOW, try_lock
 
 Engine = Callable[[GenerateJob, Callable[[Message], None]], Saved]
 

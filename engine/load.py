@@ -34,6 +34,7 @@ from engine.job import Lora
 from engine.judges import Judges
 from engine.memory import Fit, Hardware, Plan
 from engine.messages import StudioError
+from engine.platform_calls import give_memory_back
 from engine.presets import Preset, models_dir
 from engine.quantize import Precision, num_bytes
 
@@ -342,7 +343,7 @@ class Warm:
     def make_room(self) -> None:
         """Encoders leave memory when they are large, or in the way; the next clip with another prompt loads them."""
         loaded: list[Part] = [part for part in ENCODERS if part in self._parts]
-        total = sum(num_bytes(self._parts[part][1]) for part in loaded)
+        total = sum(self._size(part) for part in loaded)
         plan = self._plan
         in_the_way = plan is not None and plan.peak + total > plan.machine.vram
         if total > KEEP_ENCODERS_BYTES or in_the_way:
@@ -352,18 +353,29 @@ class Warm:
         return None if self._plan is None else self._plan.parts.get(part)
 
     def _give_way(self, part: Part, fit: Fit | None) -> None:
-        """What another clip left on the device leaves, where this part would not fit beside it."""
+        """What would not fit beside this part leaves: another large encoder, since one reads after the other, and
+        whatever an earlier clip left where there is no room for both."""
+        if part in ENCODERS:
+            self._drop([p for p in ENCODERS if p in self._parts and self._size(p) > KEEP_ENCODERS_BYTES])
         if fit is None or self._plan is None:
             return
-        there = self._held(self.device.type)
-        held: dict[Part, int] = {each: there[each] for each in VISITING if each in there}
-        if fit.device + sum(held.values()) > self._plan.machine.vram:
-            self._drop(held)
+        here, device = self._plan.machine, self.device.type
+        on_device = sum(size for p, size in self._held(device).items() if p in VISITING)
+        in_memory = 0 if here.shared else sum(size for p, size in self._held("cpu").items() if p in VISITING)
+        working = memory.READING if part in ENCODERS else 0
+        if fit.device + working + on_device > here.vram or fit.memory + in_memory > here.ram:
+            self._drop([p for p in VISITING if p in self._parts])
+
+    def _size(self, part: Part) -> int:
+        return num_bytes(self._parts[part][1])
 
     def _drop(self, parts: Iterable[Part]) -> None:
-        for part in list(parts):
+        gone = list(parts)
+        for part in gone:
             del self._parts[part]
             shutil.rmtree(_spill_folder(part), ignore_errors=True)  # Windows keeps mapped files for a while
+        if gone:
+            give_memory_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

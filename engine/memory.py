@@ -65,9 +65,10 @@ class Hardware:
 
 
 CONTEXT = 600 * MB  # CUDA's own, on every card that computes
-SLACK = 1.05  # the allocator cannot use every hole
+SLACK = 1.05  # the card's allocator cannot use every hole
 READING = 400 * MB  # of an encoder beside its weights, for one prompt and its pictures
-BASE_RAM = 1_600 * MB  # the page and the worker with their libraries
+BASE_RAM = 500 * MB  # the worker with its libraries
+DRIVER_RAM = 1_100 * MB  # of the machine's own memory, what a card's driver and its libraries take
 
 
 def hardware(profile: str) -> Hardware:
@@ -250,6 +251,7 @@ def _plan(
     decode = counts.DECODE * (tile if tiled else load.pixels)
     frames_held = 6 * load.pixels * (job.num_frames or 1) if tiled else 0
     fixed = CONTEXT if here.device == "cuda" else 0
+    slack, base = (1.0, BASE_RAM) if here.device == "cpu" else (SLACK, BASE_RAM + DRIVER_RAM)
     text, vlm = encoders["text_encoder"], encoders["vlm"]
     stay = transformer.device + vae.device
     needs = [
@@ -261,7 +263,7 @@ def _plan(
     ]
     if not preset.components.vlm or not load.pictures:
         needs.pop(1)
-    phases = tuple(Phase(name, round(device * SLACK) + fixed, memory + BASE_RAM) for name, device, memory in needs)
+    phases = tuple(Phase(name, round(device * slack) + fixed, memory + base) for name, device, memory in needs)
     disk = sum(fit.disk for fit in (transformer, *encoders.values())) + frames_held + 300 * MB
     work = counts.flops(shape, load) * load.forwards * load.steps / 1e15
     return Plan(here, {"transformer": transformer, **encoders, "vae": vae}, phases, tiled, disk, work)

@@ -142,7 +142,7 @@ def _made(
 def _drawn(
     job: GenerateJob, preset: presets.Preset, say: Callable[[Message], None], warm: Warm, previews: _Previews
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """The clip's latents (1, C, F, h, w), and what a creator should know of its LoRA."""
+    """The clip's latents (1, C, F, h, w), and what was not done as a creator may have expected."""
     say(Progress("encode", 0, 1))
     encoded = encode.job_states(job, preset, warm)
     warm.make_room()
@@ -171,8 +171,16 @@ def _drawn(
             pace.go_on()
 
         noise = _noise(job, preset, transformer, vae, lead)
+        say(Progress("sample", 0, job.sampling.num_inference_steps or 0))
         latents = sampling.denoise(noise, predict, solver, on_step)[:, :, lead:]
-    return latents, tuple(file.sentence for file in matched if file.left)
+    return latents, (*(file.sentence for file in matched if file.left), *_unseen(job, preset))
+
+
+def _unseen(job: GenerateJob, preset: presets.Preset) -> tuple[str, ...]:
+    names = [f"@{subject.name}" for subject in job.subjects if subject.pictures]
+    if preset.conditioning != "none" or not names:
+        return ()
+    return (f"{preset.title} reads words alone: the pictures of {' and '.join(names)} were not used.",)
 
 
 def _filmed(
@@ -191,12 +199,15 @@ def _filmed(
     with video.ClipWriter(
         target, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
     ) as writer:
+        pace, total = _Pace(), latents.shape[2]
+        say(Progress("decode", 0, total))
         for number, group in enumerate(decode.frames(latents, warm.part("vae", preset), tiled=tiled), start=1):
             for frame in group:
                 writer.write(frame)
                 if reporter is not None:
                     reporter.see(frame)
-            say(Progress("decode", number, latents.shape[2]))
+            say(Progress("decode", number, total, eta_s=pace.left(number, total)))
+            pace.go_on()
 
     say(Progress("save", 0, 1))
     report = reporter.finish() if reporter is not None else None

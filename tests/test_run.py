@@ -194,12 +194,12 @@ def test_a_run_tells_every_step_every_latent_frame_and_some_previews(toybox, tmp
     listener = Listener()
     run(_job(tmp_path), listener, outputs=tmp_path / "out", warm=warm)
     told = [(m.stage, m.step, m.total) for m in listener.heard if isinstance(m, Progress)]
-    assert [t for t in told if t[0] == "sample"] == [("sample", step, 3) for step in (1, 2, 3)]
-    assert [t for t in told if t[0] == "decode"] == [("decode", step, 3) for step in (1, 2, 3)]
+    assert [t for t in told if t[0] == "sample"] == [("sample", step, 3) for step in (0, 1, 2, 3)]
+    assert [t for t in told if t[0] == "decode"] == [("decode", step, 3) for step in (0, 1, 2, 3)]
     assert [stage for stage, *_ in told if stage not in ("sample", "decode")] == ["encode", "load", "save"]
     assert [picture.shape for picture in listener.pictures] == [(256, 768, 3)]
-    last = [m for m in listener.heard if isinstance(m, Progress) and m.stage == "sample"][-1]
-    assert last.eta_s == 0 and not list((tmp_path / "out" / ".previews").iterdir())
+    left = {m.stage: m.eta_s for m in listener.heard if isinstance(m, Progress)}
+    assert left["sample"] == left["decode"] == 0 and not list((tmp_path / "out" / ".previews").iterdir())
 
 
 @pytest.mark.parametrize(("stage", "step"), [("encode", 0), ("sample", 2), ("decode", 2)])

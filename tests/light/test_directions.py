@@ -16,7 +16,9 @@ HEAVY_IN_APP = {
     "app.worker",
     "app.bench",
     "app.bench_cards",
+    "app.bench_full",
     "app.bench_weights",
+    "app.full_size",
     "app.generate",
     "app.probe",
 }  # these run the engine; the rest of app is light

@@ -13,12 +13,12 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from app.platform_calls import try_lock
 from app.queue import Queue, Row
 from app.worker import LOOK_S, WorkerKeeper
 from engine import video
 from engine.job import GenerateJob, make_job, read_job
 from engine.messages import StudioError
+from engine.platform_calls import try_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def test_one_studio_per_folder_and_stopping_it_keeps_the_line(house: House) -> N
 def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
     script = (
-        "import sys, time; from pathlib import Path; from app.platform_calls import try_lock; "
+        "import sys, time; from pathlib import Path; from engine.platform_calls import try_lock; "
         "kept = try_lock(Path(sys.argv[1])); print('mine', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT, stdout=subprocess.PIPE)

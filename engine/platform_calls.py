@@ -1,12 +1,13 @@
-"""The one place for calls that differ between Windows and the rest.
+"""The one place for calls that differ between systems.
 
 In:  paths.
-Out: a lock that ends with its process, whatever ends the process.
-Knows nothing of queues, workers or pages.
+Out: a lock that ends with its process, whatever ends the process; freed memory given back.
+Knows nothing of queues, workers, pages or models.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import IO
@@ -38,3 +39,14 @@ def try_lock(path: Path) -> IO[bytes] | None:
         handle.close()
         return None
     return handle
+
+
+def give_memory_back() -> None:
+    """Give the system what was freed.
+
+    Linux's allocator keeps freed pieces of up to 32 MB for itself: 1.6 GB after a 7B model has left. The others do not.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
