@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine import umt5
 from engine.job import GenerateJob
 from engine.messages import StudioError
 from engine.presets import Preset, Shape
@@ -150,7 +151,7 @@ def part_weights(preset: Preset, part: str) -> Weights:
         return _from_headers(part.replace("_", " "), files)
     if part == "transformer" and preset.shape is not None:
         return transformer_weights(preset.shape)
-    if part in PUBLISHED and part in preset.downloads():
+    if part in PUBLISHED and (part in preset.downloads() or place.is_file()):
         return PUBLISHED[part]
     return Weights(rest=Block(other=sum(file.stat().st_size for file in place.glob("*")) // 2))
 
@@ -164,7 +165,9 @@ def _from_headers(part: str, files: Iterable[Path]) -> Weights:
     stacks: dict[str, dict[str, list[tuple[str, tuple[int, ...]]]]] = {}
     rest: list[tuple[str, tuple[int, ...]]] = []
     for file in files:
-        for key, shape in header(file, part).items():
+        shapes = header(file, part)
+        names = umt5.names(shapes) if part == "text encoder" else {}
+        for key, shape in ((names.get(key, key), shape) for key, shape in shapes.items()):
             found = _IN_A_BLOCK.search(key)
             if found is None:
                 rest.append((key, shape))

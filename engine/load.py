@@ -44,6 +44,7 @@ Part = Literal[
 ]  # fmt: skip
 JUDGES: tuple[Part, ...] = ("judges", "detector", "segmenter", "embedder")
 ENCODERS: tuple[Part, ...] = ("text_encoder", "vlm")
+ONE_FILE: tuple[Part, ...] = ("transformer", "text_encoder")
 VISITING: dict[Part, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "transformer": (("blocks", "vace_blocks"), ("subject_blocks",)),
     "text_encoder": ((), ("encoder.block",)),
@@ -101,17 +102,19 @@ def load(
 
     Args:
         part: which one.
-        place: a folder in diffusers' or transformers' layout; a transformer may be a single file or bare shards.
+        place: a folder in diffusers' or transformers' layout; a transformer or a text encoder may be a single file or
+            bare shards.
         where: device it goes to; whoever judges frames stays on the processor, where decoded frames are.
         precision: of the large weights of the transformer, the text encoder and the VLM; None takes what the device
             computes in.
-        expect: "dim" and "layers" that a transformer has to have; only where a precision is asked for, or with files.
+        expect: "dim" and "layers" that a transformer has to have, "dim" of a text encoder's states; only where a
+            precision is asked for, or with files.
         merge: a LoRA that becomes a part of the transformer's weights.
 
     Raises:
         StudioError: a file is missing, cut short, or of another model.
     """
-    if not place.is_dir() and not (part == "transformer" and place.is_file()):
+    if not place.is_dir() and not (part in ONE_FILE and place.is_file()):
         raise _damaged(part, place, "The folder is not there.")
     try:
         if part == "faces":
@@ -122,8 +125,8 @@ def load(
         dtype = usual_dtype(part, where)
         if part == "transformer" and (precision or expect or not _written_by_diffusers(place)):
             model = weights.transformer(place, dtype, precision=precision, where=where, expect=expect, merge=merge)
-        elif precision and part in _ENCODERS:
-            model = weights.encoder(_ENCODERS[part], place, dtype, precision=precision, where=where)
+        elif part in _ENCODERS and (precision or not (place / "config.json").is_file()):
+            model = weights.encoder(_ENCODERS[part], place, dtype, precision=precision, where=where, expect=expect)
         else:
             model = _LOADERS[part](place, dtype)
             if merge is not None:
@@ -307,7 +310,9 @@ class Warm:
             return kept[1]
         del kept  # the old one leaves before the new one comes: two large models may not fit
         self._give_way(part, fit)
-        loaded = load(part, place, where, precision, merge=merge)
+        states = part == "text_encoder" and place.is_file() and preset.shape
+        expect = {"dim": states.text_dim} if states else None
+        loaded = load(part, place, where, precision, expect=expect, merge=merge)
         self._parts[part] = (mark, loaded)
         return loaded
 

@@ -30,7 +30,8 @@ WHOLE = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # beside i
 WHOLE_PREFIX = "model.diffusion_model."  # a ComfyUI checkpoint; what else it holds is another part
 PREFIXES = (WHOLE_PREFIX, "diffusion_model.", "model.")
 SCALES = (".scale_weight", ".weight_scale")
-ASIDE = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")  # of no use to a layer that unpacks its weight
+# Of no use here: marks and scales of activations, and the tokenizer that ComfyUI keeps in a text encoder's file.
+ASIDE = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant", "spiece_model")
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 UNPACKED_AT_ONCE = 2**18  # weights of a GGUF tensor: 1 MB in fp32, and a few copies of that
 STARTS = {

@@ -5,7 +5,8 @@ Out: plain Wan, VACE or Wan with identity blocks; or an encoder. On the way no m
      and one tensor.
 Knows nothing of presets. A `.pth` has to be converted first (engine/convert.py).
 
-Layouts: diffusers' own with or without its config.json, and Wan's original (Phantom, RefAlign, GGUF, ComfyUI's copies).
+Layouts of transformers: diffusers' own with or without its config.json, and Wan's original (Phantom, RefAlign, GGUF,
+ComfyUI's copies). Those of UMT5 are in `engine.umt5`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import Tensor, nn
 
-from engine import lora, quantize
+from engine import lora, quantize, umt5
 from engine.job import Lora
 from engine.model import IdentityWanTransformer3DModel, is_identity_key
 from engine.quantize import Precision
@@ -84,36 +85,67 @@ def transformer(
 
 
 def encoder(
-    kind: Any, folder: Path, dtype: torch.dtype, *, precision: Precision | None = None, where: torch.device = CPU
+    kind: Any,
+    source: Path,
+    dtype: torch.dtype,
+    *,
+    precision: Precision | None = None,
+    where: torch.device = CPU,
+    expect: Mapping[str, int] | None = None,
 ) -> nn.Module:
-    """UMT5 or the VLM, from transformers' layout.
+    """UMT5 in any of its layouts (`engine.umt5`), or the VLM in transformers'.
 
     Args:
         kind: transformers' class.
-        folder: with config.json and safetensors.
+        source: a folder with safetensors; of UMT5 also a single file, safetensors or GGUF. Where no config.json lies
+            beside the weights, UMT5's sizes are read off their shapes.
         dtype, precision, where: as for `transformer`.
+        expect: the "dim" that its states have to have.
 
     Raises:
         StudioError: damaged, of another model, or with weights missing.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
     dtype = quantize.compute_dtype(precision, dtype)
-    config = kind.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with opened(folder) as held:
+    with opened(source) as held:
+        names = umt5.names(held.entries) if _is_umt5(kind) else {key: key for key in held.entries}
+        config = _encoder_config(kind, held, names)
+        if expect and config.d_model != expect["dim"]:
+            told = f"its states are {config.d_model:,} wide, not {expect['dim']:,}"
+            raise refused(source, f"It is a text encoder of another size: {told}.")
         with quantize.no_weights():
             model = kind(config)
-        wanted = model.state_dict()
-        renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-        names = {key: rename_source_key(key, renamings, [], model.base_model_prefix, wanted)[0] for key in held.entries}
         tied = set(model.all_tied_weights_keys)
-        names = {key: name for key, name in names.items() if name not in tied}
+        names = {key: name for key, name in _as_now(model, names).items() if name not in tied}
         _check(held, model, names, missing_is_fine=lambda name: name in tied)
         quantize.swap(model, precision)
         _fill(model, held, names, dtype, where)
     model.tie_weights()
     return model
+
+
+def _is_umt5(kind: Any) -> bool:
+    return kind.config_class.model_type == "umt5"
+
+
+def _encoder_config(kind: Any, held: Source, names: Mapping[str, str]) -> Any:
+    if held.place.is_dir() and (held.place / "config.json").is_file():
+        return kind.config_class.from_pretrained(held.place, local_files_only=True, trust_remote_code=False)
+    if not _is_umt5(kind):
+        raise refused(held.place, "The config.json that belongs to its weights is not there.")
+    try:
+        return kind.config_class(**umt5.config({name: held.entries[key].shape for key, name in names.items()}))
+    except ValueError as error:
+        raise refused(held.place, str(error)) from None
+
+
+def _as_now(model: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """transformers' older names -> those of today's classes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    return {key: rename_source_key(name, renamings, [], prefix, wanted)[0] for key, name in names.items()}
 
 
 def _fill(

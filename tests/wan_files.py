@@ -59,11 +59,13 @@ def in_wans_names(model: Any) -> dict[str, Tensor]:
     return {names[name]: tensor for name, tensor in model.state_dict().items()}
 
 
-def scaled_fp8(tensors: dict[str, Tensor], *, new: bool = False) -> dict[str, Tensor]:
+def scaled_fp8(
+    tensors: dict[str, Tensor], *, new: bool = False, inside: tuple[str, ...] = ("blocks.",)
+) -> dict[str, Tensor]:
     """The linear weights of the blocks as fp8 times a scale, the older or the newer way of ComfyUI."""
     made: dict[str, Tensor] = {} if new else {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     for key, tensor in tensors.items():
-        if not key.startswith("blocks.") or tensor.ndim != 2:
+        if not key.startswith(inside) or tensor.ndim != 2:
             made[key] = tensor
             continue
         scale, layer = tensor.abs().max() / 448, key.removesuffix(".weight")
@@ -97,7 +99,8 @@ def write_gguf(path: Path, tensors: dict[str, Tensor], kind: str) -> dict[str, T
     read = {}
     for key, tensor in tensors.items():
         values = tensor.float().numpy()
-        quant = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 and key.startswith("blocks.") else "F32"]
+        wide = tensor.ndim == 2 and tensor.shape[1] % 256 == 0 and key.startswith(("blocks.", "enc.blk.", "token_embd"))
+        quant = gguf.GGMLQuantizationType[kind if wide else "F32"]
         if key == FOLDED:
             writer.add_array(f"comfy.gguf.orig_shape.{key}", [*tensor.shape])
         packed = _packed(values.reshape(-1, 256) if key == FOLDED else values, quant)
