@@ -186,14 +186,21 @@ def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list
             )
     adopted, unknown = [], []
     known = presets.readable()
-    for files in _distinct(each for preset in known for each in named_files(preset, judges=True)):
-        try:
-            adopted += hub.adopt(hub.expand(files.repo, files.path, files.revision, xet=files.xet), folders, say)
-        except StudioError as error:
-            unknown.append(error)
+    for named in (lambda preset: named_files(preset, judges=True), _instead):
+        for files in _distinct(each for preset in known for each in named(preset)):
+            try:
+                adopted += hub.adopt(hub.expand(files.repo, files.path, files.revision, xet=files.xet), folders, say)
+            except StudioError as error:
+                unknown.append(error)
     for preset in known:
         gather(preset, hub, judges=True)
     return adopted, unknown
+
+
+def _instead(preset: Preset) -> list[HubFiles]:
+    """What would serve as well as those parts that are not here."""
+    missing = [own for part, own in preset.downloads().items() if not preset.has(part)]
+    return [each for own in missing for files in own for each in files.alternatives]
 
 
 # --- taking it away --------------------------------------------------------------------------------------------------
@@ -245,7 +252,7 @@ def forget(preset: Preset) -> None:
 
 
 def _here(preset: Preset, hub: Hub) -> list[Wanted]:
-    files = named_files(preset, judges=True)
+    files = _distinct(each for own in preset.downloads(every=True).values() for each in own)
     return [each for named in files for each in hub.here(named.repo, named.path, named.revision)]
 
 

@@ -46,6 +46,8 @@ class HubFiles(Document):
     """Licence of these files; empty where nobody has named one."""
     xet: bool = False
     """These bytes are kept in the Hub's Xet store alone, which only the library speaks to."""
+    alternatives: tuple[HubFiles, ...] = ()
+    """Other files that serve as well: the first of them that is here is used where these are not; none is fetched."""
 
     @property
     def link(self) -> str:
@@ -58,8 +60,8 @@ Place = str | HubFiles | tuple[HubFiles, ...]
 
 class Components(Document):
     """The model's parts: folders in diffusers' and transformers' layout, relative to the repository or to the folder
-    of models, or files on the Hub. A transformer may also be one file in Wan's own layout. A part whose files lie in
-    several repositories is gathered in one folder of the models."""
+    of models, or files on the Hub. A transformer and a text encoder may also be one file, in Wan's own layout or GGUF.
+    A part whose files lie in several repositories is gathered in one folder of the models."""
 
     transformer: Place
     """WanTransformer3DModel, with identity blocks where the preset has them."""
@@ -68,7 +70,7 @@ class Components(Document):
     vae: Place
     """AutoencoderKLWan."""
     text_encoder: Place
-    """UMT5EncoderModel."""
+    """UMT5EncoderModel, in one of the layouts of `engine.umt5`."""
     tokenizer: Place
     """Tokenizer of the text encoder."""
     vlm: Place = ""
@@ -218,26 +220,44 @@ class Preset(Document):
     def place(self, part: str) -> Path:
         """Where one of the `components` lies, or would lie: in the repository, in the creator's own folder of models,
         or in the Hub's cache. A folder, or a single file."""
-        named: Place = getattr(self.components, part)
+        named = self._named(part)
         if isinstance(named, HubFiles):
-            from engine import hub
-
-            return hub.Hub().place(named.repo, named.path, named.revision)
+            return _in_cache(named)
         if isinstance(named, tuple):
             return models_dir() / "gathered" / part
         found = (root / named for root in (ROOT, models_dir()) if (root / named).exists())
         return next(found, ROOT / named)
 
-    def downloads(self, *, optional: bool = True) -> dict[str, tuple[HubFiles, ...]]:
+    def downloads(self, *, optional: bool = True, every: bool = False) -> dict[str, tuple[HubFiles, ...]]:
         """What of this preset lies on the Hub, by the name of the part.
 
         Args:
             optional: also the parts that a clip is made without, too.
+            every: also what serves as well as that, whether it is here or not.
         """
-        parts = {part: getattr(self.components, part) for part in Components.model_fields}
-        parts = {part: named for part, named in parts.items() if optional or part not in OPTIONAL}
-        parts = {part: (named,) if isinstance(named, HubFiles) else named for part, named in parts.items()}
-        return {part: named for part, named in parts.items() if isinstance(named, tuple)}
+        parts: dict[str, tuple[HubFiles, ...]] = {}
+        for part in Components.model_fields:
+            named: Place = getattr(self.components, part) if every else self._named(part)
+            if isinstance(named, str) or (part in OPTIONAL and not optional):
+                continue
+            parts[part] = (named, *(named.alternatives if every else ())) if isinstance(named, HubFiles) else named
+        return parts
+
+    def _named(self, part: str) -> Place:
+        """One of the `components`: of its alternatives the one that is here."""
+        named: Place = getattr(self.components, part)
+        if not isinstance(named, HubFiles) or not named.alternatives:
+            return named
+        weights = not part.endswith("tokenizer")
+        here = (each for each in (named, *named.alternatives) if is_whole(_in_cache(each), weights=weights))
+        return next(here, named)
+
+
+def _in_cache(files: HubFiles) -> Path:
+    """Where such files lie in the Hub's cache, or would lie."""
+    from engine import hub
+
+    return hub.Hub().place(files.repo, files.path, files.revision)
 
 
 def models_dir() -> Path:

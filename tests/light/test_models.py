@@ -40,6 +40,7 @@ REPOS = {
         "tokenizer/tokenizer.json": b'{"t": 1}',
     },
     "own/one": {"one.safetensors": TRANSFORMER},
+    "own/half": {"half.safetensors": RNG.bytes(200_000), "other.safetensors": RNG.bytes(210_000)},
     "own/two": {"two.safetensors": RNG.bytes(30_000)},
     "own/yunet": {"face_detection_yunet_2026.onnx": RNG.bytes(3_000)},
     "own/sface": {"face_recognition_sface_2021.onnx": RNG.bytes(4_000)},
@@ -79,8 +80,10 @@ class Home:
     def hub(self) -> Hub:
         return Hub(self.cache, pause=lambda failures: 0.0, endpoint=self.server.endpoint)
 
-    def write(self, name: str, transformer: HubFiles | str, **more: object) -> Preset:
-        """A preset of that name around the shared encoder."""
+    def write(
+        self, name: str, transformer: HubFiles | str, *, text_encoder: HubFiles | None = None, **more: object
+    ) -> Preset:
+        """A preset of that name around the shared encoder, or around one of its own."""
 
         def files(path: str, repo: str = "own/wan") -> dict[str, object]:
             size = sum(len(c) for n, c in REPOS[repo].items() if n.startswith(path))
@@ -88,6 +91,7 @@ class Home:
 
         made = presets.load("toybox").model_dump(mode="json")
         parts = {part: files(part) for part in ("vae", "text_encoder", "tokenizer")}
+        parts |= {"text_encoder": text_encoder.model_dump()} if text_encoder else {}
         named = transformer if isinstance(transformer, str) else transformer.model_dump()
         faces = [files("", "own/yunet"), files("", "own/sface")]
         made |= {"name": name, "title": name.title(), "components": {"transformer": named, **parts, "faces": faces}}
@@ -170,6 +174,7 @@ def test_an_open_checkpoint_names_its_files_licences_shape_and_every_default(nam
     assert all(files.licence and files.num_bytes for own in preset.downloads().values() for files in own)
     text = preset.downloads()["text_encoder"][0]
     assert text == presets.load("wan-1.3b").downloads()["text_encoder"][0]  # fetched once for all of them
+    assert text.num_bytes < 12e9 and all(each.licence and each.num_bytes for each in text.alternatives)
     assert preset.mention == ("slot" if preset.conditioning == "identity" else "noun")
     assert all(size.width % preset.size_multiple == 0 == size.height % preset.size_multiple for size in preset.sizes)
     assert preset.size_multiple == preset.shape.vae_spatial * preset.shape.patch[1]
@@ -289,6 +294,79 @@ def test_the_networks_that_judge_are_fetched_when_asked_for_and_gathered_in_one_
     names = sorted(path.name for path in one.place("faces").iterdir())
     assert names == ["face_detection_yunet_2026.onnx", "face_recognition_sface_2021.onnx"]
     assert one.has("faces") and models.state(one, home.hub).judges
+
+
+# --- what serves as well ---------------------------------------------------------------------------------------------
+
+
+HALF, OTHER = (
+    HubFiles(repo="own/half", path=f"{name}.safetensors", num_bytes=size, licence="MIT")
+    for name, size in (("half", 200_000), ("other", 210_000))
+)
+WHOLE = HubFiles(repo="own/wan", path="text_encoder", num_bytes=400_002, licence="MIT")
+
+
+@pytest.fixture
+def three(home: Home) -> Preset:
+    """With a text encoder of half the size; the whole one and another half one serve as well."""
+    half = HALF.model_copy(update={"alternatives": (WHOLE, OTHER)})
+    named = HubFiles(repo="own/two", path="two.safetensors", num_bytes=30_000, licence="MIT")
+    return home.write("three", named, text_encoder=half)
+
+
+def test_where_nothing_is_here_the_first_of_what_serves_is_fetched(home: Home, three: Preset) -> None:
+    code, _, said = home.say("pull", "three", "--yes")
+    assert code == 0 and home.whole(three) and "own/half" in said
+    assert [each.name for each in home.cache.glob("models--*") if "half" in each.name] == ["models--own--half"]
+    assert three.place("text_encoder").name == "half.safetensors"
+    assert not home.hub.here("own/wan", "text_encoder") and not home.hub.here("own/half", "other.safetensors")
+
+
+def test_what_serves_as_well_and_is_here_is_used_and_nothing_is_fetched_for_it(
+    home: Home, one: Preset, three: Preset
+) -> None:
+    assert "text_encoder" in str(models.state(three, home.hub).to_fetch)
+    models.pull(one, home.hub, quiet, judges=False)
+    assert models.state(three, home.hub).bytes_to_fetch == 30_000
+    assert three.place("text_encoder") == one.place("text_encoder") and three.place("text_encoder").is_dir()
+    sent = home.server.bytes_sent
+    code, out, _ = home.say("plan", "three")
+    assert code == 0 and "own/half" not in out and "own/wan/text_encoder/model.safetensors" in out
+    models.pull(three, home.hub, quiet, judges=False)
+    assert home.server.bytes_sent - sent == 30_000 and home.whole(three)
+    assert home.say("verify", "three")[0] == 0
+    assert models.removal(three, home.hub).kept_for == ("One",)
+    models.remove(one, home.hub)  # what Three needs of it stays
+    assert home.whole(three) and models.state(three, home.hub).here
+
+
+def test_half_of_what_serves_as_well_is_not_it(home: Home, one: Preset, three: Preset) -> None:
+    models.pull(one, home.hub, quiet, judges=False)
+    (one.place("text_encoder") / "model.safetensors").unlink()
+    assert three.place("text_encoder").name == "half.safetensors" and not three.has("text_encoder")
+
+
+def test_the_first_wins_where_both_are_here_and_removing_takes_both(home: Home, one: Preset, three: Preset) -> None:
+    home.hub.pull([hub_module.Wanted(HALF.repo, HALF.path)], quiet)
+    models.pull(one, home.hub, quiet, judges=False)
+    models.pull(three, home.hub, quiet, judges=False)
+    assert three.place("text_encoder").name == "half.safetensors"
+    (home.folder / "models" / "presets" / "one.json").unlink()
+    models.remove(three, home.hub)
+    assert not home.hub.here(WHOLE.repo, WHOLE.path) and not home.hub.here(HALF.repo, HALF.path)
+
+
+@pytest.mark.parametrize("names", [("other",), ("other", "half")])
+def test_what_serves_as_well_is_adopted_where_the_first_is_not(
+    home: Home, three: Preset, names: tuple[str, ...]
+) -> None:
+    theirs = home.folder / "theirs"
+    theirs.mkdir()
+    for name in names:
+        (theirs / f"{name}-renamed.bin").write_bytes(REPOS["own/half"][f"{name}.safetensors"])
+    adopted, _ = models.adopt([theirs], home.hub, quiet)
+    assert [path.name for path in adopted] == [f"{names[-1]}-renamed.bin"]
+    assert three.has("text_encoder") and three.place("text_encoder").name == f"{names[-1]}.safetensors"
 
 
 # --- licences, tokens, offline ---------------------------------------------------------------------------------------
