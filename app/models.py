@@ -17,6 +17,7 @@ from pathlib import Path
 from engine import presets
 from engine.hub import Hub, Plan, Say, Wanted
 from engine.messages import StudioError
+from engine.pickles import is_pickle
 from engine.presets import OPTIONAL, Components, HubFiles, Preset
 from engine.transfer import bytes_of, linked_or_copied
 
@@ -51,6 +52,11 @@ class State:
     def bytes_to_fetch(self) -> int:
         """As the preset says; a plan asks the Hub."""
         return sum(files.num_bytes for files in self.to_fetch)
+
+    @property
+    def bytes_to_convert(self) -> int:
+        """What safetensors will take that are made of pickles, as large as these."""
+        return sum(files.num_bytes for files in self.to_fetch if is_pickle(files.path))
 
     @property
     def word(self) -> str:

@@ -123,6 +123,7 @@ def plan(given: argparse.Namespace, hub: Hub) -> int:
     missing = {found.hash for found in asked.missing}
     for found in asked.files:
         how = " (by the library: kept in the Xet store alone)" if found.xet else ""
+        how += " (a pickle: turned into safetensors once, never loaded)" if found in asked.to_convert else ""
         word = "missing" if found.hash in missing else "here"
         print(f"{size(found.size):>8}  {word:7}  {found.wanted.repo}/{found.wanted.path}{how}")
     print(f"{preset.title}: {_sum(asked)}, into {hub.cache}.")
@@ -145,7 +146,7 @@ def pull(given: argparse.Namespace, hub: Hub) -> int:
     alone = [found.wanted.path for found in asked.missing if found.xet]
     if alone:
         _tell(f"{', '.join(alone)}: kept in the Hub's Xet store alone, so the library fetches it; a pause begins anew.")
-    if asked.missing and not given.yes and not _agreed("Fetch it?"):
+    if (asked.missing or asked.to_convert) and not given.yes and not _agreed("Fetch it?"):
         return 1
     line = Line(models.Speed())
     try:
@@ -291,9 +292,10 @@ def _preset(name: str) -> Preset:
 
 
 def _sum(asked: Plan) -> str:
-    if not asked.missing:
+    if not asked.missing and not asked.to_convert:
         return "everything is here"
-    return f"{size(asked.bytes_to_fetch)} to fetch, {size(asked.bytes_free)} free"
+    more = f" and {size(asked.bytes_to_convert)} to make safetensors of it" if asked.to_convert else ""
+    return f"{size(asked.bytes_to_fetch)} to fetch{more}, {size(asked.bytes_free)} free"
 
 
 def _licences(preset: Preset, *, judges: bool) -> list[str]:

@@ -1,7 +1,7 @@
-"""A `.pth` into safetensors, once, in a process of its own; afterwards nobody opens the `.pth` again.
+"""The child that reads a pickle and writes safetensors; `engine.pickles` starts it.
 
 In:  a file as `torch.save` writes it.
-Out: a safetensors file with the same names and tensors.
+Out: a safetensors file with the same names and tensors; as JSON in the last line its sha256, or why there is none.
 Knows nothing of models. Only plain tensors are let in (`weights_only`); a pickle that asks for code is refused.
 
     python -m engine.convert SOURCE TARGET
@@ -10,74 +10,63 @@ Knows nothing of models. Only plain tensors are let in (`weights_only`); a pickl
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.messages import StudioError
+from engine.pickles import part_of
 
-ROOT = Path(__file__).resolve().parent.parent
 NESTS = ("state_dict", "model_state", "model", "module", "ema")  # where a training run keeps its weights
-
-
-def convert_pth(path: Path, target: Path) -> Path:
-    """Write the tensors of a `.pth` as safetensors, unless that was done before.
-
-    Args:
-        path: written by torch of 2020 or later.
-        target: the file to write; it appears whole or not at all.
-
-    Returns:
-        `target`.
-
-    Raises:
-        StudioError: the file holds code or no weights, is damaged, or cannot be written.
-    """
-    if target.is_file():
-        return target
-    command = [sys.executable, "-X", "utf8", "-m", "engine.convert", str(path.resolve()), str(target.resolve())]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    if ran.returncode == 0:
-        return target
-    lines = ran.stdout.strip().splitlines()
-    said = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    raise StudioError(
-        what=f"{path.name} cannot be turned into safetensors.",
-        why=said.get("reason") or f"The process that read it ended without a reason (code {ran.returncode}).",
-        next_step="Fetch the file again, or look for one in safetensors.",
-        field="preset",
-    )
+STORED = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+AT_ONCE = 2**24  # bytes
 
 
 def main(arguments: list[str]) -> int:
-    """The child's part: 0, or 1 with the reason as JSON in the last line."""
+    """0, or 1 with the reason."""
     parser = argparse.ArgumentParser(prog="python -m engine.convert", description="A .pth into safetensors.")
+    parser.add_argument("--while-asked", action="store_true", help="end when stdin does: whoever asked is gone")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     given = parser.parse_args(arguments)
-    part = given.target.with_name(f"{given.target.name}.{os.getpid()}.part")
+    part = part_of(given.target)
+    if given.while_asked:
+        threading.Thread(target=_end_with_stdin, args=(part,), daemon=True).start()
     try:
         with given.source.open("rb") as handle:
             if not zipfile.is_zipfile(handle):
                 raise ValueError("not a file that torch has written since 2020, or cut short")
         tensors = _tensors(torch.load(given.source, map_location="cpu", weights_only=True, mmap=True))
         given.target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part)
+        digest = _write(tensors, part)
         part.replace(given.target)
     except Exception as error:
-        sys.stdout.write(json.dumps({"reason": _reason(error)}) + "\n")
+        for_good = not isinstance(error, (OSError, MemoryError))
+        sys.stdout.write(json.dumps({"reason": _reason(error), "for_good": for_good}) + "\n")
         return 1
     finally:
         part.unlink(missing_ok=True)
+    sys.stdout.write(json.dumps({"sha256": digest}) + "\n")
     return 0
+
+
+def _end_with_stdin(part: Path) -> None:
+    """Whoever waits for this process holds its stdin; when they are killed, nothing half stays behind."""
+    while os.read(0, 1):  # not through sys.stdin, whose lock this thread would hold when the process ends by itself
+        pass
+    part.unlink(missing_ok=True)
+    os._exit(1)
 
 
 def _reason(error: Exception) -> str:
@@ -90,7 +79,7 @@ def _reason(error: Exception) -> str:
 
 
 def _tensors(held: Any) -> dict[str, Tensor]:
-    """Names and tensors, each with memory of its own, as safetensors wants them."""
+    """Names and tensors."""
     while isinstance(held, dict) and not all(isinstance(value, Tensor) for value in held.values()):
         nest = next((name for name in NESTS if isinstance(held.get(name), dict)), None)
         if nest is None:
@@ -98,14 +87,44 @@ def _tensors(held: Any) -> dict[str, Tensor]:
         held = held[nest]
     if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
         raise ValueError("no table of names and tensors")
-    taken: set[int] = set()
-    made: dict[str, Tensor] = {}
-    for name, tensor in held.items():
-        storage = tensor.untyped_storage()
-        alone = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in taken
-        taken.add(storage.data_ptr())
-        made[str(name)] = tensor.detach().contiguous() if alone else tensor.detach().clone().contiguous()
-    return made
+    strange = next((tensor.dtype for tensor in held.values() if tensor.dtype not in STORED), None)
+    if strange is not None:
+        raise ValueError(f"numbers of the kind {strange}")
+    return {str(name): tensor.detach() for name, tensor in held.items()}
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> str:
+    """Write a safetensors file tensor by tensor; gives its sha256.
+
+    By hand: the library writes under a name of its own, as large as it will be from the start, so that nobody sees how
+    far it is, and a killed process leaves it lying there.
+
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    # Wide numbers first, as the library has them, so that each tensor begins at a multiple of its own width.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": STORED[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)
+    digest = hashlib.sha256()
+    with file.open("wb") as handle:
+        for piece in (len(told).to_bytes(8, "little"), told):
+            handle.write(piece)
+            digest.update(piece)
+        for name in order:
+            # One that is a part or a turn of another is laid out for itself.
+            flat = memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+            for start in range(0, len(flat), AT_ONCE):
+                handle.write(flat[start : start + AT_ONCE])
+                digest.update(flat[start : start + AT_ONCE])
+        handle.flush()
+        os.fsync(handle.fileno())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

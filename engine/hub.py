@@ -8,6 +8,10 @@ commits, what a folder holds and under which licence.
 Layout: `models--<owner>--<name>/{blobs/<hash>, snapshots/<commit>/<path>, refs/<revision>}`. While a file is on its way
 it is `blobs/<hash>.part`, which one process at a time holds by a lock; it becomes a blob in one move, once its hash is
 right. A cut pull goes on from the part.
+
+A pickle that was named itself is never loaded: once it is whole (`blobs/<hash>.pickle`), safetensors are made of it,
+`blobs/<hash>.<own hash>.safetensors`, whose name in the snapshot is `<path>.safetensors`; then it goes. What another
+program has fetched of it stays.
 """
 
 from __future__ import annotations
@@ -39,8 +43,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from engine import transfer
+from engine import pickles, transfer
 from engine.messages import StudioError
+from engine.pickles import is_pickle
 from engine.transfer import Damaged, Refused, Source, bytes_of, hash_of, linked_or_copied
 
 SPARE = 256 * 2**20  # bytes that stay free on the disk
@@ -86,13 +91,19 @@ class Plan:
 
     files: tuple[Found, ...]
     missing: tuple[Found, ...]  # each blob once, however many files share it
+    to_convert: tuple[Found, ...]  # pickles that no safetensors have been made of
     bytes_to_fetch: int
     bytes_free: int
 
     @property
+    def bytes_to_convert(self) -> int:
+        """What those safetensors will take beside the pickles, while both are there."""
+        return sum(found.size for found in self.to_convert)
+
+    @property
     def fits(self) -> bool:
         """Whether the disk holds it."""
-        return self.bytes_to_fetch + SPARE <= self.bytes_free
+        return self.bytes_to_fetch + self.bytes_to_convert + SPARE <= self.bytes_free
 
 
 T = TypeVar("T")
@@ -126,7 +137,7 @@ class Hub:
     # --- what is here ---
 
     def local(self, wanted: Wanted) -> Path | None:
-        """Where the file lies, when it is here; asks nobody."""
+        """Where the file lies, when it is here; of a pickle, the safetensors made of it. Asks nobody."""
         path = self.place(wanted.repo, wanted.path, wanted.revision)
         return path if path.is_file() else None
 
@@ -135,7 +146,7 @@ class Hub:
         folder = self._repo(repo)
         reference = folder / "refs" / revision
         commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-        return folder / "snapshots" / commit / Path(*path.split("/"))
+        return folder / "snapshots" / commit / _name(path)
 
     def here(self, repo: str, path: str = "", revision: str = "main") -> tuple[Wanted, ...]:
         """Which files of that name are here, a folder's with all below it; asks nobody."""
@@ -146,8 +157,9 @@ class Hub:
         return tuple(Wanted(repo, name, revision) for name in names)
 
     def arrived(self, repo: str) -> int:
-        """Bytes of a repository's files that are not whole yet; asks nobody."""
-        return sum(bytes_of(part) for part in (self._repo(repo) / "blobs").glob("*.part"))
+        """Bytes of a repository's files that are not whole yet, or pickles still; asks nobody."""
+        blobs = self._repo(repo) / "blobs"
+        return sum(bytes_of(part) for kind in ("*.part", "*.pickle") for part in blobs.glob(kind))
 
     def plan(self, wanted: Iterable[Wanted]) -> Plan:
         """Ask the Hub about every file, and compare with what is here.
@@ -156,23 +168,27 @@ class Hub:
             StudioError: offline, no such repository or file, or no right to read it.
         """
         files = tuple(self._ask(each) for each in wanted)
-        missing = {found.hash: found for found in files if self._twin(found) is None}
+        unmade = [found for found in files if self._made(found) is None]
+        missing = {found.hash: found for found in unmade if self._twin(found) is None}
+        pickled = {found.hash: found for found in unmade if is_pickle(found.wanted.path)}
         here = sum(self._part_bytes(found) for found in missing.values())
         self.cache.mkdir(parents=True, exist_ok=True)
         to_fetch = sum(found.size for found in missing.values()) - here
-        return Plan(files, tuple(missing.values()), to_fetch, shutil.disk_usage(self.cache).free)
+        free = shutil.disk_usage(self.cache).free
+        return Plan(files, tuple(missing.values()), tuple(pickled.values()), to_fetch, free)
 
     # --- bringing them here ---
 
     def pull(self, wanted: Iterable[Wanted], say: Say) -> list[Path]:
-        """Fetch what is missing; gives every file's path.
+        """Fetch what is missing, and make safetensors of pickles; gives every file's path.
 
         Raises:
-            StudioError: the plan does not fit on the disk, the line stays dead, or a file arrives damaged twice.
+            StudioError: the plan does not fit on the disk, the line stays dead, a file arrives damaged twice, or a
+                pickle holds more than weights.
         """
         plan = self.plan(wanted)
         if not plan.fits:
-            needed, free = _gigabytes(plan.bytes_to_fetch), _gigabytes(plan.bytes_free)
+            needed, free = _gigabytes(plan.bytes_to_fetch + plan.bytes_to_convert), _gigabytes(plan.bytes_free)
             raise StudioError(
                 f"These files need {needed} GB, and {free} GB are free.",
                 f"They would lie in {self.cache}.",
@@ -180,10 +196,17 @@ class Hub:
             )
         total = sum(found.size for found in {found.hash: found for found in plan.files}.values())
         done = total - sum(found.size for found in plan.missing)
-        for found in plan.missing:
-            with self._explained(found):
-                self._fetch(found, lambda here, f=found, before=done: say(before + here, total, f.wanted.path))
-            done += found.size
+        total += plan.bytes_to_convert
+        for found in dict.fromkeys((*plan.missing, *plan.to_convert)):
+            path = found.wanted.path
+            if found in plan.missing:
+                with self._explained(found):
+                    self._fetch(found, lambda here, path=path, before=done: say(before + here, total, path))
+                done += found.size
+            if found in plan.to_convert:
+                name = f"{path}, into safetensors"
+                self._convert(found, lambda here, name=name, before=done: say(before + here, total, name))
+                done += found.size
         return [self._point(found) for found in plan.files]
 
     def verify(self, wanted: Iterable[Wanted], say: Say) -> list[Wanted]:
@@ -191,8 +214,9 @@ class Hub:
         files, broken, done = [self._ask(each) for each in wanted], [], 0
         total = sum(found.size for found in files)
         for found in files:
-            blob = self._blob(found)
-            if not blob.is_file() or hash_of(blob, found.hash) != found.hash:
+            made = self._made(found)
+            blob, digest = (made, pickles.own_hash(made)) if made else (self._blob(found), found.hash)
+            if not blob.is_file() or hash_of(blob, digest)[: len(digest)] != digest:
                 blob.unlink(missing_ok=True)
                 self._pointer(found).unlink(missing_ok=True)  # a copy, where links are not to be had
                 broken.append(found.wanted)
@@ -219,7 +243,9 @@ class Hub:
                     linked_or_copied(path, self._blob(found))
                     adopted.append(path)
         for found in plan.files:
-            if self._twin(found) is not None:
+            if found in plan.to_convert and self._twin(found) is not None:
+                self._convert(found, lambda here, f=found: say(here, f.size, f"{f.wanted.path}, into safetensors"))
+            if self._made(found) or self._twin(found):
                 self._point(found)
         return adopted
 
@@ -240,11 +266,12 @@ class Hub:
     def discard(self, plan: Plan) -> int:
         """Take away what has arrived of files that are not whole; gives the bytes that this frees."""
         freed = 0
-        for found in plan.missing:
-            part = self._blob(found).with_suffix(".part")
-            freed += bytes_of(part)
-            part.unlink(missing_ok=True)
-            part.with_suffix(".etag").unlink(missing_ok=True)
+        for found in dict.fromkeys((*plan.missing, *plan.to_convert)):
+            blobs = self._repo(found.wanted.repo) / "blobs"
+            for suffix in (".part", ".pickle", ".converting.new"):
+                freed += bytes_of(blobs / f"{found.hash}{suffix}")
+                (blobs / f"{found.hash}{suffix}").unlink(missing_ok=True)
+            (blobs / f"{found.hash}.etag").unlink(missing_ok=True)
         return freed
 
     # --- one file ---
@@ -262,7 +289,20 @@ class Hub:
                 again = lambda: self._source(self._ask(found.wanted))  # noqa: E731
                 transfer.transfer(self._source(found), part, say, again=again, pause=self._pause)
 
-        transfer.fetch(self._blob(found), found.hash, bring, say)
+        blob = self._blob(found)
+        transfer.fetch(blob, found.hash, bring, say, there=lambda: blob.is_file() or self._made(found) is not None)
+
+    def _convert(self, found: Found, say: Callable[[int], None]) -> None:
+        """Safetensors of a pickle that is here; then what was fetched of it goes, also where it holds no weights."""
+        own, source = self._blob(found), self._twin(found)
+        if source is None:  # another process has just done it
+            return
+        try:
+            pickles.converted(source, own.parent, found.hash, say, name=found.wanted.path)
+        except pickles.NotWeights:
+            own.unlink(missing_ok=True)
+            raise
+        own.unlink(missing_ok=True)
 
     def _source(self, found: Found) -> Source:
         """With the token only where the Hub itself has the bytes."""
@@ -275,8 +315,8 @@ class Hub:
 
     def _point(self, found: Found) -> Path:
         """The snapshot's name for a blob, and the revision's name for the snapshot."""
-        folder, blob = self._repo(found.wanted.repo), self._blob(found)
-        twin = self._twin(found)
+        folder, twin = self._repo(found.wanted.repo), self._made(found) or self._twin(found)
+        blob = folder / "blobs" / (twin.name if twin is not None else found.hash)
         if twin is not None and twin != blob:
             blob.parent.mkdir(parents=True, exist_ok=True)
             linked_or_copied(twin, blob)
@@ -297,18 +337,27 @@ class Hub:
         return path
 
     def _pointer(self, found: Found) -> Path:
-        return self._repo(found.wanted.repo) / "snapshots" / found.commit / Path(*found.wanted.path.split("/"))
+        return self._repo(found.wanted.repo) / "snapshots" / found.commit / _name(found.wanted.path)
 
     def _repo(self, repo: str) -> Path:
         return self.cache / f"models--{_checked(repo).replace('/', '--')}"
 
     def _blob(self, found: Found) -> Path:
-        return self._repo(found.wanted.repo) / "blobs" / found.hash
+        """Where its bytes are fetched to."""
+        name = f"{found.hash}.pickle" if is_pickle(found.wanted.path) else found.hash
+        return self._repo(found.wanted.repo) / "blobs" / name
 
     def _twin(self, found: Found) -> Path | None:
         """The same bytes, in this repository's folder or, where two repositories hold one file, in another's."""
         blob = self._blob(found)
         return blob if blob.is_file() else next(iter(self.cache.glob(f"models--*/blobs/{found.hash}")), None)
+
+    def _made(self, found: Found) -> Path | None:
+        """The safetensors that were made of a pickle, in this repository's folder or in another's."""
+        if not is_pickle(found.wanted.path):
+            return None
+        made = pickles.made_of(self._blob(found).parent, found.hash)
+        return made or next(iter(self.cache.glob(f"models--*/blobs/{found.hash}.*.safetensors")), None)
 
     def _part_bytes(self, found: Found) -> int:
         return bytes_of(self._blob(found).with_suffix(".part"))
@@ -412,6 +461,11 @@ class Hub:
                 f"{found.wanted.repo}: {error}.",
                 f"{'Free some disk space and try' if full else 'Try'} again: it goes on where it stopped.",
             ) from None
+
+
+def _name(path: str) -> Path:
+    """A file's name in the snapshot: its own, or that of the safetensors made of a pickle."""
+    return Path(*f"{path}.safetensors".split("/")) if is_pickle(path) else Path(*path.split("/"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -17,7 +17,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, IncompleteRead
 from pathlib import Path
@@ -60,26 +61,23 @@ Bring = Callable[[Path, Callable[[int], None]], None]
 """Makes the part as large as the file; tells how many bytes are there."""
 
 
-def fetch(blob: Path, digest: str, bring: Bring, say: Callable[[int], None]) -> None:
+def fetch(
+    blob: Path, digest: str, bring: Bring, say: Callable[[int], None], *, there: Callable[[], bool] | None = None
+) -> None:
     """Have `bring` complete the part, check it, and make it the blob in one move.
 
     One process at a time does so; the others see it grow and take what it brought.
 
+    Args:
+        there: whether it is no longer needed; left out, once the blob is there.
+
     Raises:
         Damaged: the bytes had another hash twice; nothing of them is kept.
     """
-    blob.parent.mkdir(parents=True, exist_ok=True)
     part = blob.with_suffix(".part")
-    lock = FileLock(blob.with_suffix(".lock"))
-    while True:
-        try:
-            lock.acquire(timeout=LOOK_S)
-            break
-        except Timeout:
-            say(bytes_of(part))  # which is also how a wait is ended by whoever does not want to wait
-    try:
+    with alone(blob.with_suffix(".lock"), lambda: say(bytes_of(part))):
         damaged = False
-        while not blob.is_file():  # another process may have brought it while this one waited
+        while not (there or blob.is_file)():  # another process may have brought it while this one waited
             part.touch()
             bring(part, say)
             part.with_suffix(".etag").unlink(missing_ok=True)
@@ -90,8 +88,23 @@ def fetch(blob: Path, digest: str, bring: Bring, say: Callable[[int], None]) -> 
             if damaged:
                 raise Damaged
             damaged = True
+
+
+@contextmanager
+def alone(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Inside, no other process holds this lock. What `waiting`, called now and then before, raises ends the wait."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    while True:
+        try:
+            held.acquire(timeout=LOOK_S)
+            break
+        except Timeout:
+            waiting()
+    try:
+        yield
     finally:
-        lock.release()
+        held.release()
 
 
 def transfer(

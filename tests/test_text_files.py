@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
-from engine import convert, counts, load, presets, quantize, weights
+from engine import counts, load, pickles, presets, quantize, weights
 from engine.messages import StudioError
 from engine.quantize import Precision
 from tests.wan_files import scaled_fp8, stirred, unscaled, write_gguf
@@ -97,7 +97,7 @@ def test_every_layout_gives_the_states_of_transformers_own_folder(
     path = tmp_path / "text.safetensors"
     WRITERS[layout](held, path)
     if layout == "pth":
-        convert.convert_pth(path.with_suffix(".pth"), path)
+        pickles.convert_pth(path.with_suffix(".pth"), path)
     made, expected = read(path, precision), read(tmp_path / "folder", precision)
     assert made.config.to_dict() == expected.config.to_dict() | {"architectures": None, "dtype": made.config.dtype}
     assert quantize.num_bytes(made) == quantize.num_bytes(expected)

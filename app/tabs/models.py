@@ -178,10 +178,11 @@ def _card(found: models.State, pull: Pull | None, hub: Hub, free: int, asked: bo
 def _sizes(found: models.State, free: int, busy: bool) -> str:
     if found.fetched:
         return ""
-    low = " low" if found.bytes_to_fetch > free else ""
+    low = " low" if found.bytes_to_fetch + found.bytes_to_convert > free else ""
     arrived = f", {markup.size(found.arrived)} of it under way" if found.arrived and not busy else ""
+    more = f" and {markup.size(found.bytes_to_convert)} to make safetensors of it" if found.bytes_to_convert else ""
     return (
-        f'<span class="disk{low}"><b>{markup.size(found.bytes_to_fetch)}</b> to fetch{arrived}, '
+        f'<span class="disk{low}"><b>{markup.size(found.bytes_to_fetch)}</b> to fetch{arrived}{more}, '
         f"{markup.size(free)} free</span>"
     )
 
