@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from engine import presets
@@ -192,21 +193,27 @@ def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list
             )
     adopted, unknown = [], []
     known = presets.readable()
-    for named in (lambda preset: named_files(preset, judges=True), _instead):
-        for files in _distinct(each for preset in known for each in named(preset)):
-            try:
-                adopted += hub.adopt(hub.expand(files.repo, files.path, files.revision, xet=files.xet), folders, say)
-            except StudioError as error:
-                unknown.append(error)
+    asked: set[HubFiles] = set()
+    first = (files for preset in known for files in named_files(preset, judges=True))
+    for files in chain(first, (files for preset in known for files in _instead(preset))):
+        if files in asked:
+            continue
+        asked.add(files)
+        try:
+            adopted += hub.adopt(hub.expand(files.repo, files.path, files.revision, xet=files.xet), folders, say)
+        except StudioError as error:
+            unknown.append(error)
     for preset in known:
         gather(preset, hub, judges=True)
     return adopted, unknown
 
 
-def _instead(preset: Preset) -> list[HubFiles]:
-    """What would serve as well as those parts that are not here."""
-    missing = [own for part, own in preset.downloads().items() if not preset.has(part)]
-    return [each for own in missing for files in own for each in files.alternatives]
+def _instead(preset: Preset) -> Iterator[HubFiles]:
+    """What would serve as well as the parts that are not here; it ends, part by part, with the first that has come."""
+    for part, own in preset.downloads().items():
+        for each in (each for files in own for each in files.alternatives):
+            if not preset.has(part):
+                yield each
 
 
 # --- taking it away --------------------------------------------------------------------------------------------------

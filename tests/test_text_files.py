@@ -268,3 +268,13 @@ def test_a_plan_counts_the_same_whatever_the_layout(
     assert told("ours.safetensors") == told("wan.safetensors")
     truly = quantize.num_bytes(read(tmp_path / "wan.safetensors", precision, torch.bfloat16))
     assert told("wan.safetensors") == pytest.approx(truly, rel=0.05)
+
+
+def test_a_gguf_whose_header_is_not_read_beforehand_counts_as_the_published_one(
+    held: dict[str, Tensor], tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "text.gguf", as_llama(held), "Q8_0")
+    toybox = presets.load("toybox")
+    parts = toybox.components.model_copy(update={"text_encoder": str(tmp_path / "text.gguf")})
+    told = counts.part_weights(toybox.model_copy(update={"components": parts}), "text_encoder")
+    assert told == counts.UMT5_XXL

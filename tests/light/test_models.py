@@ -356,17 +356,22 @@ def test_the_first_wins_where_both_are_here_and_removing_takes_both(home: Home, 
     assert not home.hub.here(WHOLE.repo, WHOLE.path) and not home.hub.here(HALF.repo, HALF.path)
 
 
-@pytest.mark.parametrize("names", [("other",), ("other", "half")])
-def test_what_serves_as_well_is_adopted_where_the_first_is_not(
-    home: Home, three: Preset, names: tuple[str, ...]
+@pytest.mark.parametrize("best", ["half.safetensors", "text_encoder", "other.safetensors"])
+def test_of_what_serves_as_well_the_first_that_another_program_has_is_adopted(
+    home: Home, three: Preset, best: str
 ) -> None:
     theirs = home.folder / "theirs"
     theirs.mkdir()
-    for name in names:
-        (theirs / f"{name}-renamed.bin").write_bytes(REPOS["own/half"][f"{name}.safetensors"])
+    (theirs / "3.bin").write_bytes(REPOS["own/half"]["other.safetensors"])
+    if best != "other.safetensors":
+        (theirs / "2.bin").write_bytes(ENCODER)
+        (theirs / "2.json").write_bytes(b"{}")
+    if best == "half.safetensors":
+        (theirs / "1.bin").write_bytes(REPOS["own/half"]["half.safetensors"])
     adopted, _ = models.adopt([theirs], home.hub, quiet)
-    assert [path.name for path in adopted] == [f"{names[-1]}-renamed.bin"]
-    assert three.has("text_encoder") and three.place("text_encoder").name == f"{names[-1]}.safetensors"
+    kept = {"half.safetensors": "1.bin", "text_encoder": "2.bin", "other.safetensors": "3.bin"}[best]
+    assert [path.name for path in adopted if path.suffix == ".bin"] == [kept]
+    assert three.has("text_encoder") and three.place("text_encoder").name == best
 
 
 # --- licences, tokens, offline ---------------------------------------------------------------------------------------
