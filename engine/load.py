@@ -8,6 +8,7 @@ and ONNX for the two face networks, which OpenCV reads.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -131,9 +132,11 @@ def load(
             model = _LOADERS[part](place, dtype)
             if merge is not None:
                 lora.apply(model, [Lora(path=str(merge), weight=1.0, sha256="")], merge=True)
-    except (StudioError, torch.OutOfMemoryError):
+    except StudioError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, cv2.error) as error:
+        if memory.lacking(error):
+            raise  # the files are whole; whoever planned this clip plans anew
         reason = str(error).strip().splitlines()
         raise _damaged(part, place, reason[0][:200] if reason else type(error).__name__) from error
     model = model.to(where).eval().requires_grad_(False)
@@ -308,7 +311,9 @@ class Warm:
         if kept is not None and kept[0] == mark:
             self._parts[part] = kept
             return kept[1]
-        del kept  # the old one leaves before the new one comes: two large models may not fit
+        if kept is not None:
+            del kept  # the old one leaves before the new one comes: two large models may not fit
+            _let_go(self.device)
         self._give_way(part, fit)
         states = part == "text_encoder" and place.is_file() and preset.shape
         expect = {"dim": states.text_dim} if states else None
@@ -375,14 +380,24 @@ class Warm:
         return num_bytes(self._parts[part][1])
 
     def _drop(self, parts: Iterable[Part]) -> None:
-        gone = list(parts)
-        for part in gone:
+        parts = list(parts)
+        for part in parts:
             del self._parts[part]
+        _let_go(self.device)
+        for part in parts:
             shutil.rmtree(_spill_folder(part), ignore_errors=True)  # Windows keeps mapped files for a while
-        if gone:
-            give_memory_back()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def _let_go(where: torch.device) -> None:
+    """Give back what nothing refers to: a model may hold itself in a circle, and the allocators keep what was freed."""
+    gc.collect()
+    give_memory_back()
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+    elif where.type == "mps":
+        torch.mps.empty_cache()
+    elif where.type == "xpu":
+        torch.xpu.empty_cache()
 
 
 def _spill_folder(part: Part) -> Path:

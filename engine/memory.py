@@ -339,29 +339,42 @@ def told_apart() -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError as error:
-        raise Lack("RAM") from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise Lack("disk") from error
-    except RuntimeError as error:
-        said = str(error).lower()
-        what = next((kind for saying, kind in _SAYINGS.items() if saying in said), None)
-        what = "VRAM" if type(error).__name__ == "OutOfMemoryError" else what  # torch's own, of every card
+    except Exception as error:
+        what = lacking(error)
         if what is None:
             raise
         raise Lack(what) from error
+
+
+def lacking(error: Exception) -> str | None:
+    """Which memory an error says has run out, as a `Lack` names it; None where it is about something else."""
+    said = str(error).lower()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk"
+    # safetensors' own errors bear no number; Windows' sentence is in the person's language, the code is not.
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or "error 1455" in said:
+        return "RAM"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's own, of every card
+        return "VRAM"
+    if isinstance(error, RuntimeError):
+        return next((kind for saying, kind in _SAYINGS.items() if saying in said), None)
+    return None
 
 
 _SAYINGS = {
     "pin memory": "pinned RAM",
     "cudahostalloc": "pinned RAM",
     "mps backend out of memory": "VRAM",
+    "invalid buffer size": "VRAM",  # MPS, where one tensor is larger than Metal's largest buffer
     "cuda error: out of memory": "VRAM",
+    "cuda driver error: out of memory": "VRAM",
+    "cublas_status_alloc_failed": "VRAM",
+    "cudnn_status_alloc_failed": "VRAM",
     "xpu out of memory": "VRAM",
+    "cuda failure 2 'out of memory'": "VRAM",  # NCCL
     "not enough memory": "RAM",
     "can't allocate memory": "RAM",
+    "cannot allocate memory": "RAM",
     "out of memory": "RAM",
 }
 """What allocators say who raise a plain RuntimeError, the more telling ones first."""

@@ -190,7 +190,7 @@ def _blocks(owner: Any, tensor: Tensor, dtype: torch.dtype, where: torch.device)
     )
     owner.quant_state = state
     make: Any = Params4bit  # its `__new__` takes more than a checker believes of a Parameter
-    return make(data, quant_state=state, blocksize=block, quant_type="nf4", module=owner, bnb_quantized=True)
+    return make(data, quant_state=state, blocksize=block, quant_type="nf4", bnb_quantized=True)
 
 
 def _some(tensor: Tensor) -> Iterator[slice]:

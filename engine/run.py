@@ -93,11 +93,15 @@ def run(
     here = warm.hardware()
     plan = memory.fitted(job, preset, here) if preset.shape is not None else None
     with _Previews(outputs / PREVIEWS / target.stem) as previews:
+        saved, lacked = None, ""
         try:
             saved = _made(job, preset, plan, say, target, warm, previews)
         except memory.Lack as lack:
-            log.warning("out of memory (%s); once more, sparing", lack.what)
-            say(Progress("load", 0, 0, note=f"{lack.what} ran out; trying once more with less."))
+            lacked = lack.what
+        # Not inside the handler: an error holds the frames it came through, and they the model that was too large.
+        if saved is None:
+            log.warning("out of memory (%s); once more, sparing", lacked)
+            say(Progress("load", 0, 0, note=f"{lacked} ran out; trying once more with less."))
             warm.empty()
             less = memory.plan(job, preset, here.shrunk()) if preset.shape is not None else None
             try:

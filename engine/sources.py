@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine import memory
 from engine.messages import StudioError
 
 WHOLE = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # beside it only variants of the same weights
@@ -93,6 +94,8 @@ def opened(place: Path) -> Iterator[Source]:
         try:
             made = _Gguf(place, files[0], stack) if _kind(files[0]) == "gguf" else _Safetensors(place, files, stack)
         except (SafetensorError, OSError, ValueError) as error:
+            if memory.lacking(error):
+                raise
             raise refused(place, f"It is damaged or cut short ({str(error)[:120]}).") from None
         yield made
 
@@ -197,6 +200,8 @@ class _Safetensors(Source):
                 return tensor
             scale = self._in[self._scales[key]].get_tensor(self._scales[key]).float().flatten()
         except (SafetensorError, OSError, ValueError) as error:
+            if memory.lacking(error):
+                raise
             raise refused(self.place, f"{key} cannot be read ({str(error)[:120]}).") from None
         if scale.numel() not in (1, tensor.shape[0]):
             raise refused(self.place, f"{key} has {scale.numel()} scales for {tensor.shape[0]} rows.")

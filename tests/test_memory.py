@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
@@ -181,6 +183,17 @@ def test_a_file_with_a_lying_header_is_refused_by_name(content: bytes, tmp_path:
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "RAM"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), "VRAM"),
         (RuntimeError("Cannot pin memory: cudaHostAlloc failed: out of memory"), "pinned RAM"),
+        (OSError(122, "Disk quota exceeded") if sys.platform == "linux" else OSError(28, "full"), "disk"),
+        (OSError(12, "Cannot allocate memory"), "RAM"),
+        (OSError("Die Auslagerungsdatei ist zu klein. (os error 1455)"), "RAM"),
+        (SafetensorError("Error while mapping: (os error 1455)"), "RAM"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9437184 bytes."), "RAM"),
+        (RuntimeError("unable to mmap 8 bytes from file <a>: Cannot allocate memory (12)"), "RAM"),
+        (torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), "VRAM"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "VRAM"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "VRAM"),
+        (RuntimeError("Invalid buffer size: 19.38 GiB"), "VRAM"),
+        (RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), "VRAM"),
     ],
 )
 def test_one_lack_of_memory_is_told_from_another(error: Exception, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from engine import encode, memory, pictures, presets, tiny, video
+from engine import encode, load, memory, pictures, presets, tiny, video
 from engine import run as engine_run
 from engine.job import GenerateJob, make_job, read_job
 from engine.load import Warm
@@ -324,6 +325,31 @@ def test_memory_that_runs_out_once_costs_a_second_try_and_not_the_clip(toybox, t
     saved = run(_job(tmp_path), listener, outputs=tmp_path / "out", warm=Warm(torch.device("cpu")))
     assert np.array_equal(_frames(saved), expected)
     assert any("once more" in heard.note for heard in listener.heard if isinstance(heard, Progress))
+
+
+def test_the_second_try_begins_when_the_model_of_the_first_has_left_memory(toybox, tmp_path):
+    warm, first, there = Warm(torch.device("cpu")), [], []
+
+    def say(message: Message) -> None:
+        if not isinstance(message, Progress):
+            return
+        if message.stage == "load":
+            there.append([model() is not None for model in first])
+        elif (message.stage, message.step, first) == ("sample", 2, []):
+            first.append(weakref.ref(warm.part("transformer", toybox)))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    run(_job(tmp_path, precision="nf4"), say, outputs=tmp_path / "out", warm=warm)
+    assert there[-1] == [False]
+
+
+def test_memory_that_runs_out_while_a_part_is_read_is_no_damaged_file(toybox, monkeypatch):
+    def too_large(*_):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9437184 bytes.")
+
+    monkeypatch.setitem(load._LOADERS, "vae", too_large)
+    with pytest.raises(memory.Lack), memory.told_apart():
+        load.load("vae", toybox.place("vae"), torch.device("cpu"))
 
 
 def test_memory_that_runs_out_twice_is_explained_with_what_to_make_smaller(toybox, tmp_path):
