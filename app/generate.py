@@ -261,7 +261,8 @@ class Meter:
             return
         parts = [STAGES.get(message.stage, message.stage)]
         if message.total > 1:
-            parts.append(f"{message.step} of {message.total}")
+            percent = message.stage in ("encode", "load")
+            parts.append(f"{message.step} %" if percent else f"{message.step} of {message.total}")
         if message.eta_s is not None:
             parts.append(f"about {clock(message.eta_s)} left")
         if message.note:

@@ -9,13 +9,13 @@ and ONNX for the two face networks, which OpenCV reads.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from engine import kernels, lora, machine, memory, offload, parallel, weights
+from engine import kernels, machine, memory, offload, parallel, weights
 from engine.faces import FaceFiles
-from engine.job import Lora
 from engine.judges import Judges
 from engine.memory import Fit, Hardware, Plan
 from engine.messages import StudioError
@@ -98,6 +97,7 @@ def load(
     *,
     expect: Mapping[str, int] | None = None,
     merge: Path | None = None,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> Any:
     """One part of a model.
 
@@ -108,9 +108,9 @@ def load(
         where: device it goes to; whoever judges frames stays on the processor, where decoded frames are.
         precision: of the large weights of the transformer, the text encoder and the VLM; None takes what the device
             computes in.
-        expect: "dim" and "layers" that a transformer has to have, "dim" of a text encoder's states; only where a
-            precision is asked for, or with files.
+        expect: "dim" and "layers" that a transformer has to have, "dim" of a text encoder's states.
         merge: a LoRA that becomes a part of the transformer's weights.
+        tell: hears the share of a transformer or an encoder that is loaded, up to 1.
 
     Raises:
         StudioError: a file is missing, cut short, or of another model.
@@ -124,14 +124,13 @@ def load(
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         where = torch.device("cpu") if part in JUDGES else where
         dtype = usual_dtype(part, where)
-        if part == "transformer" and (precision or expect or not _written_by_diffusers(place)):
-            model = weights.transformer(place, dtype, precision=precision, where=where, expect=expect, merge=merge)
-        elif part in _ENCODERS and (precision or not (place / "config.json").is_file()):
-            model = weights.encoder(_ENCODERS[part], place, dtype, precision=precision, where=where, expect=expect)
+        asked: Any = {"precision": precision, "where": where, "expect": expect, "tell": tell}
+        if part == "transformer":
+            model = weights.transformer(place, dtype, merge=merge, **asked)
+        elif part in _ENCODERS:
+            model = weights.encoder(_ENCODERS[part], place, dtype, **asked)
         else:
             model = _LOADERS[part](place, dtype)
-            if merge is not None:
-                lora.apply(model, [Lora(path=str(merge), weight=1.0, sha256="")], merge=True)
     except StudioError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, cv2.error) as error:
@@ -144,21 +143,6 @@ def load(
         kernels.set_up(cast(ModelMixin, model), machine.of())
         parallel.share(cast(ModelMixin, model))
     return model
-
-
-def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """With identity blocks, with VACE's side branch, or plain Wan: the folder's config says which."""
-    return _diffusers(weights.KINDS[_config(folder)["_class_name"]], folder, dtype, "transformer")
-
-
-def _written_by_diffusers(place: Path) -> bool:
-    """Whether its config.json names one of the classes; Wan's original folders have one of their own."""
-    if not (place / "config.json").is_file():
-        return False
-    written_by = _config(place).get("_class_name")
-    if written_by not in (*weights.KINDS, "WanModel", "VaceWanModel"):
-        raise _damaged("transformer", place, f"It holds a {written_by}, not one of {', '.join(weights.KINDS)}.")
-    return written_by in weights.KINDS
 
 
 def _vae(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -175,14 +159,6 @@ def _diffusers(kind: Any, folder: Path, dtype: torch.dtype, part: Part) -> nn.Mo
 
 def _judges(folder: Path, dtype: torch.dtype) -> nn.Module:
     return Judges.load(folder)
-
-
-def _text_encoder(folder: Path, dtype: torch.dtype) -> nn.Module:
-    return _transformers(_ENCODERS["text_encoder"], folder, dtype, "text_encoder")
-
-
-def _vlm(folder: Path, dtype: torch.dtype) -> nn.Module:
-    return _transformers(_ENCODERS["vlm"], folder, dtype, "vlm")
 
 
 def _detector(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -218,10 +194,7 @@ def _transformers(kind: Any, folder: Path, dtype: torch.dtype, part: Part) -> nn
 
 _ENCODERS: dict[Part, Any] = {"text_encoder": UMT5EncoderModel, "vlm": Qwen2_5_VLForConditionalGeneration}
 _LOADERS: dict[Part, Callable[[Path, torch.dtype], nn.Module]] = {
-    "transformer": _transformer,
     "vae": _vae,
-    "text_encoder": _text_encoder,
-    "vlm": _vlm,
     "judges": _judges,
     "detector": _detector,
     "segmenter": _segmenter,
@@ -234,10 +207,6 @@ def _refuse_gaps(part: Part, folder: Path, info: dict[str, Any]) -> None:
     gaps = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in info.get(name) or ())
     if gaps:
         raise _damaged(part, folder, f"{len(gaps)} weights are missing or of another shape, the first is {gaps[0]}.")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _damaged(part: str, folder: Path, reason: str) -> StudioError:
@@ -264,6 +233,7 @@ class Warm:
         self._parts: dict[Part, tuple[tuple[Any, ...], Any]] = {}
         self._remembered: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._plan: Plan | None = None
+        self._tell: Callable[[Part, float], None] = lambda part, share: None
 
     # --- what fits ---
 
@@ -285,6 +255,10 @@ class Warm:
             p: model for p, (_, model) in self._parts.items() if isinstance(model, nn.Module)
         }
         return {part: num_bytes(m) for part, m in models.items() if next(m.parameters()).device.type == device}
+
+    def telling(self, tell: Callable[[Part, float], None]) -> None:
+        """From now on `tell` hears which part is being loaded, and the share of it that is here."""
+        self._tell = tell
 
     def follow(self, plan: Plan | None) -> None:
         """From now on parts are loaded as this plan has them; without one, whole and exact."""
@@ -317,7 +291,7 @@ class Warm:
         self._give_way(part, fit)
         states = part == "text_encoder" and place.is_file() and preset.shape
         expect = {"dim": states.text_dim} if states else None
-        loaded = load(part, place, where, precision, expect=expect, merge=merge)
+        loaded = load(part, place, where, precision, expect=expect, merge=merge, tell=partial(self._tell, part))
         self._parts[part] = (mark, loaded)
         return loaded
 
@@ -381,6 +355,8 @@ class Warm:
 
     def _drop(self, parts: Iterable[Part]) -> None:
         parts = list(parts)
+        if not parts:
+            return
         for part in parts:
             del self._parts[part]
         _let_go(self.device)

@@ -43,7 +43,7 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """One step forward. `total` 0 means the length of the stage is unknown."""
+    """One step forward. `total` 0 means the length of the stage is unknown; loading counts to 100."""
 
     stage: str  # "load", "encode", "sample", "decode", "save"
     step: int

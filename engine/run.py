@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 
 PREVIEW_SHARE = 10  # a preview waits ten times as long as the one before took: a tenth of the time at most
 PREVIEW_GAP_S = 0.5  # nobody looks more often
+LOADING_GAP_S = 0.5
 
 
 def run(
@@ -85,6 +86,7 @@ def run(
     """
     began = time.monotonic()
     warm = warm or Warm()
+    warm.telling(_Loading(say))
     job, preset = presets.resolve(job)
     presets.check_files(preset)
     job = lora_files.hashed(pictures.pack(job, preset))
@@ -373,6 +375,25 @@ class _Pace:
     def go_on(self) -> None:
         """The next step begins; what came between two steps, such as a preview, is not counted as a step."""
         self._since = time.monotonic()
+
+
+class _Loading:
+    """Says how far a part is that takes longer than a moment to load; loading an encoder belongs to reading."""
+
+    def __init__(self, say: Callable[[Message], None]) -> None:
+        self._say = say
+        self._began: dict[str, float] = {}
+        self._next = 0.0
+
+    def __call__(self, part: str, share: float) -> None:
+        now = time.monotonic()
+        began = self._began.setdefault(part, now)
+        if share == 1:
+            del self._began[part]
+        elif now - began > LOADING_GAP_S and now >= self._next:
+            self._next = now + LOADING_GAP_S
+            stage, left = "load" if part == "transformer" else "encode", (now - began) * (1 - share) / share
+            self._say(Progress(stage, int(100 * share), 100, eta_s=left, note=f"loading the {part.replace('_', ' ')}"))
 
 
 class _Previews:

@@ -12,6 +12,7 @@ ComfyUI's copies). Those of UMT5 are in `engine.umt5`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ def transformer(
     identity: Mapping[str, Any] | None = None,
     expect: Mapping[str, int] | None = None,
     merge: Path | None = None,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> nn.Module:
     """The transformer that a file or a folder holds.
 
@@ -61,6 +63,7 @@ def transformer(
             which start as `init_identity` says.
         expect: "dim" and "layers" that it has to have.
         merge: a LoRA that becomes a part of the weights, before they are quantized.
+        tell: hears the share that is loaded, up to 1.
 
     Raises:
         StudioError: neither safetensors nor GGUF, damaged, of another model, or with weights missing.
@@ -78,7 +81,7 @@ def transformer(
         _check(held, model, names, missing_is_fine=own)
         merged = None if merge is None else lora.merging(model, [Lora(path=str(merge), weight=1.0, sha256="")])[0]
         quantize.swap(model, precision, lambda name: not own(name + "."))
-        _fill(model, held, names, dtype, where, merged)
+        _fill(model, held, names, dtype, where, tell, merged)
     if identity is not None:
         _start_identity(cast(IdentityWanTransformer3DModel, model), precision, dtype, where)
     return model
@@ -92,6 +95,7 @@ def encoder(
     precision: Precision | None = None,
     where: torch.device = CPU,
     expect: Mapping[str, int] | None = None,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> nn.Module:
     """UMT5 in any of its layouts (`engine.umt5`), or the VLM in transformers'.
 
@@ -99,7 +103,7 @@ def encoder(
         kind: transformers' class.
         source: a folder with safetensors; of UMT5 also a single file, safetensors or GGUF. Where no config.json lies
             beside the weights, UMT5's sizes are read off their shapes.
-        dtype, precision, where: as for `transformer`.
+        dtype, precision, where, tell: as for `transformer`.
         expect: the "dim" that its states have to have.
 
     Raises:
@@ -118,7 +122,7 @@ def encoder(
         names = {key: name for key, name in _as_now(model, names).items() if name not in tied}
         _check(held, model, names, missing_is_fine=lambda name: name in tied)
         quantize.swap(model, precision)
-        _fill(model, held, names, dtype, where)
+        _fill(model, held, names, dtype, where, tell)
     model.tie_weights()
     return model
 
@@ -154,12 +158,16 @@ def _fill(
     names: Mapping[str, str],
     dtype: torch.dtype,
     where: torch.device,
+    tell: Callable[[float], None],
     merged: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
+    done, whole = 0, sum(math.prod(held.entries[key].shape) for key in names)
     for key, name in names.items():
         kept = torch.float32 if quantize.keeps_fp32(model, name) else dtype
         tensor = held.read(key) if merged is None else merged(name, held.read(key))
         quantize.put(model, name, tensor, kept, where)
+        done += tensor.numel()
+        tell(done / whole)
     for name, table in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, table.to(where))

@@ -435,3 +435,19 @@ def test_a_preset_without_judges_makes_clips_without_a_report(toybox, tmp_path, 
     (presets.PRESETS / "toybox.json").write_text(silent.model_dump_json(), encoding="utf-8")
     saved = run(_job(tmp_path), Listener(), outputs=tmp_path / "out", warm=warm)
     assert (saved.report, saved.weakest, read_report(saved.clip)) == (None, None, None)
+
+
+def test_a_part_that_takes_long_to_load_says_how_far_it_is_and_may_be_cancelled(toybox, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.run.LOADING_GAP_S", 0.0)
+    listener = Listener()
+    run(_job(tmp_path), listener, outputs=tmp_path / "a", warm=Warm(torch.device("cpu")))
+    told = [m for m in listener.heard if isinstance(m, Progress) and m.note.startswith("loading the ")]
+    assert {m.note.removeprefix("loading the ") for m in told} == {"transformer", "text encoder", "vlm"}
+    assert {m.stage for m in told} == {"load", "encode"}
+    assert all(0 <= m.step < m.total == 100 and (m.eta_s or 0) >= 0 for m in told)
+    first = next(m for m in told if m.stage == "load")
+    warm = Warm(torch.device("cpu"))
+    with pytest.raises(Cancelled):
+        run(_job(tmp_path), Listener(stop_at=first), outputs=tmp_path / "b", warm=warm)
+    assert not list((tmp_path / "b").glob("*/*.mp4"))
+    assert run(_job(tmp_path), Listener(), outputs=tmp_path / "c", warm=warm).num_frames

@@ -332,15 +332,14 @@ def test_a_variant_beside_the_weights_is_left_alone_and_a_second_copy_refused(tm
         weights.transformer(tmp_path / "wan", torch.float32)
 
 
-def test_a_part_may_be_a_single_file_and_keeps_its_own_way_where_no_precision_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_may_be_a_single_file_or_a_folder_and_tells_how_far_it_is(tmp_path: Path) -> None:
     made = plain(num_attention_heads=2, attention_head_dim=128)  # as every published Wan
     save_file(in_wans_names(made), tmp_path / "wan.safetensors")
     assert same(parts.load("transformer", tmp_path / "wan.safetensors", CPU), made)
     made.save_pretrained(tmp_path / "wan")
-    monkeypatch.setattr(weights, "transformer", None)  # a folder of diffusers' is diffusers' own affair
-    assert same(parts.load("transformer", tmp_path / "wan", CPU), made)
+    shares: list[float] = []
+    assert same(parts.load("transformer", tmp_path / "wan", CPU, tell=shares.append), made)
+    assert shares == sorted(set(shares)) and len(shares) == len(made.state_dict()) and shares[-1] == 1
 
 
 def tiny_references() -> References:
