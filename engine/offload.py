@@ -13,6 +13,8 @@ large the model is. (diffusers' group offloading pins all of them, and cannot mo
 from __future__ import annotations
 
 import copy
+import logging
+import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +25,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+CPU = torch.device("cpu")
 PLACES = 2  # one computes while the other is being filled
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -50,7 +55,8 @@ def visiting(
     waiting = {id(block) for blocks, _ in found for block in blocks}
     for number, (blocks, _) in enumerate(found):
         for index, block in enumerate(blocks if spill is not None else ()):
-            _spill(block, cast(Path, spill) / f"{number}-{index}.bin")
+            # Never a name twice: Windows neither deletes nor rewrites a file that an earlier model still maps.
+            _spill(block, cast(Path, spill) / f"{number}-{index}-{secrets.token_hex(4)}.bin")
     lines = [_Line(list(blocks), device, brief=brief) for blocks, brief in found]
     try:
         _move_others(model, waiting, device)
@@ -60,7 +66,7 @@ def visiting(
     finally:
         for line in lines:
             line.detach()
-        _move_others(model, waiting, torch.device("cpu"))
+        _move_others(model, waiting, CPU)
 
 
 def weights_of(module: nn.Module) -> list[tuple[Any, str]]:
@@ -94,17 +100,21 @@ def _of_state(state: Any) -> Iterator[tuple[Any, str]]:
         yield from _of_state(state.state2)
 
 
-def _copied(block: nn.Module) -> nn.Module:
-    """A block of its own with the same weights. optimum-quanto's tensors cannot be deep-copied, only remade."""
+def _copied(block: nn.Module, device: torch.device) -> nn.Module:
+    """A block of its own with the same weights, on the device.
+
+    optimum-quanto's tensors are remade: they cannot be deep-copied, and their own `.to` may turn fp8 weights into a
+    kernel's form that is compiled first, with tensors of another layout inside.
+    """
     remade: dict[int, Any] = {}
     parameter: Any
     for parameter in block.parameters():
         if hasattr(parameter, "__tensor_flatten__"):
             names, layout = parameter.__tensor_flatten__()
-            inner = {name: getattr(parameter, name).clone() for name in names}
+            inner = {name: getattr(parameter, name).to(device, copy=True) for name in names}
             whole = type(parameter).__tensor_unflatten__(inner, layout, parameter.size(), parameter.stride())
             remade[id(parameter)] = nn.Parameter(whole, requires_grad=False)
-    return copy.deepcopy(block, remade)
+    return copy.deepcopy(block, remade).to(device)
 
 
 def _find(model: nn.Module, name: str) -> nn.ModuleList | None:
@@ -131,21 +141,28 @@ def _move_others(module: nn.Module, waiting: set[int], device: torch.device) -> 
 
 @torch.no_grad()
 def _spill(block: nn.Module, path: Path) -> None:
-    """The block's weights become views of a file, once."""
+    """The block's weights become views of a file, once.
+
+    Raises:
+        OSError: the disk is full.
+    """
     if getattr(block, "in_a_file", False):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    cast(Any, block).in_a_file = True
     spots = weights_of(block)
     sizes = [-(-_num_bytes(getattr(*spot)) // 64) * 64 for spot in spots]
-    path.unlink(missing_ok=True)
-    file = torch.from_file(str(path), shared=True, size=max(64, sum(sizes)), dtype=torch.uint8)
+    with path.open("wb") as written:  # a full disk is an error here; met through a mapped file it ends the process
+        for spot, size in zip(spots, sizes, strict=True):
+            tensor = getattr(*spot)
+            written.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            written.write(bytes(size - _num_bytes(tensor)))
+    file = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8)
     start = 0
     for (owner, name), size in zip(spots, sizes, strict=True):
         tensor = getattr(owner, name)
-        view = file[start : start + _num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
-        setattr(owner, name, view.copy_(tensor))
+        setattr(owner, name, file[start : start + _num_bytes(tensor)].view(tensor.dtype).view(tensor.shape))
         start += size
+    cast(Any, block).in_a_file = True
 
 
 def _dress(visitor: nn.Module, owner: nn.Module) -> None:
@@ -158,6 +175,15 @@ def _dress(visitor: nn.Module, owner: nn.Module) -> None:
 
 def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _pinned(like: list[Tensor]) -> list[Tensor]:
+    """Memory that the card reads by itself; where the system gives no more of it (WSL2 has little), plain memory."""
+    try:
+        return [torch.empty_like(tensor, pin_memory=True) for tensor in like]
+    except RuntimeError as error:
+        log.warning("Blocks visit the card more slowly: no pinned memory (%s).", str(error).splitlines()[0])
+        return [torch.empty_like(tensor) for tensor in like]
 
 
 # --- one list of blocks ---------------------------------------------------------------------------------------------
@@ -189,8 +215,9 @@ class _Line:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks") if self._cuda else None
         self._kinds = [tuple((t.shape, t.dtype) for t in tensors) for tensors in self._sources]
         # Blocks as they are now: who wraps a forward later (a step cache) wraps what this line does, not its copies.
-        self._models = {kind: _copied(block) for kind, block in zip(self._kinds, blocks, strict=True)}
+        self._models = {kind: _copied(block, CPU) for kind, block in zip(self._kinds, blocks, strict=True)}
         self._places: dict[Any, list[_Place]] = {}
+        self._own = [block.__dict__.get("forward") for block in blocks]  # of whoever wrapped a block's before (cards)
 
     def attach(self) -> None:
         """Take the blocks' forwards over."""
@@ -201,8 +228,12 @@ class _Line:
         """Give the forwards back, and the device's memory."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
-        for block in self._blocks:
+        if self._stream is not None:
+            self._stream.synchronize()  # the block that would have been next may still be on its way into its place
+        for block, own in zip(self._blocks, self._own, strict=True):
             block.__dict__.pop("forward", None)
+            if own is not None:
+                block.forward = own
         self._places.clear()
 
     def _forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +262,7 @@ class _Line:
         if place is not None:
             return place
         if len(places) < min(PLACES, self._kinds.count(kind)):
-            places.insert(0, _Place(_copied(self._models[kind]).to(self._device)))
+            places.insert(0, _Place(_copied(self._models[kind], self._device)))
         place = places.pop(0)  # the one that has waited longest
         places.append(place)
         place.holds = index
@@ -252,7 +283,7 @@ class _Line:
                 return
             if place.filled is not None:
                 place.filled.synchronize()  # until then its pinned memory is being read
-            place.pinned = place.pinned or [torch.empty_like(t, pin_memory=True) for t in sources]
+            place.pinned = place.pinned or _pinned(sources)
             for target, source in zip(place.pinned, sources, strict=True):
                 target.copy_(source)
             with torch.cuda.stream(self._stream):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,33 @@ def test_what_a_block_raises_comes_through_and_the_next_clip_is_whole() -> None:
         model.blocks[1]()
     with visiting(model, ["blocks"], CPU):
         assert torch.equal(predict(model), expected)
+
+
+def test_a_forward_that_was_wrapped_before_is_there_again_afterwards() -> None:
+    """diffusers' hooks, which split a clip over several cards, live in a block's own `forward`."""
+    model = tiny.transformer()
+    plain = model.blocks[0].forward
+    model.blocks[0].forward = lambda *given, **more: 1.5 * plain(*given, **more)
+    expected = predict(model)
+    with visiting(model, ["blocks"], CPU):
+        pass
+    assert torch.equal(predict(model), expected)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit on a file's size stands in for a full disk")
+def test_a_disk_that_is_full_is_an_error_and_the_model_stays_whole(tmp_path: Path) -> None:
+    import resource
+
+    model = tiny.transformer()
+    expected = predict(model)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"large"), visiting(model, ["blocks"], CPU, spill=tmp_path):
+            predict(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.equal(predict(model), expected)
 
 
 def test_a_list_that_the_model_lacks_is_passed_over() -> None:
