@@ -36,14 +36,20 @@ PREFERRED = ("flash3", "flash")  # what "auto" tries, best first; both compute w
 log = logging.getLogger(__name__)
 
 
-def set_up(transformer: ModelMixin, machine: Machine) -> None:
-    """Give a freshly loaded transformer the attention kernels and the compilation that this machine asks for."""
-    use_attention(transformer, machine.attention)
-    if machine.compile:
+def set_up(transformer: ModelMixin, machine: Machine, where: torch.device) -> None:
+    """Give a freshly loaded transformer the attention kernels and the compilation that this machine asks for.
+
+    Args:
+        where: device it computes on; its weights may wait elsewhere, and blocks that visit are not compiled.
+    """
+    use_attention(transformer, machine.attention, where)
+    if machine.compile and transformer.device.type == where.type:
         compile_blocks(transformer)
+    elif machine.compile:
+        log.warning("The blocks are not compiled: they visit the device one after the other.")
 
 
-def use_attention(transformer: ModelMixin, name: str) -> str:
+def use_attention(transformer: ModelMixin, name: str, where: torch.device) -> str:
     """Let the video's attention run on these kernels; returns the name of those it got.
 
     Only attention without a mask is changed, the video's to itself and to the prompt: most kernels take no mask, and
@@ -51,6 +57,7 @@ def use_attention(transformer: ModelMixin, name: str) -> str:
 
     Args:
         name: one of `BACKENDS`, or "auto".
+        where: device it computes on.
     """
     unmasked = [
         attention
@@ -60,7 +67,7 @@ def use_attention(transformer: ModelMixin, name: str) -> str:
         if type(attention) is WanAttention  # not its masked kind, which reads subjects beside the prompt
     ]
     shape = (1, 64, unmasked[0].heads, unmasked[0].inner_dim // unmasked[0].heads)
-    trial = torch.zeros(shape, dtype=transformer.dtype, device=transformer.device)
+    trial = torch.zeros(shape, dtype=transformer.dtype, device=where)
     for candidate in PREFERRED if name == "auto" else (name,):
         reason = _refusal(candidate, trial)
         if not reason:

@@ -95,6 +95,7 @@ def load(
     where: torch.device,
     precision: Precision | None = None,
     *,
+    keep: torch.device | None = None,
     expect: Mapping[str, int] | None = None,
     merge: Path | None = None,
     tell: Callable[[float], None] = lambda share: None,
@@ -105,9 +106,11 @@ def load(
         part: which one.
         place: a folder in diffusers' or transformers' layout; a transformer or a text encoder may be a single file or
             bare shards.
-        where: device it goes to; whoever judges frames stays on the processor, where decoded frames are.
+        where: device it computes on, which says in what; whoever judges frames stays on the processor, where decoded
+            frames are.
         precision: of the large weights of the transformer, the text encoder and the VLM; None takes what the device
             computes in.
+        keep: where its weights lie, if not there: blocks that visit the device wait on the processor.
         expect: "dim" and "layers" that a transformer has to have, "dim" of a text encoder's states.
         merge: a LoRA that becomes a part of the transformer's weights.
         tell: hears the share of a transformer or an encoder that is loaded, up to 1.
@@ -123,8 +126,8 @@ def load(
         if part.endswith("tokenizer"):
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         where = torch.device("cpu") if part in JUDGES else where
-        dtype = usual_dtype(part, where)
-        asked: Any = {"precision": precision, "where": where, "expect": expect, "tell": tell}
+        dtype, lies = usual_dtype(part, where), keep or where
+        asked: Any = {"precision": precision, "where": lies, "expect": expect, "tell": tell}
         if part == "transformer":
             model = weights.transformer(place, dtype, merge=merge, **asked)
         elif part in _ENCODERS:
@@ -138,10 +141,10 @@ def load(
             raise  # the files are whole; whoever planned this clip plans anew
         reason = str(error).strip().splitlines()
         raise _damaged(part, place, reason[0][:200] if reason else type(error).__name__) from error
-    model = model.to(where).eval().requires_grad_(False)
+    model = model.to(lies).eval().requires_grad_(False)
     if part == "transformer":
-        kernels.set_up(cast(ModelMixin, model), machine.of())
-        parallel.share(cast(ModelMixin, model))
+        kernels.set_up(cast(ModelMixin, model), machine.of(), where)
+        parallel.share(cast(ModelMixin, model), where)
     return model
 
 
@@ -279,8 +282,8 @@ class Warm:
         fit = self._fit(part)
         exact = "bf16" if usual_dtype(part, self.device) == torch.bfloat16 else "fp32"
         precision = None if fit is None or fit.precision == exact else fit.precision
-        where = self.device if fit is None or fit.where == "device" else torch.device("cpu")
-        mark = (precision, str(where), fingerprint(place), fingerprint(merge) if merge is not None else ())
+        keep = None if fit is None or fit.where == "device" else torch.device("cpu")
+        mark = (precision, str(keep), fingerprint(place), fingerprint(merge) if merge is not None else ())
         kept = self._parts.pop(part, None)
         if kept is not None and kept[0] == mark:
             self._parts[part] = kept
@@ -290,8 +293,8 @@ class Warm:
             _let_go(self.device)
         self._give_way(part, fit)
         states = part == "text_encoder" and place.is_file() and preset.shape
-        expect = {"dim": states.text_dim} if states else None
-        loaded = load(part, place, where, precision, expect=expect, merge=merge, tell=partial(self._tell, part))
+        asked: Any = {"expect": {"dim": states.text_dim} if states else None, "merge": merge}
+        loaded = load(part, place, self.device, precision, keep=keep, tell=partial(self._tell, part), **asked)
         self._parts[part] = (mark, loaded)
         return loaded
 

@@ -55,8 +55,11 @@ def together() -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def share(transformer: ModelMixin) -> None:
+def share(transformer: ModelMixin, where: torch.device) -> None:
     """Split the video's tokens over the processes that have joined; does nothing when this one is alone.
+
+    Args:
+        where: device it computes on; its weights may wait elsewhere.
 
     Raises:
         StudioError: heads do not divide among them, or the model has VACE's side branch.
@@ -77,12 +80,11 @@ def share(transformer: ModelMixin) -> None:
             why=f"Its attention has {blocks[0].attn1.heads} heads, and each card takes as many as the others.",
             next_step="Use a number of cards that divides them.",
         )
-    kind = transformer.device.type
-    mesh = init_device_mesh(kind, (1, count), mesh_dim_names=("ring", "ulysses"))
+    mesh = init_device_mesh(where.type, (1, count), mesh_dim_names=("ring", "ulysses"))
     config = ContextParallelConfig(ulysses_degree=count)
     # By hand what `enable_parallelism` does: that splits the tower's attention as well, and knows no CPU.
     whole = ParallelConfig(context_parallel_config=config)
-    whole.setup(dist.get_rank(), count, transformer.device, mesh=mesh)
+    whole.setup(dist.get_rank(), count, where, mesh=mesh)
     for block in blocks:
         processor: Any = block.attn1.processor
         processor._parallel_config = whole

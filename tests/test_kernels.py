@@ -12,6 +12,8 @@ from engine import kernels, tiny
 from engine.machine import Machine
 from engine.subject_tower import References
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def transformer():
@@ -32,21 +34,21 @@ def velocity(transformer) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["sage", "cudnn"])
 def test_kernels_that_do_not_run_here_are_named_once_and_torchs_own_are_used(transformer, caplog, name):
     before = velocity(transformer)
-    assert kernels.use_attention(transformer, name) == "native"
+    assert kernels.use_attention(transformer, name, CPU) == "native"
     assert [record.levelno for record in caplog.records if record.name == "engine.kernels"] == [logging.WARNING]
     assert f"Attention by {name} cannot be had here" in caplog.text
     assert torch.equal(velocity(transformer), before)
 
 
 def test_auto_says_nothing_where_there_is_nothing_better(transformer, caplog):
-    assert kernels.use_attention(transformer, "auto") == "native" and not caplog.records
+    assert kernels.use_attention(transformer, "auto", CPU) == "native" and not caplog.records
 
 
 def test_only_attention_without_a_mask_changes_its_kernels(transformer, monkeypatch):
     """torch's plain formula stands in for a faster kernel; the subjects' attention, which may be masked, keeps its."""
     monkeypatch.setitem(kernels.BACKENDS, "flash", AttentionBackendName._NATIVE_MATH)
     before = velocity(transformer)
-    assert kernels.use_attention(transformer, "flash") == "flash"
+    assert kernels.use_attention(transformer, "flash", CPU) == "flash"
     changed = {
         name for name, part in transformer.named_modules() if _backend(part) is AttentionBackendName._NATIVE_MATH
     }
@@ -64,8 +66,15 @@ def test_without_a_compiler_the_blocks_stay_as_they_are(transformer, caplog, mon
 
     before = velocity(transformer)
     monkeypatch.setattr(torch, "compile", no_compiler)
-    kernels.set_up(transformer, Machine(compile=True))
+    kernels.set_up(transformer, Machine(compile=True), CPU)
     assert "not compiled" in caplog.text and "no working C++ compiler" in caplog.text
+    assert torch.equal(velocity(transformer), before)
+
+
+def test_blocks_that_visit_are_not_compiled(transformer, caplog):
+    before = velocity(transformer)
+    kernels.set_up(transformer, Machine(compile=True), torch.device("meta"))
+    assert "they visit the device" in caplog.text and transformer.blocks[0]._compiled_call_impl is None
     assert torch.equal(velocity(transformer), before)
 
 

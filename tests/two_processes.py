@@ -13,6 +13,8 @@ from engine import parallel, tiny
 from engine.messages import StudioError
 from engine.subject_tower import References
 
+CPU = torch.device("cpu")
+
 
 def apart(kind: str, height: int) -> float:
     torch.manual_seed(0)
@@ -29,7 +31,7 @@ def apart(kind: str, height: int) -> float:
 
     with torch.no_grad():
         alone = seen()
-        parallel.share(model)
+        parallel.share(model, CPU)
         shared: list[int] = []
         model.blocks[1].register_forward_pre_hook(lambda block, given: shared.append(given[0].shape[1]))
         missed = (alone - seen()).abs().max().item()
@@ -48,7 +50,7 @@ def main() -> None:
                 if reason == "tokens":
                     apart("identity", height=6)  # 27, which two do not divide
                 else:
-                    parallel.share(tiny.transformer(num_attention_heads=3, attention_head_dim=16))
+                    parallel.share(tiny.transformer(num_attention_heads=3, attention_head_dim=16), CPU)
             except StudioError as error:
                 told[reason] = error.why
         if rank == 1:
