@@ -1,10 +1,12 @@
 """How fast and how large a full-size model runs on a card: random weights, since neither depends on their values.
 
-In:  a size of Wan, the way it is kept (whole, visiting, quantized), a cap on the card's memory.
-Out: one line of JSON: seconds a step, peak bytes, what the plan had said.
+In:  a size of Wan or a preset, the way it is kept (whole, visiting, quantized), a cap on the card's memory.
+Out: one line of JSON: seconds a step, peak bytes, what the plan had said. Without a card the rows stay open.
 Knows nothing of files: every weight is drawn where it is needed, one tensor at a time.
 
+    python launch.py bench cards                                    # everything, an hour or two; no model is needed
     python -m app.bench_cards --size 1.3B --where memory --precision bf16 --cap 8
+    python -m app.bench_cards --preset phantom-14b --where memory --precision int8 --width 1280 --height 720
 """
 
 from __future__ import annotations
@@ -15,28 +17,38 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
+from torch import Tensor, nn
 
-from app.bench import ROOT, Figure
-from engine import counts, offload, quantize
+from app.bench import ROOT, Figure, sample_job
+from engine import counts, decode, memory, offload, presets, quantize
 from engine.load import VISITING
-from engine.memory import CONTEXT, GB
+from engine.machine import Profile
+from engine.memory import CONTEXT, GB, SLACK, Hardware
 from engine.model import IdentityWanTransformer3DModel
-from engine.presets import Shape
+from engine.presets import Preset, Shape
 from engine.subject_tower import References
 
 WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2)}
 SHAPES = {
-    "tiny": Shape(dim=256, num_layers=3, ffn_dim=512, num_heads=2, identity_layers=2, vlm_dim=64, **WAN),
+    "tiny": Shape(dim=256, num_layers=4, ffn_dim=512, num_heads=2, identity_layers=2, vlm_dim=64, **WAN),
     "1.3B": Shape(dim=1536, num_layers=30, ffn_dim=8960, num_heads=12, identity_layers=20, vlm_dim=3584, **WAN),
     "14B": Shape(dim=5120, num_layers=40, ffn_dim=13824, num_heads=40, identity_layers=20, vlm_dim=3584, **WAN),
 }
 STEPS = 3
+WORDS = {
+    "device": "whole on the card",
+    "memory": "blocks visiting",
+    "plain": "plain Wan of diffusers, whole on the card",
+    "plain-visiting": "plain Wan of diffusers, its own group offloading",
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,10 @@ class Way:
 
     size: str
     precision: str
-    where: str
+    where: str  # of WORDS
     cap: float  # GB, 0 for all there is
     promised: str
+    slower: float = 0.0  # most times the resident one's step; 0 where nothing was promised
 
     def arguments(self) -> list[str]:
         """As this module takes them."""
@@ -57,27 +70,45 @@ class Way:
 
 WAYS = (
     Way("1.3B", "bf16", "device", 0, ""),
-    Way("1.3B", "bf16", "memory", 8, "≤ 8 GB, ≤ 1.05x the resident time"),
+    Way("1.3B", "bf16", "plain", 0, ""),
+    Way("1.3B", "bf16", "plain-visiting", 0, ""),
+    Way("1.3B", "bf16", "memory", 8, "≤ 8 GB, ≤ 1.05x the resident time", 1.05),
     Way("1.3B", "nf4", "memory", 6, "≤ 6 GB"),
     Way("1.3B", "int8", "device", 8, "≤ 8 GB"),
+    Way("14B", "bf16", "device", 0, ""),
     Way("14B", "bf16", "memory", 12, "≤ 12 GB"),
+    Way("14B", "bf16", "plain-visiting", 0, ""),
     Way("14B", "int8", "memory", 12, "≤ 12 GB"),
     Way("14B", "nf4", "memory", 12, "≤ 12 GB"),
 )
 
 
-def drawn(shape: Shape, precision: Any, device: torch.device, keep: torch.device) -> nn.Module:
-    """A model of that shape with random weights, quantized as they come, on the device `keep`."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+# --- one way, in a process of its own ---------------------------------------------------------------------------------
+
+
+def drawn(shape: Shape, precision: Any, device: torch.device, keep: torch.device, *, plain: bool = False) -> nn.Module:
+    """A model of that shape with random weights, quantized as they come, on the device `keep`.
+
+    Args:
+        plain: without what the shape adds to Wan.
+    """
+    dtype = _dtype(device)
+    config: dict[str, Any] = {
+        "num_attention_heads": shape.num_heads,
+        "attention_head_dim": shape.dim // shape.num_heads,
+        "num_layers": shape.num_layers,
+        "ffn_dim": shape.ffn_dim,
+    }
+    kind: Any = WanTransformer3DModel
+    if shape.identity_layers and not plain:
+        kind = IdentityWanTransformer3DModel
+        config |= {"identity_layers": shape.identity_layers, "vlm_dim": shape.vlm_dim}
+    elif shape.vace_layers and not plain:
+        kind = WanVACETransformer3DModel
+        every = shape.num_layers // shape.vace_layers
+        config |= {"vace_layers": list(range(0, shape.num_layers, every)), "vace_in_channels": 6 * shape.z_dim}
     with quantize.no_weights():
-        model = IdentityWanTransformer3DModel(
-            num_attention_heads=shape.num_heads,
-            attention_head_dim=shape.dim // shape.num_heads,
-            num_layers=shape.num_layers,
-            ffn_dim=shape.ffn_dim,
-            identity_layers=shape.identity_layers,
-            vlm_dim=shape.vlm_dim,
-        )
+        model = kind(**config)
     weights = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     quantize.swap(model, precision)
     generator = torch.Generator(device).manual_seed(0)
@@ -86,100 +117,262 @@ def drawn(shape: Shape, precision: Any, device: torch.device, keep: torch.device
         tensor = torch.randn(form, generator=generator, device=device, dtype=torch.float32) * spread
         kept = torch.float32 if quantize.keeps_fp32(model, name) else dtype
         quantize.put(model, name, tensor, kept, keep)
+    for name, table in list(model.named_buffers()):  # RoPE's, and what quantized layers bring
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, table.to(keep))
     return model.eval().requires_grad_(False)
 
 
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 @torch.no_grad()
-def measure(way: Way, device: torch.device, *, frames: int, width: int, height: int) -> dict[str, float]:
-    """Seconds a step (the median), the peak on the device, and the plan's own figure for the same."""
-    shape = SHAPES[way.size]
-    cuda = device.type == "cuda"
+def measure(
+    way: Way,
+    device: torch.device,
+    *,
+    frames: int,
+    width: int,
+    height: int,
+    shape: Shape | None = None,
+    reference: int = 0,
+    lead: int = 0,
+    steps: int = STEPS,
+) -> dict[str, float]:
+    """Seconds a step (the median), the peak on the device, and the plan's own figure for the same.
+
+    Args:
+        shape: of a preset; that of `way.size` where left out.
+        reference: side of a subject's picture in pixels; the clip's height where left out.
+        lead: latent frames that are drawn beside the clip's.
+        steps: that are timed, behind one that warms up.
+    """
+    shape = shape or SHAPES[way.size]
+    plain = way.where.startswith("plain")
+    if plain:
+        shape = shape.model_copy(update={"identity_layers": 0, "vlm_dim": 0, "vace_layers": 0})
+    cuda, dtype = device.type == "cuda", _dtype(device)
     if cuda and way.cap:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (way.cap * GB - CONTEXT) / total), device)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    model: Any = drawn(shape, way.precision, device, device if way.where == "device" else torch.device("cpu"))
-    lists, once = VISITING["transformer"]
-    visiting = offload.visiting(model, lists, device, once=once) if way.where == "memory" else nullcontext()
-    latents = torch.randn(1, 16, 1 + (frames - 1) // 4, height // 8, width // 8, device=device, dtype=dtype)
+    resident = way.where in ("device", "plain")
+    model: Any = drawn(shape, way.precision, device, device if resident else torch.device("cpu"), plain=plain)
+    latents = torch.randn(1, 16, 1 + (frames - 1) // 4 + lead, height // 8, width // 8, device=device, dtype=dtype)
     text = torch.randn(1, counts.TEXT_TOKENS, shape.text_dim, device=device, dtype=dtype)
-    side = height // 8
-    pictures = torch.randn(1, 2, 1, 16, side, side, device=device, dtype=dtype)
-    states = torch.randn(1, counts.VLM_TOKENS, shape.vlm_dim, device=device, dtype=dtype)
-    with visiting:
-        identity = model.encode_identity(References(pictures, vlm_states=states))
-        took = list(_steps(model, latents, text, identity, cuda))
+    side = (reference or height) // 8
+    with _visiting(model, way.where, device):
+        more = _subjects(model, shape, latents, side)
+        took = list(_steps(model, latents, text, more, steps, cuda))
     load = counts.Load(
         tokens=latents[0, 0].numel() // 4,
         latent_frames=latents.shape[2],
         pixels=width * height,
         pictures=2,
-        subject_tokens=2 * (side // 2) ** 2 + counts.VLM_TOKENS,
+        subject_tokens=2 * (side // 2) ** 2 + counts.VLM_TOKENS if shape.identity_layers else 0,
         forwards=1,
         steps=1,
     )
-    weights, plain = counts.transformer_weights(shape), dtype.itemsize
-    held: Any = weights.num_bytes if way.where == "device" else weights.visiting
-    beside = counts.cache_bytes(shape, load, plain) + counts.forward_bytes(shape, load.tokens, plain)
+    weights, each = counts.transformer_weights(shape), dtype.itemsize
+    held: Any = weights.num_bytes if resident else weights.visiting
+    beside = counts.cache_bytes(shape, load, each) + counts.forward_bytes(shape, load.tokens, each)
     return {
         "step_s": sorted(took)[len(took) // 2],
         "peak": float(torch.cuda.max_memory_allocated(device)) if cuda else 0.0,
-        "predicted": float(held(way.precision, plain) + beside),
+        "reserved": float(torch.cuda.max_memory_reserved(device)) if cuda else 0.0,
+        "predicted": float(held(way.precision, each) + beside),
     }
 
 
-def _steps(model: Any, latents: torch.Tensor, text: torch.Tensor, identity: Any, cuda: bool) -> Iterator[float]:
-    for number in range(STEPS + 1):
+def _visiting(model: Any, where: str, device: torch.device) -> AbstractContextManager[None]:
+    if where == "memory":
+        lists, once = VISITING["transformer"]
+        return offload.visiting(model, lists, device, once=once)
+    if where == "plain-visiting":
+        streams = device.type == "cuda"
+        model.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=streams)
+    return nullcontext()
+
+
+def _subjects(model: Any, shape: Shape, latents: Tensor, side: int) -> dict[str, Any]:
+    """What the model's forward takes beside latents, time and text: two subjects, or VACE's side branch."""
+    if shape.identity_layers:
+        pictures = latents.new_zeros(1, 2, 1, 16, side, side).normal_()
+        states = latents.new_zeros(1, counts.VLM_TOKENS, shape.vlm_dim).normal_()
+        return {"identity": model.encode_identity(References(pictures, vlm_states=states))}
+    if shape.vace_layers:
+        scales = latents.new_ones(shape.vace_layers)
+        channels = 6 * shape.z_dim
+        control = latents.new_zeros(1, channels, *latents.shape[2:]).normal_()
+        return {"control_hidden_states": control, "control_hidden_states_scale": scales}
+    return {}
+
+
+def _steps(model: Any, latents: Tensor, text: Tensor, more: dict[str, Any], steps: int, cuda: bool) -> Iterator[float]:
+    """Seconds of each step; the first one, which warms up, only where it is the only one."""
+    for number in range(steps + 1):
         began = time.perf_counter()
-        [velocity] = model(latents, latents.new_tensor([500.0]), text, identity=identity, return_dict=False)
+        [velocity] = model(latents, latents.new_tensor([500.0]), text, return_dict=False, **more)
         assert velocity.isfinite().all()  # waits for the device, too
         if cuda:
             torch.cuda.synchronize()
-        if number:  # the first one warms up
+        if number or not steps:
             yield time.perf_counter() - began
 
 
+@torch.no_grad()
+def measure_decode(device: torch.device, *, width: int, height: int, tiled: bool, **smaller: Any) -> dict[str, float]:
+    """Wan's VAE with random weights, on three latent frames: peak on the device, and what the plan says of it.
+
+    Args:
+        smaller: of the VAE's config, for a rehearsal.
+    """
+    vae = AutoencoderKLWan(**smaller).eval().to(device)
+    scale: int = vae.config["scale_factor_spatial"]
+    latents = torch.randn(1, vae.config["z_dim"], 3, height // scale, width // scale, device=device)
+    began = time.perf_counter()
+    for _ in decode.frames(latents, vae, tiled=tiled):
+        pass
+    pixels = min(width * height, counts.DECODE_TILE**2) if tiled else width * height
+    cuda = device.type == "cuda"
+    return {
+        "step_s": time.perf_counter() - began,
+        "reserved": float(torch.cuda.max_memory_reserved(device)) if cuda else 0.0,
+        "predicted": (quantize.num_bytes(vae) + counts.DECODE * pixels) * SLACK,
+    }
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
 def cards(_: str) -> Iterator[Figure]:
-    """Every way on the card of this machine, each in a process of its own; without a card the rows stay open."""
+    """Everything on the card of this machine, each in a process of its own; without a card the rows stay open."""
+    yield from _ways()
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        here = memory.hardware("all")
+        yield from fits(Hardware("cuda", torch.cuda.get_device_name(0), total, here.ram, here.disk))
+        yield from _decodes()
+
+
+def _ways() -> Iterator[Figure]:
+    """Resident beside visiting beside diffusers' own, in one run."""
     whole: dict[str, float] = {}
     for way in WAYS:
-        command = [sys.executable, "-X", "utf8", "-m", "app.bench_cards", *way.arguments()]
         key = f"card-{way.size}-{way.precision}-{way.where}-{way.cap:g}"
         cap = f"at most {way.cap:g} GB" if way.cap else "all memory"
-        what = f"Wan {way.size} with identity blocks, {way.precision}, {WORDS[way.where]}, {cap}, 832x480x81: a step"
+        ours = "" if way.where.startswith("plain") else " with identity blocks"
+        what = f"Wan {way.size}{ours}, {way.precision}, {WORDS[way.where]}, {cap}, 832x480x81: a step"
         if not torch.cuda.is_available():
             yield Figure(key, what, "open: no card here", way.promised)
             continue
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
-        if ran.returncode:
-            yield Figure(key, what, f"failed: {ran.stderr.strip().splitlines()[-1][:120]}", way.promised, False)
+        found = _child(way.arguments())
+        if isinstance(found, str):
+            yield Figure(key, what, found, way.promised, False if way.promised else None)
             continue
-        found = json.loads(ran.stdout.splitlines()[-1])
-        whole.setdefault(way.size, found["step_s"])
-        told = f"{found['step_s']:.2f} s ({found['step_s'] / whole[way.size]:.2f}x), peak {found['peak'] / GB:.2f} GB"
-        fits = not way.cap or found["peak"] + CONTEXT <= way.cap * GB
-        yield Figure(key, what, told, way.promised, fits if way.promised else None)
-        off = found["predicted"] / found["peak"] - 1
-        yield Figure(f"{key}-predicted", f"{what}: peak as planned", f"{off:+.1%}", "within 10 %", abs(off) <= 0.1)
+        if way.where == "device" and way.precision == "bf16":
+            whole[way.size] = found["step_s"]
+        times = found["step_s"] / whole[way.size] if way.size in whole else None
+        beside = "" if times is None else f" ({times:.2f}x)"
+        holds = not way.cap or found["reserved"] + CONTEXT <= way.cap * GB
+        holds = holds and (not way.slower or (times is not None and times <= way.slower))
+        told = f"{found['step_s']:.2f} s{beside}, peak {found['peak'] / GB:.2f} GB"
+        yield Figure(key, what, told, way.promised, holds if way.promised else None)
+        if way.where in ("device", "memory"):
+            yield _off(f"{key}-predicted", f"{what}: peak as planned", found["predicted"], found["peak"])
 
 
-WORDS = {"device": "whole on the card", "memory": "blocks visiting"}
+def fits(card: Hardware) -> Iterator[Figure]:
+    """What a plan says beside what is measured, while sampling, for every preset, size and profile of this card."""
+    known: dict[tuple[Any, ...], dict[str, float] | str] = {}
+    for name, preset, width, height in _presets():
+        subjects = {} if preset.conditioning != "none" else {"subjects": [], "prompt": "a beach"}
+        job, _ = presets.resolve(sample_job(name, width=width, height=height, **subjects))
+        for profile in get_args(Profile):
+            if profile == "auto" or (profile != "all" and float(profile) * GB > card.vram):
+                continue
+            plan = memory.plan(job, preset, card.limited(profile))
+            if not plan.fits:
+                continue
+            fit, vae = plan.parts["transformer"], plan.parts["vae"]
+            sampling = next(phase for phase in plan.phases if phase.name == "sampling")
+            lead = counts.load_of(job, preset).latent_frames - 1 - ((job.num_frames or 1) - 1) // 4
+            where = "device" if fit.where == "device" else "memory"
+            mark = (preset.shape, lead, width, height, job.num_frames, fit.precision, where)
+            if mark not in known:
+                size = ["--width", str(width), "--height", str(height), "--frames", str(job.num_frames)]
+                kept = ["--preset", name, "--precision", fit.precision, "--where", where]
+                known[mark] = _child([*kept, *size, "--lead", str(lead), "--steps", "0"])
+            found, key = known[mark], f"fit-{name}-{width}x{height}-{profile}"
+            what = f"{name}, {width}x{height}, profile {profile} ({fit.precision}, {WORDS[where]}): peak while sampling"
+            if isinstance(found, str):
+                yield Figure(key, what, found, "within 10 %", False)
+            else:
+                planned = sampling.vram - CONTEXT - vae.device * SLACK  # which are not in that process's figure
+                yield _off(key, what, planned, found["reserved"])
+
+
+def _presets() -> Iterator[tuple[str, Preset, int, int]]:
+    """Full-size presets and their sizes, upright ones left out: they are as large as those that lie."""
+    for name in presets.names():
+        preset = presets.load(name)
+        if preset.shape is not None and preset.shape.vae_spatial == 8:
+            yield from ((name, preset, size.width, size.height) for size in preset.sizes if size.width >= size.height)
+
+
+def _decodes() -> Iterator[Figure]:
+    for width, height in ((832, 480), (1280, 720)):
+        for tiled in (False, True):
+            size = ["--width", str(width), "--height", str(height), *(["--tiled"] if tiled else [])]
+            found, how = _child(["--decode", *size]), "in tiles" if tiled else "whole"
+            key, what = f"fit-decode-{width}x{height}-{how}", f"Wan's VAE, {width}x{height}, {how}: peak while decoding"
+            if isinstance(found, str):
+                yield Figure(key, what, found, "within 10 %", False)
+            else:
+                yield _off(key, what, found["predicted"], found["reserved"])
+
+
+def _off(key: str, what: str, planned: float, measured: float) -> Figure:
+    off = planned / measured - 1
+    told = f"{off:+.1%}: planned {planned / GB:.2f} GB, measured {measured / GB:.2f} GB"
+    return Figure(key, what, told, "within 10 %", abs(off) <= 0.1)
+
+
+def _child(arguments: list[str]) -> dict[str, float] | str:
+    """What that process measured, or why it did not, in a line."""
+    command = [sys.executable, "-X", "utf8", "-m", "app.bench_cards", *arguments]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if ran.returncode:
+        said = ran.stderr.strip().splitlines() or [f"it ended with code {ran.returncode} and said nothing"]
+        return f"failed: {said[-1][:120]}"
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """One way, as JSON."""
     parser = argparse.ArgumentParser(prog="python -m app.bench_cards")
     parser.add_argument("--size", choices=SHAPES, default="tiny")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "int8", "nf4"), default="fp32")
-    parser.add_argument("--where", choices=("device", "memory"), default="device")
+    parser.add_argument("--preset", help="the shape of a preset instead of a size")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp8", "int8", "nf4"), default="fp32")
+    parser.add_argument("--where", choices=WORDS, default="device")
     parser.add_argument("--cap", type=float, default=0, help="GB of the card")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--lead", type=int, default=0, help="latent frames beside the clip's")
+    parser.add_argument("--steps", type=int, default=STEPS, help="that are timed behind the first; 0 times that one")
+    parser.add_argument("--decode", action="store_true", help="the VAE instead")
+    parser.add_argument("--tiled", action="store_true")
     given = parser.parse_args()
-    way = Way(given.size, given.precision, given.where, given.cap, "")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = measure(way, device, frames=given.frames, width=given.width, height=given.height)
+    size = {"width": given.width, "height": given.height}
+    if given.decode:
+        found = measure_decode(device, tiled=given.tiled, **size)
+    else:
+        way = Way(given.size, given.precision, given.where, given.cap, "")
+        preset = presets.load(given.preset) if given.preset else None
+        more = {} if preset is None else {"shape": preset.shape, "reference": preset.reference_size}
+        found = measure(way, device, frames=given.frames, lead=given.lead, steps=given.steps, **size, **more)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

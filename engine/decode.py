@@ -99,8 +99,8 @@ def _weights(length: int, side: int, scale: int, device: torch.device) -> dict[i
 
     As few tiles as cover the length, evenly spread; each counts less and less towards an edge that is not the clip's.
     """
-    side = min(side, length)
-    count = max(1, -(-(length - OVERLAP // scale) // (side - OVERLAP // scale)))
+    side, shared = min(side, length), OVERLAP // scale
+    count = 1 if side == length else -(-(length - shared) // (side - shared))
     starts = [round(number * (length - side) / max(1, count - 1)) for number in range(count)]
     own = torch.arange(side * scale, device=device) + 0.5
     total = torch.zeros(length * scale, device=device)
