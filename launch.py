@@ -121,18 +121,21 @@ def torch_plans(
         alone = () if system == "Linux" else ("--no-deps",)
         return ((*alone, "--index-url", index_url, pin),)
     if system == "Linux" and nvidia:
-        return (("--constraint", lock, pin),)
+        published = ("--constraint", lock, pin)  # for CUDA 13
+        name = cuda_build(*nvidia)
+        older = ("--constraint", lock, "--extra-index-url", f"{PYTORCH_INDEX}/{name}", f"{pin}+{name}")
+        return (published,) if name == "cu130" else (older, published)
     if system == "Linux":
         # The plain name would bring gigabytes of CUDA; only the CPU build carries the mark +cpu.
         return (("--no-deps", f"{pin}+cpu"), ("--no-deps", "--index-url", f"{PYTORCH_INDEX}/cpu", pin))
     if system == "Windows" and nvidia:
-        return (("--no-deps", "--index-url", cuda_index(*nvidia), pin),)
+        return (("--no-deps", "--index-url", f"{PYTORCH_INDEX}/{cuda_build(*nvidia)}", pin),)
     return (("--no-deps", pin), ("--no-deps", "--index-url", f"{PYTORCH_INDEX}/cpu", pin))
 
 
-def cuda_index(driver: int, compute: float) -> str:
-    """PyTorch's index for a card on Windows: CUDA 13 wants driver 580 and Turing (7.5), CUDA 12.6 serves the rest."""
-    return f"{PYTORCH_INDEX}/{'cu130' if driver >= 580 and compute >= 7.5 else 'cu126'}"
+def cuda_build(driver: int, compute: float) -> str:
+    """PyTorch's build for a card: CUDA 13 wants driver 580 and Turing (7.5), CUDA 12.6 serves the rest."""
+    return "cu130" if driver >= 580 and compute >= 7.5 else "cu126"
 
 
 def find_nvidia() -> tuple[int, float] | None:

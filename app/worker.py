@@ -33,7 +33,7 @@ from app.queue import Queue, Row
 from engine import machine, video
 from engine.job import GenerateJob
 from engine.messages import Cancelled, Failed, Message, Preview, Progress, Saved, StudioError
-from engine.platform_calls import NO_WINDOW, try_lock
+from engine.platform_calls import NO_WINDOW, try_lock, wait_for_end
 
 Engine = Callable[[GenerateJob, Callable[[Message], None]], Saved]
 
@@ -365,7 +365,7 @@ def _load_engine(name: str, outputs: Path) -> Engine:
 
 def _leave_with_the_page(worker: Worker) -> None:
     """Wait for the end of standard input, which is the page's; then stop, in order if that is quick."""
-    sys.stdin.buffer.read()
+    wait_for_end(sys.stdin.buffer)
     worker.leaving.set()
     time.sleep(GRACE_S)
     # In the middle of a long step there is no other way out: the main thread is inside the card's driver.

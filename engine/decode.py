@@ -45,11 +45,14 @@ def frames(latents_1CFhw: Tensor, vae: AutoencoderKLWan, *, tiled: bool = False)
     if not tiled or max(latents_1CFhw.shape[-2:]) <= side:
         yield from (list(to_levels(decoded[0])) for decoded in _decoded(latents_1CFhw, vae))
         return
-    with tempfile.TemporaryDirectory(prefix="idcrafter-") as folder:
+    # Windows keeps a file for as long as it is mapped: also by an error that is on its way up.
+    with tempfile.TemporaryDirectory(prefix="idcrafter-", ignore_cleanup_errors=True) as folder:
         whole = _tiles_together(latents_1CFhw, vae, side, Path(folder) / "frames.bin")
-        for first, last in _groups(latents_1CFhw.shape[2], vae):
-            yield list(to_levels(torch.from_numpy(whole[:, first:last])))
-        del whole  # Windows keeps a mapped file
+        try:
+            for first, last in _groups(latents_1CFhw.shape[2], vae):
+                yield list(to_levels(torch.from_numpy(whole[:, first:last])))
+        finally:
+            del whole
 
 
 @torch.no_grad()

@@ -92,7 +92,10 @@ def _nvidia(*, whole: bool) -> tuple[str, int] | None:
     only = ["-i", seen.split(",")[0]] if seen else []
     asked = [tool, *only, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+        said = subprocess.run(
+            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        ).stdout  # fmt: skip
         name, free, total = (part.strip() for part in said.splitlines()[0].split(","))
         return name, round((float(total) if whole else float(free)) * 2**20)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):

@@ -39,12 +39,22 @@ from engine.messages import StudioError
 
 @contextmanager
 def together() -> Iterator[int]:
-    """Join the processes that torchrun started, each on a card of its own; gives this one's number, 0 when alone."""
+    """Join the processes that torchrun started, each on a card of its own; gives this one's number, 0 when alone.
+
+    Raises:
+        StudioError: there are cards, and this torch cannot speak between them (Windows).
+    """
     count, card = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if count == 1:
         yield 0
         return
     on_cards = torch.cuda.is_available() and machine.of().device != "cpu"
+    if on_cards and not dist.is_nccl_available():
+        raise StudioError(
+            what="One clip cannot be drawn on several cards here.",
+            why="Cards speak to each other through NCCL, which PyTorch has on Linux alone.",
+            next_step="Start it on one card, or give each card clips of its own with --devices.",
+        )
     if on_cards:
         os.environ["IDCRAFTER_DEVICE"] = f"cuda:{card}"
         torch.cuda.set_device(card)

@@ -1,7 +1,7 @@
 """The one place for calls that differ between systems.
 
-In:  paths.
-Out: a lock that ends with its process, whatever ends the process; freed memory given back.
+In:  paths, and a pipe.
+Out: a lock that ends with its process, whatever ends the process; a wait for the pipe's end; freed memory given back.
 Knows nothing of queues, workers, pages or models.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
@@ -50,3 +51,27 @@ def give_memory_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
+
+
+LOOK_S = 0.25  # between two looks at a pipe
+
+
+def wait_for_end(pipe: IO[bytes]) -> None:
+    """Return when whoever holds a pipe's other end has closed it. Nothing is ever written to that pipe.
+
+    On Windows a thread inside a read of standard input holds up every library that looks at standard input while it
+    loads, numpy's among them, for as long as the read lasts (numpy/numpy#24290). So the pipe is looked at, not read.
+    """
+    if sys.platform != "win32":
+        pipe.read()
+        return
+    import _winapi
+    import msvcrt
+
+    handle = msvcrt.get_osfhandle(pipe.fileno())
+    while True:
+        try:
+            _winapi.PeekNamedPipe(handle)
+        except OSError:
+            return
+        time.sleep(LOOK_S)

@@ -35,6 +35,14 @@ def test_linux_with_a_card_takes_torch_as_published_and_pins_its_companions_by_t
     assert plans("Linux", NEW_CARD) == ["--constraint LOCK torch==2.13.0"]
 
 
+@pytest.mark.parametrize("nvidia", [OLD_CARD, (550, 8.9)])
+def test_linux_with_an_older_card_or_driver_asks_for_the_build_that_it_can_run(nvidia: tuple[int, float]):
+    """torch as it is published computes with CUDA 13, which neither a driver before 580 nor Pascal runs."""
+    older, published = plans("Linux", nvidia)
+    assert older == ("--constraint LOCK --extra-index-url https://download.pytorch.org/whl/cu126 torch==2.13.0+cu126")
+    assert published == "--constraint LOCK torch==2.13.0"
+
+
 def test_macos_takes_torch_as_published():
     assert plans("Darwin")[0] == "--no-deps torch==2.13.0"
 

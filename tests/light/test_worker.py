@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import psutil
@@ -15,7 +16,7 @@ import pytest
 
 from app.queue import Queue, Row
 from app.worker import LOOK_S, WorkerKeeper
-from engine import video
+from engine import platform_calls, video
 from engine.job import GenerateJob, make_job, read_job
 from engine.messages import StudioError
 from engine.platform_calls import try_lock
@@ -292,3 +293,25 @@ def test_a_worker_sees_its_own_device_and_its_share_of_the_cores(tmp_path: Path,
         {"IDCRAFTER_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "4", "OMP_NUM_THREADS": "8"},
         {"IDCRAFTER_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "6", "OMP_NUM_THREADS": "8"},
     ]
+
+
+def test_on_windows_the_pages_pipe_is_looked_at_and_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that reads standard input there stops numpy from loading, so no clip would ever be made."""
+    looked = []
+
+    def peek(handle: int) -> tuple[int, int]:
+        looked.append(handle)
+        if len(looked) == 3:
+            raise BrokenPipeError
+        return 0, 0
+
+    class Unreadable:
+        def fileno(self) -> int:
+            return 7
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(platform_calls, "LOOK_S", 0.0)
+    monkeypatch.setitem(sys.modules, "_winapi", SimpleNamespace(PeekNamedPipe=peek))
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(get_osfhandle=lambda number: number + 100))
+    platform_calls.wait_for_end(Unreadable())
+    assert looked == [107, 107, 107]
