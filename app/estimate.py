@@ -21,10 +21,10 @@ from statistics import median
 
 from app.queue import Row
 from engine import machine, memory, presets
+from engine.counts import FORWARDS
 from engine.job import GenerateJob
 from engine.presets import Preset
 
-FORWARDS = {"none": 1, "joint": 2, "dual": 3, "chained": 3}
 HISTORY = 12  # latest finished clips of the preset that correct the prediction
 BYTES_PER_PIXEL = 0.12  # H.264 at our quality, written pixels, generous: flat art takes a third of it
 LITTLE_DISK = 300 * 2**20

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.guidance import Branch
 from engine.messages import StudioError
-from engine.model import IdentityWanTransformer3DModel
+from engine.model import IdentityWanTransformer3DModel, unpatched
 from engine.subject_tower import IdentityCache, References
 
 
@@ -32,6 +32,7 @@ class Encoded:
         references: the subjects, with the VLM's reading of prompt and pictures; None without subjects.
         frames: the subjects' pictures at the clip's own size, each a latent frame, (1, C, N, H, W); None without any.
         side: what VACE's side branch reads, (1, channels, N + F, H, W); the N frames of the pictures come first.
+        sources: the subjects' pictures at their own sizes, each (1, C, 1, h, w), in the order of their numbers.
     """
 
     prompt_embeds: Tensor
@@ -39,6 +40,7 @@ class Encoded:
     references: References | None = None
     frames: Tensor | None = None
     side: Tensor | None = None
+    sources: tuple[Tensor, ...] = ()
 
 
 class Conditioning(Protocol):
@@ -135,6 +137,59 @@ class ReferenceFrames:
         return _velocity(self._transformer, whole, sigma, self._text[branch])[:, :, : latents_BCFHW.shape[2]]
 
 
+class SourceTokens:
+    """Bernini-R: plain Wan, the pictures' tokens beside the clip's, told apart by a number that turns their positions.
+
+    The clip is 0, the pictures are 1 to K, and each has positions that begin where the clip's do. All tokens read one
+    another, the prompt and the clip's noise level, clean as the pictures are. In the branches without subjects the
+    clip is alone: exactly plain Wan.
+
+    Source: `GEN_Wanx22.sample` and `WanRotaryPosEmbed` of bernini/models/, bytedance/Bernini 8c805a5.
+    """
+
+    lead = 0
+    TRAINED = 5  # largest number of training; more pictures share the numbers from 1 to it in even steps
+
+    def __init__(self, transformer: WanTransformer3DModel, encoded: Encoded) -> None:
+        self._transformer = transformer
+        self._text = _texts(encoded, transformer.dtype)
+        count = len(encoded.sources)
+        numbers = torch.linspace(1, min(self.TRAINED, count), count, dtype=torch.float64).tolist()
+        self._sources = [self._patched(*each) for each in zip(encoded.sources, numbers, strict=True)]
+
+    def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
+        """See `Conditioning`."""
+        sources = self._sources if branch in ("subjects", "full") else []
+        return self._velocity(latents_BCFHW, sigma, self._text[branch], sources)
+
+    @torch.no_grad()
+    def _patched(self, latents: Tensor, number: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (1, Q, D) of the clip or of a picture, and the cosines and sines of their turned positions."""
+        model = self._transformer
+        latents = latents.to(model.patch_embedding.weight)
+        cosines, sines = model.rope(latents)
+        half = cosines.shape[-1] // 2
+        angles = number * 10_000 ** (-torch.arange(half, dtype=torch.float64) / half).repeat_interleave(2)
+        cosine, sine = angles.cos().to(cosines), angles.sin().to(sines)
+        tokens = model.patch_embedding(latents).flatten(2).transpose(1, 2)
+        return tokens, cosines * cosine - sines * sine, sines * cosine + cosines * sine
+
+    @torch.no_grad()
+    def _velocity(
+        self, latents_BCFHW: Tensor, sigma: float, text: Tensor, sources: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> Tensor:
+        """Wan's own forward over the clip's tokens and the sources', of which the clip's are kept."""
+        model = self._transformer
+        grid = [size // patch for size, patch in zip(latents_BCFHW.shape[2:], model.config["patch_size"], strict=True)]
+        parts = zip(self._patched(latents_BCFHW, 0), *sources, strict=True)
+        tokens, cosines, sines = (torch.cat(part, dim=1) for part in parts)
+        temb, modulation, text, _ = model.condition_embedder(_time(latents_BCFHW, sigma), text, None)
+        modulation = modulation.unflatten(1, (6, -1))
+        for block in model.blocks:
+            tokens = block(tokens, text, modulation, (cosines, sines))
+        return unpatched(model, tokens, temb, grid)
+
+
 class SideBranch:
     """VACE: a side branch reads pictures, video and mask and adds to Wan's blocks.
 
@@ -160,7 +215,7 @@ class SideBranch:
 
 
 def prepare(kind: str, transformer: Any, encoded: Encoded) -> Conditioning:
-    """The conditioning that a preset names: "identity", "frames", "side" or "none".
+    """The conditioning that a preset names: "identity", "frames", "sources", "side" or "none".
 
     Raises:
         StudioError: the transformer is of another kind. Identity blocks, say, could be added untrained, and then every
@@ -177,6 +232,8 @@ def prepare(kind: str, transformer: Any, encoded: Encoded) -> Conditioning:
         return SideBranch(transformer, encoded)
     if kind == "frames":
         return ReferenceFrames(transformer, encoded)
+    if kind == "sources":
+        return SourceTokens(transformer, encoded)
     if kind == "none":
         return PlainText(transformer, encoded)
     if not isinstance(transformer, IdentityWanTransformer3DModel):
@@ -202,7 +259,12 @@ def _without_vlm(references: References | None) -> References | None:
 
 @torch.no_grad()
 def _velocity(transformer: Any, latents_BCFHW: Tensor, sigma: float, text: Tensor, **subjects: object) -> Tensor:
-    """One forward; Wan counts time in thousandths."""
-    timestep = torch.full((latents_BCFHW.shape[0],), sigma * 1000, device=latents_BCFHW.device)
+    """One forward."""
+    timestep = _time(latents_BCFHW, sigma)
     subjects = {name: value for name, value in subjects.items() if value is not None}
     return transformer(latents_BCFHW.to(transformer.dtype), timestep, text, return_dict=False, **subjects)[0]
+
+
+def _time(latents_BCFHW: Tensor, sigma: float) -> Tensor:
+    """(B,); Wan counts time in thousandths."""
+    return torch.full((latents_BCFHW.shape[0],), sigma * 1000, device=latents_BCFHW.device)

@@ -16,13 +16,15 @@ import math
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from engine import umt5
-from engine.job import GenerateJob
+from engine.job import GenerateJob, Subject
 from engine.messages import StudioError
+from engine.pictures import FILL
 from engine.presets import Preset, Shape
 
 MB = 10**6
@@ -237,18 +239,21 @@ def header(file: Path, part: str = "file") -> dict[str, tuple[int, ...]]:
 class Load:
     """A job in the model's terms."""
 
-    tokens: int  # of the clip with what is drawn beside it
+    tokens: int  # of the clip with what is drawn or read beside it
     latent_frames: int
     pixels: int  # of one frame
     pictures: int
     subject_tokens: int  # that identity blocks read, the VLM's among them
     forwards: int  # in one step
     steps: int
+    source_tokens: int = 0  # among `tokens`, those that only branches with subjects have
+    alone: int = 0  # among `forwards`, those that know of no subjects
 
 
 VLM_TOKENS = 256  # a prompt and what the pictures add, for a start
 TEXT_TOKENS = 512
-FORWARDS = {"none": 1, "joint": 2, "dual": 3, "chained": 3}
+FORWARDS = {"none": 1, "joint": 2, "dual": 3, "projected": 3, "chained": 3}
+ALONE = {"none": 0, "joint": 1, "dual": 1, "projected": 1, "chained": 2}  # of them, the branches without subjects
 
 
 def load_of(job: GenerateJob, preset: Preset) -> Load:
@@ -262,16 +267,28 @@ def load_of(job: GenerateJob, preset: Preset) -> Load:
     side = shape.vae_spatial * shape.patch[1]
     each = math.ceil(preset.reference_size / side) ** 2
     read = pictures * each + VLM_TOKENS * bool(shape.vlm_dim) if shape.identity_layers and pictures else 0
+    sources = sum(map(partial(_source_tokens, preset, side), job.subjects)) if preset.conditioning == "sources" else 0
     settings = job.sampling
     return Load(
-        tokens=frames * (job.width // side) * (job.height // side),
+        tokens=frames * (job.width // side) * (job.height // side) + sources,
         latent_frames=frames,
         pixels=job.width * job.height,
         pictures=pictures,
         subject_tokens=read,
         forwards=FORWARDS[settings.guidance or "joint"],
         steps=settings.num_inference_steps or 1,
+        source_tokens=sources,
+        alone=ALONE[settings.guidance or "joint"],
     )
+
+
+def _source_tokens(preset: Preset, side: int, subject: Subject) -> int:
+    """Of a subject's pictures at their own sizes, were each as wide as it is high; fewer in truth."""
+    if subject.weight == 0:
+        return 0
+    cut_out = subject.cut_out and subject.role != "background"
+    longest = preset.reference_size * (FILL if cut_out else 1)
+    return len(subject.pictures) * math.ceil(longest / side) ** 2
 
 
 def forward_bytes(shape: Shape, tokens: int, plain: int) -> int:
@@ -298,6 +315,13 @@ DECODE = 19_550  # bytes a pixel of Wan's VAE in fp32, one latent frame at a tim
 DECODE_TILE = 256  # pixels of a tile's side
 ENCODE_PICTURE = 3_880
 ENCODE_VIDEO = 14_300
+
+
+def clip_flops(shape: Shape, load: Load) -> float:
+    """Of all forwards of a clip; those that know of no subjects are without their sources."""
+    alone = replace(load, tokens=load.tokens - load.source_tokens)
+    step = (load.forwards - load.alone) * flops(shape, load) + load.alone * flops(shape, alone)
+    return load.steps * step
 
 
 def flops(shape: Shape, load: Load) -> float:

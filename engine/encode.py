@@ -10,7 +10,8 @@ Shapes: B texts, L text tokens, T VLM tokens, P pictures, C latent channels, h x
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,11 +26,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from engine.conditioning import Encoded
 from engine.job import MENTION, GenerateJob, Subject
 from engine.load import Warm, fingerprint
-from engine.pictures import on_canvas, prepare_subject
+from engine.pictures import at_own_size, on_canvas, prepare_subject
 from engine.presets import Preset
 from engine.subject_tower import References
 
 MAX_TEXT_TOKENS = 512  # Wan's; a tokenizer with a smaller `model_max_length` lowers it
+# What Bernini's prompts begin with: `SYSTEM_PROMPTS` of bernini/prompt_enhancer.py, bytedance/Bernini 8c805a5.
+BERNINI = "You are a helpful assistant specialized in {}-to-video generation."
 PICTURE_TOKENS = 64  # most tokens of one picture in the VLM; more cost attention in every step and say little
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
@@ -38,34 +41,49 @@ Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 # --- how a mention is written for the model -------------------------------------------------------------------------
 
 
-def render(prompt: str, subjects: Sequence[Subject], mention: Literal["slot", "noun"]) -> str:
+def render(prompt: str, subjects: Sequence[Subject], mention: Literal["slot", "noun", "image"]) -> str:
     """The prompt as the model was taught to read it.
 
     Args:
         prompt: with @names; every name belongs to one of the subjects (`engine.job` sees to that).
         subjects: in slot order; the first one is subject 1.
         mention: "slot" writes "subject 2, a red fox," the first time and "subject 2" after that (ID-Crafter, toybox);
-            "noun" writes "a red fox", then "the red fox" (Phantom, VACE).
+            "noun" writes "a red fox", then "the red fox" (Phantom, VACE); "image" writes "the red fox from image0",
+            with the numbers of its pictures among all that are shown (Bernini).
     """
     numbers = {subject.name: number for number, subject in enumerate(subjects, start=1)}
+    images = itertools.count()
+    shown = {s.name: [f"image{next(images)}" for _ in s.pictures] if s.weight > 0 else [] for s in subjects}
     said: set[str] = set()
-    written, end = [], 0
+    pieces, end = [], 0
     for match in MENTION.finditer(prompt):
         name = match[1].lower()
         noun = spoken(subjects[numbers[name] - 1])
+        known = noun if with_article(noun) == noun else f"the {noun}"
         first = name not in said
         said.add(name)
         if mention == "noun":
-            words = with_article(noun) if first else f"the {noun}"
+            words = with_article(noun) if first else known
+        elif mention == "image":
+            sources = " and ".join(shown[name])
+            words = f"{known} from {sources}" if sources else known
         else:
             words = f"subject {numbers[name]}"
             if first:
                 # The comma that closes the apposition, unless the sentence brings one or stops here.
                 follows = prompt[match.end() :].lstrip()[:1]
                 words += f", {with_article(noun)}" + ("," if follows.isalnum() or follows == "@" else "")
-        written += [prompt[end : match.start()], words]
+        pieces += [prompt[end : match.start()], words]
         end = match.end()
-    return " ".join(("".join(written) + prompt[end:]).split())
+    return " ".join(("".join(pieces) + prompt[end:]).split())
+
+
+def written(job: GenerateJob, preset: Preset) -> str:
+    """The job's prompt as its preset's encoders read it."""
+    prompt = render(job.prompt, job.subjects, preset.mention)
+    if preset.conditioning != "sources":
+        return prompt
+    return BERNINI.format("subject" if any(subject.weight > 0 for subject in job.subjects) else "text") + prompt
 
 
 def spoken(subject: Subject) -> str:
@@ -243,12 +261,14 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
     Raises:
         StudioError: a picture or an encoder cannot be read.
     """
-    prompt = render(job.prompt, job.subjects, preset.mention)
+    prompt = written(job, preset)
     text, negative = (_text(words, preset, warm) for words in (prompt, job.negative_prompt or ""))
     if preset.conditioning == "none":
         return Encoded(text, negative)
     # A weight of 0 leaves a subject out everywhere, also where the VLM would see it.
     shown = [prepare_subject(s, size=preset.reference_size) if s.weight > 0 else [] for s in job.subjects]
+    if preset.conditioning == "sources":
+        return Encoded(text, negative, sources=_sources(job, shown, preset, warm))
     if preset.conditioning in ("frames", "side"):
         frames = _reference_frames(job, shown, preset, warm)
         side = _side(job, frames, preset, warm) if preset.conditioning == "side" else None
@@ -312,14 +332,33 @@ def _reference_frames(
 
     A subject's weight, 1 as trained, scales its latents, since zeros are what a model of this kind takes for nobody.
     """
-    vae_files, latents = fingerprint(preset.place("vae")), []
+    latents = list(_pages(job, shown, lambda own: on_canvas(own, job.width or 0, job.height or 0), preset, warm))
+    return torch.stack(latents, dim=2) if latents else None
+
+
+def _sources(job: GenerateJob, shown: Sequence[Sequence[Picture]], preset: Preset, warm: Warm) -> tuple[Tensor, ...]:
+    """Every picture at its own size, each (1, C, 1, h, w).
+
+    A subject's weight scales its latents here, too: a paler picture. Nothing else of the kind was trained.
+    """
+    pages = _pages(job, shown, lambda own: at_own_size(own, preset.size_multiple), preset, warm)
+    return tuple(latents.unsqueeze(2) for latents in pages)
+
+
+def _pages(
+    job: GenerateJob,
+    shown: Sequence[Sequence[Picture]],
+    page_of: Callable[[Picture], Picture],
+    preset: Preset,
+    warm: Warm,
+) -> Iterator[Tensor]:
+    """Latents (1, C, h, w) of what is made of every picture, times its subject's weight."""
+    vae_files = fingerprint(preset.place("vae"))
     for subject, own in zip(job.subjects, shown, strict=True):
-        for picture in own:
-            page = on_canvas(picture, job.width or 0, job.height or 0)
+        for page in map(page_of, own):
             key = ("frame", vae_files, _hash(page))
             made = warm.remembered(key, lambda page=page: picture_latents([page], warm.part("vae", preset)))
-            latents.append(subject.weight * made)
-    return torch.stack(latents, dim=2) if latents else None
+            yield subject.weight * made
 
 
 def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -> Tensor:

@@ -39,6 +39,7 @@ NEAREST: Mapping[str, Sequence[str]] = {
     "phantom_14B": ("phantom-14b", "wan-14b", "phantom-1.3b"),
     "vace_1.3B": ("vace-1.3b", "wan-1.3b"),
     "vace_14B": ("vace-14b", "vace-1.3b", "wan-14b"),
+    "bernini_1.3B": ("bernini-r-1.3b", "wan-1.3b"),
     "t2v_1.3B": ("wan-1.3b",),
     "t2v": ("wan-14b", "wan-1.3b"),
 }

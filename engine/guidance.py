@@ -20,9 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from engine.job import Sampling
+
+LONGEST = 50.0  # longest push that `projected` lets through, in one latent frame of the clean clip
+ALONG = 0.5  # what it keeps of a push's part along the clean clip, which lifts contrast and colour
 
 Branch = Literal["none", "subjects", "text", "full"]
 
@@ -32,6 +37,8 @@ def branches(sampling: Sampling) -> tuple[Branch, ...]:
     if sampling.guidance == "dual":
         # With a subject scale of 1 the prediction without subjects cancels out: the prompt alone is guided.
         return ("none", "subjects", "full") if sampling.subject_scale != 1 else ("subjects", "full")
+    if sampling.guidance == "projected":
+        return ("none", "subjects", "full")
     if sampling.guidance == "chained":
         return ("none", "text", "full")
     if sampling.guidance == "joint" and sampling.guidance_scale != 1:
@@ -39,18 +46,28 @@ def branches(sampling: Sampling) -> tuple[Branch, ...]:
     return ("full",)  # no guidance, or a scale of 1, where the other prediction would cancel out
 
 
-def guided(sampling: Sampling, predict: Callable[[Branch], Tensor]) -> Tensor:
+def guided(
+    sampling: Sampling,
+    predict: Callable[[Branch], Tensor],
+    latents_BCFHW: Tensor | None = None,
+    sigma: float | None = None,
+) -> Tensor:
     """Ask for the predictions that this way of guiding needs, and merge them.
 
     Args:
         sampling: with every field its guidance uses filled in (a preset does that).
         predict: velocity (B, C, F, H, W) of one branch.
+        latents_BCFHW, sigma: what is denoised and its noise level in (0, 1]; "projected" alone asks for them.
     """
     v = {branch: predict(branch) for branch in branches(sampling)}
     if sampling.guidance == "dual" and "none" not in v:
         return joint(v["subjects"], v["full"], _set(sampling.text_scale))
     if sampling.guidance == "dual":
         return chain(v["none"], v["subjects"], v["full"], _set(sampling.subject_scale), _set(sampling.text_scale))
+    if sampling.guidance == "projected":
+        assert latents_BCFHW is not None and sigma is not None, "projected guidance looks at the clean clip"
+        scales = _set(sampling.subject_scale), _set(sampling.text_scale)
+        return projected(v["none"], v["subjects"], v["full"], latents_BCFHW, sigma, *scales)
     if sampling.guidance == "chained":
         return chain(v["none"], v["text"], v["full"], _set(sampling.text_scale), _set(sampling.subject_scale))
     if "none" in v:
@@ -100,6 +117,45 @@ def chain(
     towards_first = v_first_BCFHW - v_none_BCFHW
     towards_both = v_full_BCFHW - v_first_BCFHW
     return v_none_BCFHW + first_scale * towards_first + then_scale * towards_both
+
+
+def projected(
+    v_none_BCFHW: Tensor,
+    v_subjects_BCFHW: Tensor,
+    v_full_BCFHW: Tensor,
+    latents_BCFHW: Tensor,
+    sigma: float,
+    subject_scale: float,
+    text_scale: float,
+) -> Tensor:
+    """ "dual", its two pushes shortened: no longer than `LONGEST` in a frame, and weaker where they only add contrast.
+
+    Both are measured on the clean clip that the velocities point to, frame by frame. A push along it changes how loud
+    it is rather than what it shows; half of that part is dropped.
+
+    Args:
+        v_none_BCFHW, v_subjects_BCFHW, v_full_BCFHW: velocities without either, with the subjects, with everything.
+        latents_BCFHW: the noisy latents they were predicted for.
+        sigma: their noise level, in (0, 1].
+        subject_scale, text_scale: weights >= 0, no unit. Both 0 gives back `v_none_BCFHW`.
+
+    Source: `normalized_guidance_chain` in bernini/models/wan_diffusion.py, bytedance/Bernini 8c805a5, at the values of
+    its `r2v_apg` (eta .5, norm_threshold 50, momentum 0); the idea is APG, arXiv 2410.02416.
+    """
+    _same_shape(v_none_BCFHW, v_subjects_BCFHW, v_full_BCFHW, latents_BCFHW)
+    merged = v_none_BCFHW
+    steps = ((subject_scale, v_none_BCFHW, v_subjects_BCFHW), (text_scale, v_subjects_BCFHW, v_full_BCFHW))
+    for scale, before, after in steps:
+        merged = merged + scale * _shortened(after - before, latents_BCFHW - sigma * after, sigma)
+    return merged
+
+
+def _shortened(push: Tensor, clean: Tensor, sigma: float) -> Tensor:
+    frame = (1, 3, 4)  # all but clips and latent frames
+    length = sigma * torch.linalg.vector_norm(push, dim=frame, keepdim=True)
+    push = push * (LONGEST / length).clamp(max=1)
+    direction = normalize(clean, dim=frame)  # pyright: ignore[reportArgumentType] - several dims, unlike its stub
+    return push - (1 - ALONG) * (push * direction).sum(frame, keepdim=True) * direction
 
 
 def _same_shape(*velocities: Tensor) -> None:

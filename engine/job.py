@@ -82,14 +82,14 @@ class Sampling(Document):
     """Solver of the flow: Euler, or UniPC for presets trained with it."""
     shift: float | None = Field(default=None, ge=0.1, le=20.0)
     """Shift of the noise schedule; larger spends more steps on layout."""
-    guidance: Literal["none", "joint", "dual", "chained"] | None = None
+    guidance: Literal["none", "joint", "dual", "projected", "chained"] | None = None
     """How the predictions with and without conditions are merged."""
     guidance_scale: float | None = Field(default=None, ge=0.0, le=20.0)
     """Joint guidance: one weight for prompt and subjects together."""
     subject_scale: float | None = Field(default=None, ge=0.0, le=20.0)
-    """Dual and chained guidance: weight of the subjects."""
+    """Dual, projected and chained guidance: weight of the subjects."""
     text_scale: float | None = Field(default=None, ge=0.0, le=20.0)
-    """Dual and chained guidance: weight of the prompt."""
+    """Dual, projected and chained guidance: weight of the prompt."""
     cache: Literal["off", "careful", "fast"] | None = None
     """Leave out forwards whose result hardly differs from the one before: not at all, a few, many."""
 

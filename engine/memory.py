@@ -268,7 +268,7 @@ def _plan(
         needs.pop(1)
     phases = tuple(Phase(name, round(device * slack) + fixed, memory + base) for name, device, memory in needs)
     disk = sum(fit.disk for fit in (transformer, *encoders.values())) + frames_held + 300 * MB
-    work = counts.flops(shape, load) * load.forwards * load.steps / 1e15
+    work = counts.clip_flops(shape, load) / 1e15
     return Plan(here, {"transformer": transformer, **encoders, "vae": vae}, phases, tiled, disk, work)
 
 
@@ -309,7 +309,7 @@ def cheaper(job: GenerateJob, preset: Preset) -> Iterator[tuple[str, GenerateJob
                 yield words, smaller.model_copy(update={"num_frames": fewer})
     if job.precision not in (None, "nf4"):
         yield "another precision (automatic)", job.model_copy(update={"precision": None})
-    if preset.conditioning in ("frames", "side") and any(len(subject.pictures) > 1 for subject in job.subjects):
+    if preset.conditioning != "identity" and any(len(subject.pictures) > 1 for subject in job.subjects):
         single = tuple(s.model_copy(update={"pictures": s.pictures[:1]}) for s in job.subjects)
         yield "one picture of each subject", job.model_copy(update={"subjects": single})
 

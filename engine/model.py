@@ -20,7 +20,8 @@ Shapes: B clips, N subjects, V pictures of a subject, C latent channels, Q video
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -487,20 +488,29 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             else:
                 hidden_states = block(*arguments)
 
-        output = self._unpatched(hidden_states, temb, grid)
+        output = unpatched(self, hidden_states, temb, grid)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def _unpatched(self, hidden_states: Tensor, temb: Tensor, grid: list[int]) -> Tensor:
-        """Last norm and projection, and tokens back to latents (B, C, F, H, W)."""
-        if temb.ndim == 3:  # a time per token
-            table = self.scale_shift_table.unsqueeze(0).to(temb.device)
-            shift, scale = (part.squeeze(2) for part in (table + temb.unsqueeze(2)).chunk(2, dim=2))
-        else:
-            shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
-        shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
-        hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
-        patches = self.proj_out(hidden_states).unflatten(2, (*self.config["patch_size"], -1)).unflatten(1, grid)
-        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+def unpatched(transformer: WanTransformer3DModel, hidden_states: Tensor, temb: Tensor, grid: Sequence[int]) -> Tensor:
+    """Wan's last norm and projection, and the first tokens, those of the clip, back to latents (B, C, F, H, W).
+
+    Args:
+        hidden_states: (B, tokens, D); what lies behind the clip's tokens is dropped.
+        temb: the time's embedding, (B, D), or (B, tokens, D) for a time per token.
+        grid: patches of the clip along frames, height and width.
+    """
+    if temb.ndim == 3:
+        table = transformer.scale_shift_table.unsqueeze(0).to(temb.device)
+        shift, scale = (part.squeeze(2) for part in (table + temb.unsqueeze(2)).chunk(2, dim=2))
+    else:
+        shift, scale = (transformer.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
+    shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
+    hidden_states = (transformer.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
+    # Dropped behind the projection: there the cards that share a clip have put their parts together.
+    patches = transformer.proj_out(hidden_states)[:, : math.prod(grid)]
+    patches = patches.unflatten(2, (*transformer.config["patch_size"], -1)).unflatten(1, grid)
+    return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 @torch.no_grad()

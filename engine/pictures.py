@@ -126,16 +126,32 @@ def on_canvas(picture: Pixels, width: int, height: int) -> Pixels:
 
     Source: Phantom's `generate.py`, which fits pictures into the clip's size on white.
     """
+    canvas, part = Image.new("RGB", (width, height), "white"), _drawn(picture)
+    scale = min(width / part.width, height / part.height)
+    shape = (max(1, round(part.width * scale)), max(1, round(part.height * scale)))
+    small = part.resize(shape, Image.Resampling.LANCZOS)
+    canvas.paste(small, ((width - shape[0]) // 2, (height - shape[1]) // 2))
+    return np.asarray(canvas)
+
+
+def at_own_size(picture: Pixels, multiple: int) -> Pixels:
+    """The drawn part of a prepared picture alone, each side made the nearest multiple of `multiple`, at least one.
+
+    Source: `MaxLongEdgeMinShortEdgeResize` in bernini/data_utils.py, bytedance/Bernini 8c805a5, for a picture that is
+    not too large; a prepared one never is.
+    """
+    part = _drawn(picture)
+    shape = (max(1, round(part.width / multiple)) * multiple, max(1, round(part.height / multiple)) * multiple)
+    return np.asarray(part if part.size == shape else part.resize(shape, Image.Resampling.BICUBIC))
+
+
+def _drawn(picture: Pixels) -> Image.Image:
+    """A prepared picture without the white around it; all of it where nothing is drawn."""
     drawn = picture.min(axis=2) < 250
     rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
-    canvas = Image.new("RGB", (width, height), "white")
-    if len(rows):
-        part = Image.fromarray(picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-        scale = min(width / part.width, height / part.height)
-        shape = (max(1, round(part.width * scale)), max(1, round(part.height * scale)))
-        small = part.resize(shape, Image.Resampling.LANCZOS)
-        canvas.paste(small, ((width - shape[0]) // 2, (height - shape[1]) // 2))
-    return np.asarray(canvas)
+    if not len(rows):
+        return Image.fromarray(picture)
+    return Image.fromarray(picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
 
 
 # --- pictures that travel inside a document --------------------------------------------------------------------------

@@ -162,10 +162,12 @@ def _drawn(
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
         lead = conditions.lead
 
-        def asked(latents: Tensor, sigma: float) -> Tensor:
-            return guided(job.sampling, lambda branch: conditions.predict(latents, sigma, branch))
-
         solver = _solver(job)
+
+        def asked(latents: Tensor, time: float) -> Tensor:
+            sigma = sampling.level(solver, time)
+            return guided(job.sampling, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
+
         predict = caching.chosen(job.sampling.cache, preset.caching, asked, solver)
         pace = _Pace()
 

@@ -123,8 +123,16 @@ class UniPC:
         return self._scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
 
+def level(solver: Solver, time: float) -> float:
+    """The noise level at which a model is told this time."""
+    return solver.sigmas[(solver.times - time).abs().argmin()].item()
+
+
 def wan_unipc(num_inference_steps: int, shift: float) -> UniPC:
-    """UniPC at the levels of Wan's own code, and so of Phantom's: the first is .999, the last before 0 a step lower."""
+    """UniPC at the levels of Wan's own code, and so of Phantom's and of Bernini's (by diffusers 0.35.2).
+
+    The first is .999, the last before 0 a step lower.
+    """
     return UniPC(num_inference_steps, shift, first=0.999, last=0.0)
 
 

@@ -117,7 +117,7 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["identity", "none", "frames", "side"])
+@pytest.mark.parametrize("kind", ["identity", "none", "frames", "sources", "side"])
 def test_whatever_way_subjects_enter_steps_are_left_out_and_untold_nothing_changes(kind):
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -131,6 +131,7 @@ def test_whatever_way_subjects_enter_steps_are_left_out_and_untold_nothing_chang
         References(torch.randn(1, 1, 1, 16, 4, 4), vlm_states=torch.randn(1, 5, tiny.VLM_DIM)),
         torch.randn(1, 16, 1, 4, 4),
         torch.randn(1, 96, 3, 4, 4),
+        (torch.randn(1, 16, 1, 6, 2),),
     )
     conditions = prepare(kind, transformer.eval(), encoded)
     settings, asked = Sampling(guidance="dual", subject_scale=3.0, text_scale=2.0), []

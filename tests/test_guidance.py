@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.guidance import branches, chain, guided, joint
+from engine import guidance
+from engine.guidance import branches, chain, guided, joint, projected
 from engine.job import Sampling
 
 SHAPE = (1, 4, 2, 3, 3)
@@ -58,14 +59,43 @@ def test_with_a_subject_scale_of_one_dual_guides_the_prompt_alone(velocities):
         (_settings("joint"), ("none", "full")),
         (_settings("joint", joint_scale=1), ("full",)),
         (_settings("dual"), ("none", "subjects", "full")),
+        (_settings("projected"), ("none", "subjects", "full")),
         (_settings("chained"), ("none", "text", "full")),
         (_settings("dual", subjects=1), ("subjects", "full")),
     ],
 )
 def test_only_the_predictions_that_are_needed_are_made(velocities, settings, asked):
     made = []
-    guided(settings, lambda branch: made.append(branch) or velocities[branch])
+    guided(settings, lambda branch: made.append(branch) or velocities[branch], torch.randn(SHAPE), 0.5)
     assert tuple(made) == asked == branches(settings)
+
+
+def test_a_push_across_the_clean_clip_passes_whole_and_one_along_it_by_half():
+    latents, velocity = torch.randn(SHAPE), torch.randn(SHAPE)
+    clean = latents - 0.5 * velocity
+    across = torch.randn(SHAPE)
+    across -= clean * ((across * clean).sum((1, 3, 4), keepdim=True) / clean.pow(2).sum((1, 3, 4), keepdim=True))
+    for push, expected in ((across, across), (clean, 0.5 * clean)):
+        merged = projected(velocity - push, velocity, velocity, latents, 0.5, 3.0, 2.0)
+        torch.testing.assert_close(merged, velocity - push + 3.0 * expected)
+
+
+def test_a_push_is_as_long_as_the_limit_in_each_frame_of_the_clean_clip_that_it_would_pass(monkeypatch):
+    latents, none, push = torch.randn(SHAPE), torch.randn(SHAPE), torch.randn(SHAPE)
+    push[:, :, 1] *= 1e3
+    monkeypatch.setattr(guidance, "ALONG", 1.0)
+    short, long = (projected(none, none + push, none + push, latents, 0.2, 1.0, 0.0) - none).unbind(2)
+    torch.testing.assert_close(short, push[:, :, 0])
+    torch.testing.assert_close(long, push[:, :, 1] * (guidance.LONGEST / (0.2 * push[:, :, 1].norm())))
+
+
+def test_projected_guidance_without_its_limits_is_dual(velocities, monkeypatch):
+    monkeypatch.setattr(guidance, "ALONG", 1.0)
+    whole = chain(velocities["none"], velocities["subjects"], velocities["full"], 5.0, 7.5)
+    merged = guided(_settings("projected"), velocities.__getitem__, torch.randn(SHAPE), 0.5)
+    torch.testing.assert_close(merged, whole)
+    still = guided(_settings("projected", subjects=0, text=0), velocities.__getitem__, torch.randn(SHAPE), 0.5)
+    assert torch.equal(still, velocities["none"])
 
 
 def test_velocities_of_different_shapes_are_refused(velocities):

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
-from engine import counts, memory, presets, quantize
+from engine import conditioning, counts, memory, presets, quantize
+from engine.job import make_job
 from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Shape
 from engine.subject_tower import References
@@ -134,6 +135,33 @@ def test_what_a_forward_holds_beside_its_weights_is_predicted_within_three_hundr
         model(latents, time, text, return_dict=False, **beside)
     tokens = grid[0] * grid[1] * grid[2] // 4
     assert counts.forward_bytes(shape, tokens, plain) == pytest.approx(live.peak, rel=0.03)
+
+
+@pytest.mark.parametrize("plain", [2, 4])
+@pytest.mark.parametrize("pictures", [1, 5])
+def test_what_a_forward_holds_with_sources_beside_the_clip_is_predicted_within_three_hundredths(
+    plain: int, pictures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = presets.load("bernini-r-1.3b")
+    subject = {"pictures": [{"path": "a.png"}], "cut_out": False}
+    subjects = [{**subject, "name": f"s{number}"} for number in range(pictures)]
+    job, _ = presets.resolve(
+        make_job(preset=preset.name, prompt=" ".join(f"@s{n}" for n in range(pictures)), subjects=subjects)
+    )
+    load, dtype = counts.load_of(job, preset), torch.bfloat16 if plain == 2 else torch.float32
+    model = built(SMALL, dtype, layers=2)
+    with torch.device("meta"):
+        latents, text = torch.empty(1, 16, 21, 60, 106), torch.empty(1, 512, 4096)
+        sources = tuple(torch.empty(1, 16, 1, 78, 78) for _ in subjects)
+    encoded = conditioning.Encoded(text, text, sources=sources)
+    with fused_attention(monkeypatch), LiveBytes(model) as live:
+        conditions = conditioning.prepare("sources", model, encoded)
+        seen: list[int] = []
+        model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+        conditions.predict(latents, 0.5, "full")
+        conditions.predict(latents, 0.5, "none")
+    assert seen == [load.tokens, load.tokens - load.source_tokens]
+    assert counts.forward_bytes(SMALL, load.tokens, plain) == pytest.approx(live.peak, rel=0.03)
 
 
 def test_the_identity_cache_is_predicted_within_a_hundredth(monkeypatch: pytest.MonkeyPatch) -> None:

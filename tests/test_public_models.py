@@ -179,14 +179,16 @@ def test_a_subject_of_weight_zero_is_no_frame_and_a_light_one_is_nearer_to_nobod
     torch.testing.assert_close(half, 0.5 * whole)
 
 
-@pytest.mark.parametrize(("transformer", "kind"), [("side", "frames"), ("plain", "side"), ("plain", "identity")])
+@pytest.mark.parametrize(
+    ("transformer", "kind"), [("side", "frames"), ("side", "sources"), ("plain", "side"), ("plain", "identity")]
+)
 def test_a_transformer_of_another_kind_is_refused(folder: Path, warm: Warm, transformer: str, kind: str) -> None:
     wrong = preset(folder, transformer, kind)
     with pytest.raises(StudioError, match="take"):
         conditioning.prepare(kind, warm.part("transformer", wrong), encode.job_states(job(1, 32, 32), wrong, warm))
 
 
-@pytest.mark.parametrize(("transformer", "kind"), [("side", "side"), ("plain", "frames")])
+@pytest.mark.parametrize(("transformer", "kind"), [("side", "side"), ("plain", "frames"), ("plain", "sources")])
 def test_a_clip_of_such_a_model_has_its_own_frames_alone(
     folder: Path, warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transformer: str, kind: str
 ) -> None:

@@ -9,7 +9,7 @@ import sys
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-from engine import parallel, tiny
+from engine import conditioning, parallel, tiny
 from engine.messages import StudioError
 from engine.subject_tower import References
 
@@ -20,12 +20,16 @@ def apart(kind: str, height: int) -> float:
     torch.manual_seed(0)
     model = tiny.stir(tiny.transformer(), 1.0)
     inputs = (torch.randn(1, tiny.LATENT_CHANNELS, 3, height, 6), torch.tensor([500.0]), torch.randn(1, 8, 32))
+    picture = torch.randn(1, tiny.LATENT_CHANNELS, 1, 4, 8)
     references = References(torch.randn(1, 2, 1, tiny.LATENT_CHANNELS, 4, 4), vlm_states=torch.randn(1, 5, 48))
-    if kind == "plain":
+    if kind != "identity":
         known = inspect.signature(WanTransformer3DModel.__init__).parameters
         model = WanTransformer3DModel(**{key: value for key, value in model.config.items() if key in known}).eval()
 
     def seen() -> torch.Tensor:
+        if kind == "sources":
+            encoded = conditioning.Encoded(inputs[2], inputs[2], sources=(picture,))
+            return conditioning.prepare("sources", model, encoded).predict(inputs[0], 0.5, "full")
         more = {} if kind == "plain" else {"identity": model.encode_identity(references)}
         return model(*inputs, return_dict=False, **more)[0]
 
@@ -35,7 +39,7 @@ def apart(kind: str, height: int) -> float:
         shared: list[int] = []
         model.blocks[1].register_forward_pre_hook(lambda block, given: shared.append(given[0].shape[1]))
         missed = (alone - seen()).abs().max().item()
-    assert shared == [9]  # half of the 18 tokens
+    assert shared == [13 if kind == "sources" else 9]  # half of the clip's 18 tokens and the picture's 8
     return missed
 
 
@@ -43,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with parallel.together() as rank:
         told = {}
-        for kind in ("identity", "plain"):
+        for kind in ("identity", "plain", "sources"):
             told[kind] = apart(kind, height=4)  # 18 tokens
         for reason in ("heads", "tokens"):
             try:

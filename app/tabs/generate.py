@@ -187,7 +187,7 @@ def _advanced(
         form["precision"] = gr.Dropdown(
             PRECISIONS, value=start.precision, label="Weights", info=WEIGHTS, elem_id="precision"
         )
-        modes = [("None", "none"), ("Joint", "joint"), ("Dual", "dual"), ("Chained", "chained")]
+        modes = [(word.capitalize(), word) for word in ("none", "joint", "dual", "projected", "chained")]
         form["guidance"] = gr.Radio(modes, value=start.guidance, label="Guidance", elem_id="guidance")
         with gr.Row(elem_classes="numbers"):
             shown = _scales(start.guidance)
@@ -252,7 +252,7 @@ def _length(form: Form) -> str:
 
 def _scales(guidance: str | None) -> dict[str, bool]:
     """Which guidance weights the chosen mode reads."""
-    several = guidance in ("dual", "chained")
+    several = guidance in ("dual", "projected", "chained")
     return {"guidance_scale": guidance == "joint", "subject_scale": several, "text_scale": several}
 
 

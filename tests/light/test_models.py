@@ -175,7 +175,7 @@ def test_an_open_checkpoint_names_its_files_licences_shape_and_every_default(nam
     text = preset.downloads()["text_encoder"][0]
     assert text == presets.load("wan-1.3b").downloads()["text_encoder"][0]  # fetched once for all of them
     assert text.num_bytes < 12e9 and all(each.licence and each.num_bytes for each in text.alternatives)
-    assert preset.mention == ("slot" if preset.conditioning == "identity" else "noun")
+    assert preset.mention == {"identity": "slot", "sources": "image"}.get(preset.conditioning, "noun")
     assert all(size.width % preset.size_multiple == 0 == size.height % preset.size_multiple for size in preset.sizes)
     assert preset.size_multiple == preset.shape.vae_spatial * preset.shape.patch[1]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine import memory, presets
+from engine import counts, memory, presets
 from engine.job import GenerateJob, Picture, Sampling, Subject
 from engine.memory import GB, Hardware, Plan
 from engine.messages import StudioError
@@ -99,6 +99,25 @@ def test_more_of_anything_never_needs_less() -> None:
     twice = job_of().subjects[0].model_copy(update={"pictures": (Picture(path="a.png"), Picture(path="b.png"))})
     with_two = memory.plan(job_of().model_copy(update={"subjects": (twice,)}), preset, CARD)
     assert while_sampling(with_two) > while_sampling(base)
+
+
+def test_sources_are_counted_by_their_own_sizes_in_the_forwards_that_read_them() -> None:
+    preset = preset_of(SMALL, "sources")  # pictures of 768
+    clip = 21 * 52 * 30
+    whole, nobody = job_of(), job_of().model_copy(update={"subjects": ()})
+    [fox] = whole.subjects
+    shown = {
+        48**2: fox.model_copy(update={"cut_out": False}),
+        39**2: fox,  # its longest side .8 of the square's
+        2 * 39**2: fox.model_copy(update={"pictures": fox.pictures * 2}),
+        0: fox.model_copy(update={"weight": 0.0}),
+    }
+    for tokens, subject in shown.items():
+        load = counts.load_of(whole.model_copy(update={"subjects": (subject,)}), preset)
+        assert (load.source_tokens, load.tokens) == (tokens, clip + tokens)
+    alone, both = (counts.load_of(job, preset) for job in (nobody, whole))
+    expected = 50 * (2 * counts.flops(SMALL, both) + counts.flops(SMALL, alone))  # dual: one of three reads none
+    assert counts.clip_flops(SMALL, both) == pytest.approx(expected)
 
 
 def test_a_job_that_does_not_fit_is_refused_with_changes_that_do() -> None:
