@@ -52,6 +52,12 @@ def phantom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("model", foreign.NEAREST)
+def test_every_model_that_has_a_preset_here_is_drawn_with_it(model: str) -> None:
+    found = foreign.read(json.dumps({**SETTINGS, "model_type": model}))
+    assert found.job.preset == foreign.NEAREST[model][0] and "model" not in found.said
+
+
 def clip(folder: Path, settings: dict[str, Any], name: str = "wan2gp.mp4") -> Path:
     with video.ClipWriter(folder / name, fps=16, size=(64, 64), document=json.dumps(settings)) as writer:
         writer.write(np.zeros((64, 64, 3), np.uint8))
