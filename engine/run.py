@@ -163,12 +163,7 @@ def _drawn(
         lead = conditions.lead
 
         solver = _solver(job)
-
-        def asked(latents: Tensor, time: float) -> Tensor:
-            sigma = sampling.level(solver, time)
-            return guided(job.sampling, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
-
-        predict = caching.chosen(job.sampling.cache, preset.caching, asked, solver)
+        predict = caching.chosen(job.sampling.cache, preset.caching, _asked(job, conditions, solver), solver)
         pace = _Pace()
 
         def on_step(step: sampling.Step) -> None:
@@ -288,6 +283,16 @@ def _solver(job: GenerateJob) -> sampling.Solver:
     settings = job.sampling
     assert settings.scheduler and settings.num_inference_steps and settings.shift, "presets.resolve fills these in"
     return sampling.SOLVERS[settings.scheduler](settings.num_inference_steps, settings.shift)
+
+
+def _asked(job: GenerateJob, conditions: conditioning.Conditioning, solver: sampling.Solver) -> sampling.Predict:
+    """The model's guided velocity, as the denoise loop asks for it."""
+
+    def asked(latents: Tensor, time: float) -> Tensor:
+        sigma = sampling.level(solver, time)
+        return guided(job.sampling, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
+
+    return asked
 
 
 def _noise(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any, lead: int) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from engine import conditioning, encode, guidance, pictures, presets, run, sampling, tiny, video
 from engine.conditioning import Encoded
-from engine.guidance import guided
 from engine.job import GenerateJob, Sampling, make_job
 from engine.load import Warm
 from engine.offload import visiting
@@ -65,11 +64,7 @@ def final(transformer: Any, case: dict[str, Tensor], kind: Any = "projected") ->
     conditions = conditioning.prepare("sources", transformer, encoded_of(case))
     settings = Sampling(guidance=kind, subject_scale=4.5, text_scale=4.0)
     solver = sampling.wan_unipc(6, 5.0)
-
-    def predict(latents: Tensor, time: float) -> Tensor:
-        sigma = sampling.level(solver, time)
-        return guided(settings, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
-
+    predict = run._asked(make_job(prompt="x", sampling=settings.model_dump()), conditions, solver)
     return sampling.denoise(case["noise"], predict, solver, lambda step: None)
 
 
