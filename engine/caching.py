@@ -9,10 +9,9 @@ answer of the model tells by itself: it is compared with the line that would hav
 by its bend times the distances to both points it was drawn through, so the next misses are known before they happen,
 and their sum is held below the tolerance. Nothing has to be calibrated for a model, a schedule or a number of steps.
 
-All branches of guidance are left out in the same steps. Merging them is linear (but for "projected", whose merged
-velocity bends a little more), so the line through two merged velocities is the merged lines of the branches, and one
-state serves all of them. Left out in steps of their own, they
-contradict each other, and guidance makes that louder (docs/log.md).
+All branches of guidance are left out in the same steps. Merging them is linear (but for "projected"), so the line
+through two merged velocities is the merged lines of the branches, and one state serves all of them. Left out in steps
+of their own, they contradict each other, and guidance makes that louder (docs/log.md).
 
 Source: forecasts of features as in TaylorSeer, arXiv 2503.06923, of first order and for the whole forward; the rule
 that chooses the steps is the error estimate of an adaptive solver (Hairer, Norsett, Wanner, II.4).

@@ -157,10 +157,18 @@ class SourceTokens:
         numbers = torch.linspace(1, min(self.TRAINED, count), count, dtype=torch.float64).tolist()
         self._sources = [self._patched(*each) for each in zip(encoded.sources, numbers, strict=True)]
 
+    @torch.no_grad()
     def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
-        """See `Conditioning`."""
-        sources = self._sources if branch in ("subjects", "full") else []
-        return self._velocity(latents_BCFHW, sigma, self._text[branch], sources)
+        """See `Conditioning`. Wan's own forward, over the clip's tokens and the sources' behind them."""
+        model, sources = self._transformer, self._sources if branch in ("subjects", "full") else []
+        grid = [size // patch for size, patch in zip(latents_BCFHW.shape[2:], model.config["patch_size"], strict=True)]
+        parts = zip(self._patched(latents_BCFHW, 0), *sources, strict=True)
+        tokens, cosines, sines = (torch.cat(part, dim=1) for part in parts)
+        temb, modulation, text, _ = model.condition_embedder(_time(latents_BCFHW, sigma), self._text[branch], None)
+        modulation = modulation.unflatten(1, (6, -1))
+        for block in model.blocks:
+            tokens = block(tokens, text, modulation, (cosines, sines))
+        return unpatched(model, tokens, temb, grid)
 
     @torch.no_grad()
     def _patched(self, latents: Tensor, number: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,21 +181,6 @@ class SourceTokens:
         cosine, sine = angles.cos().to(cosines), angles.sin().to(sines)
         tokens = model.patch_embedding(latents).flatten(2).transpose(1, 2)
         return tokens, cosines * cosine - sines * sine, sines * cosine + cosines * sine
-
-    @torch.no_grad()
-    def _velocity(
-        self, latents_BCFHW: Tensor, sigma: float, text: Tensor, sources: list[tuple[Tensor, Tensor, Tensor]]
-    ) -> Tensor:
-        """Wan's own forward over the clip's tokens and the sources', of which the clip's are kept."""
-        model = self._transformer
-        grid = [size // patch for size, patch in zip(latents_BCFHW.shape[2:], model.config["patch_size"], strict=True)]
-        parts = zip(self._patched(latents_BCFHW, 0), *sources, strict=True)
-        tokens, cosines, sines = (torch.cat(part, dim=1) for part in parts)
-        temb, modulation, text, _ = model.condition_embedder(_time(latents_BCFHW, sigma), text, None)
-        modulation = modulation.unflatten(1, (6, -1))
-        for block in model.blocks:
-            tokens = block(tokens, text, modulation, (cosines, sines))
-        return unpatched(model, tokens, temb, grid)
 
 
 class SideBranch:

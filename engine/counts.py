@@ -17,12 +17,11 @@ import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from engine import umt5
-from engine.job import GenerateJob, Subject
+from engine.job import GenerateJob
 from engine.messages import StudioError
 from engine.pictures import FILL
 from engine.presets import Preset, Shape
@@ -267,7 +266,7 @@ def load_of(job: GenerateJob, preset: Preset) -> Load:
     side = shape.vae_spatial * shape.patch[1]
     each = math.ceil(preset.reference_size / side) ** 2
     read = pictures * each + VLM_TOKENS * bool(shape.vlm_dim) if shape.identity_layers and pictures else 0
-    sources = sum(map(partial(_source_tokens, preset, side), job.subjects)) if preset.conditioning == "sources" else 0
+    sources = _source_tokens(job, preset, side) if preset.conditioning == "sources" else 0
     settings = job.sampling
     return Load(
         tokens=frames * (job.width // side) * (job.height // side) + sources,
@@ -282,13 +281,14 @@ def load_of(job: GenerateJob, preset: Preset) -> Load:
     )
 
 
-def _source_tokens(preset: Preset, side: int, subject: Subject) -> int:
-    """Of a subject's pictures at their own sizes, were each as wide as it is high; fewer in truth."""
-    if subject.weight == 0:
-        return 0
-    cut_out = subject.cut_out and subject.role != "background"
-    longest = preset.reference_size * (FILL if cut_out else 1)
-    return len(subject.pictures) * math.ceil(longest / side) ** 2
+def _source_tokens(job: GenerateJob, preset: Preset, side: int) -> int:
+    """Of the pictures at their own sizes, were each as wide as it is high; fewer in truth."""
+    tokens = 0
+    for subject in job.subjects:
+        cut_out = subject.cut_out and subject.role != "background"
+        longest = preset.reference_size * (FILL if cut_out else 1)
+        tokens += len(subject.pictures) * math.ceil(longest / side) ** 2 if subject.weight > 0 else 0
+    return tokens
 
 
 def forward_bytes(shape: Shape, tokens: int, plain: int) -> int:

@@ -115,7 +115,7 @@ def _check_tokens(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if tokens % count:
         raise StudioError(
             what=f"This clip does not divide among {count} cards.",
-            why=f"It has {tokens} tokens, patches of latent frames and of pictures, and each card takes as many.",
-            next_step="Use another number of cards, or a height or width that is one step larger.",
+            why=f"It has {tokens} tokens, of latent frames and of pictures, and each card takes as many as the others.",
+            next_step="Use another number of cards, other pictures, or a height or width that is one step larger.",
             field="height",
         )

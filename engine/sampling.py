@@ -123,11 +123,6 @@ class UniPC:
         return self._scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
 
-def level(solver: Solver, time: float) -> float:
-    """The noise level at which a model is told this time."""
-    return solver.sigmas[(solver.times - time).abs().argmin()].item()
-
-
 def wan_unipc(num_inference_steps: int, shift: float) -> UniPC:
     """UniPC at the levels of Wan's own code, and so of Phantom's and of Bernini's (by diffusers 0.35.2).
 
@@ -137,6 +132,11 @@ def wan_unipc(num_inference_steps: int, shift: float) -> UniPC:
 
 
 SOLVERS: dict[str, Callable[[int, float], Solver]] = {"euler": Euler, "unipc": UniPC, "wan_unipc": wan_unipc}
+
+
+def level(solver: Solver, time: float) -> float:
+    """The noise level at which a model is told this time."""
+    return solver.sigmas[(solver.times - time).abs().argmin()].item()
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
