@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -245,7 +246,8 @@ def _config_of(held: Source, names: Mapping[str, str], head_dim: int) -> tuple[A
         except (ValueError, AttributeError) as error:
             raise refused(held.place, f"Its config.json cannot be read ({str(error)[:80]}).") from None
         if written_by in KINDS:
-            return KINDS[written_by], {key: value for key, value in config.items() if not key.startswith("_")}
+            kind = KINDS[written_by]  # what a derived model has written beside its base's own config is no matter here
+            return kind, {key: config[key] for key in signature(kind.__init__).parameters if key in config}
     if any(is_identity_key(name) for name in names.values()):
         raise refused(held.place, "It holds identity blocks, and the config.json that belongs to them is not there.")
     return _config_from_shapes(entries, held.place, head_dim)

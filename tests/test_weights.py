@@ -109,6 +109,15 @@ def test_a_folder_of_diffusers_gives_what_diffusers_loads(tmp_path: Path, dtype:
             assert torch.equal(ours.get_buffer(key), table)
 
 
+def test_what_a_derived_model_adds_to_its_config_is_no_hindrance(tmp_path: Path) -> None:
+    made = plain()
+    made.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), "use_src_id_rotary": True}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert same(load(tmp_path), made)
+
+
 def test_what_is_loaded_no_longer_hangs_on_the_file(original: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     save_file({key: tensor.float() for key, tensor in original.items()}, path)
