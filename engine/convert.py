@@ -10,6 +10,7 @@ Knows nothing of models. Only plain tensors are let in (`weights_only`); a pickl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ def _end_with_stdin(part: Path) -> None:
     """Whoever waits for this process holds its stdin; when they are killed, nothing half stays behind."""
     while os.read(0, 1):  # not through sys.stdin, whose lock this thread would hold when the process ends by itself
         pass
-    part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Windows keeps an open file; whoever converts next writes over it
+        part.unlink(missing_ok=True)
     os._exit(1)
 
 
@@ -118,7 +120,7 @@ def _write(tensors: dict[str, Tensor], file: Path) -> str:
             digest.update(piece)
         for name in order:
             # One that is a part or a turn of another is laid out for itself.
-            flat = memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+            flat = memoryview(cast(Any, tensors[name].contiguous().flatten().view(torch.uint8).numpy()))
             for start in range(0, len(flat), AT_ONCE):
                 handle.write(flat[start : start + AT_ONCE])
                 digest.update(flat[start : start + AT_ONCE])

@@ -268,7 +268,7 @@ class Hub:
         freed = 0
         for found in dict.fromkeys((*plan.missing, *plan.to_convert)):
             blobs = self._repo(found.wanted.repo) / "blobs"
-            for suffix in (".part", ".pickle", ".converting.new"):
+            for suffix in (".part", ".pickle", ".converting", ".converting.new"):
                 freed += bytes_of(blobs / f"{found.hash}{suffix}")
                 (blobs / f"{found.hash}{suffix}").unlink(missing_ok=True)
             (blobs / f"{found.hash}.etag").unlink(missing_ok=True)

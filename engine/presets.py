@@ -37,7 +37,7 @@ class HubFiles(Document):
     repo: str
     """owner/name"""
     path: str = ""
-    """The file, or the folder inside the repository; empty for all of it."""
+    """The file, or the folder inside the repository; empty for all of it. Of a `.pth` safetensors are made."""
     revision: str = "main"
     """Branch, tag or commit."""
     num_bytes: int = Field(ge=0)

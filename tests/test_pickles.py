@@ -29,6 +29,7 @@ from engine.job import make_job
 from engine.load import Warm
 from engine.messages import StudioError
 from engine.presets import HubFiles, Preset
+from tests.hub_server import Fault
 from tests.light import test_models, test_pulls
 from tests.light.test_hub import leftovers, quiet
 from tests.light.test_models import Home
@@ -161,6 +162,7 @@ def test_what_is_killed_in_mid_conversion_leaves_nothing_half(home: Home, large:
     half = soon(lambda: converting(home))
     [child] = psutil.Process(pull.pid).children()
     child.suspend()
+    soon(lambda: child.status() == psutil.STATUS_STOPPED)  # it takes a moment where it waits for the disk
     assert half.is_file()
     os.kill(pull.pid, signal.SIGKILL)
     pull.communicate()
@@ -169,8 +171,8 @@ def test_what_is_killed_in_mid_conversion_leaves_nothing_half(home: Home, large:
         child.kill()
     else:  # whoever waited for it is gone, so it ends and takes away what it wrote
         child.resume()
-        soon(lambda: not converting(home))
     soon(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    assert blobs(home) == (["new", "pickle"] if both else ["pickle"])
     assert not models.state(large, home.hub).here
     models.pull(large, home.hub, quiet, judges=False)
     assert models.state(large, home.hub).here and blobs(home) == ["safetensors"] and not leftovers(home.cache)
@@ -178,6 +180,7 @@ def test_what_is_killed_in_mid_conversion_leaves_nothing_half(home: Home, large:
 
 
 def test_two_processes_fetch_and_convert_it_once(home: Home, small: Preset) -> None:
+    home.server.faults.append(Fault(bytes_per_s=500_000))  # long enough for both to have seen that it is missing
     both = [home.start("pull", "small", "--yes") for _ in range(2)]
     said = [child.communicate(timeout=120)[1] for child in both]
     assert [child.returncode for child in both] == [0, 0], said
