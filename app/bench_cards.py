@@ -155,7 +155,7 @@ def measure(
     cuda, dtype = device.type == "cuda", _dtype(device)
     if cuda and way.cap:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (way.cap * GB - CONTEXT) / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (way.cap * GB - CONTEXT) / total))
     resident = way.where in ("device", "plain")
     model: Any = drawn(shape, way.precision, device, device if resident else torch.device("cpu"), plain=plain)
     latents = torch.randn(1, 16, 1 + (frames - 1) // 4 + lead, height // 8, width // 8, device=device, dtype=dtype)

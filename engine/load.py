@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -116,8 +117,15 @@ def load(
         tell: hears the share of a transformer or an encoder that is loaded, up to 1.
 
     Raises:
-        StudioError: a file is missing, cut short, or of another model.
+        StudioError: a file is missing, cut short, or of another model; or the device has no such precision.
     """
+    if precision == "fp8" and where.type == "mps":
+        raise StudioError(
+            what="Weights in fp8 cannot be kept on Apple silicon.",
+            why="Metal has no such numbers.",
+            next_step="Choose int8, which is as small and more exact.",
+            field="precision",
+        )
     if not place.is_dir() and not (part in ONE_FILE and place.is_file()):
         raise _damaged(part, place, "The folder is not there.")
     try:
@@ -248,9 +256,25 @@ class Warm:
             free, total = torch.cuda.mem_get_info(self.device)
             vram = total if machine.of().profile == "all" else free + torch.cuda.memory_reserved(self.device)
             found = replace(found, device="cuda", name=torch.cuda.get_device_name(self.device), vram=vram, ram=ram)
-        else:
-            found = replace(found, device=self.device.type, vram=ram, ram=ram)
+            found = found.limited(machine.of().profile)
+            self._hold_to(found.vram, total)
+            return found
+        found = replace(found, device=self.device.type, vram=ram, ram=ram)
         return found.limited(machine.of().profile)
+
+    def _hold_to(self, vram: int, total: int) -> None:
+        """Let memory run out where it ends: a profile's promise, or the card's own on Windows.
+
+        There the driver lends the machine's memory instead of saying that the card's is full, and a step takes ten
+        times as long; torch refuses by itself what it was not allowed.
+        """
+        whole = machine.of().profile in ("auto", "all")
+        if whole and sys.platform != "win32":
+            return
+        allowed = vram if whole else vram - memory.CONTEXT
+        # Of the current device where this one has no number: torch takes a number or nothing here.
+        where = self.device if self.device.index is not None else None
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), where)
 
     def _held(self, device: str) -> dict[Part, int]:
         """Bytes of the models that are on a kind of device."""

@@ -17,12 +17,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.cuda._sanitizer import ArgumentHandler, EventHandler, zip_arguments
+from torch.cuda._utils import _get_device_index
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,7 +49,7 @@ class Card:
     def __init__(self, watched: bool) -> None:
         self.watched = watched
         self.races: list[str] = []
-        self.memory, self.pinnable = 8 * 10**9, True
+        self.memory, self.pinnable, self.fraction = 8 * 10**9, True, 1.0
         self._events = EventHandler()
         self._numbers = iter(range(1, 10**9))
         self._here = threading.local()
@@ -63,6 +65,12 @@ class Card:
                 if there and not getattr(storage, "on_card", False):
                     weakref.finalize(storage, self._freed, storage.data_ptr())
                 storage.on_card = there
+
+    def hold_to(self, fraction: float, device: Any = None) -> None:
+        """`torch.cuda.set_per_process_memory_fraction`, as choosy about its device as the real one."""
+        if device is not None:
+            _get_device_index(device)
+        self.fraction = fraction
 
     # --- streams ---
 
@@ -318,6 +326,10 @@ def pretended(*, watched: bool = False) -> Iterator[Card]:
             "memory_reserved": lambda device=None: 0,
             "mem_get_info": lambda device=None: (card.memory, card.memory),
             "get_device_name": lambda device=None: "a card that is not there",
+            "get_device_properties": lambda device=None: SimpleNamespace(total_memory=card.memory),
+            "set_per_process_memory_fraction": card.hold_to,
+            "max_memory_allocated": lambda device=None: 1,
+            "max_memory_reserved": lambda device=None: 1,
         }.items():
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(torch, "Generator", Generator)

@@ -13,9 +13,10 @@ import torch
 from app import bench_cards
 from app.bench_cards import SHAPES, WAYS, WORDS, Way, cards, drawn, fits, main, measure, measure_decode
 from engine import counts, presets, quantize
-from engine.memory import GB, Hardware
-from tests.pretend_card import CARD, CPU, pretended
+from engine.memory import CONTEXT, GB, Hardware
+from tests.pretend_card import CPU, pretended
 
+CARD = torch.device("cuda")  # without a number, as it is asked for
 SMALL = {"frames": 5, "width": 64, "height": 64}
 TINY = SHAPES["tiny"]
 SIDE = TINY.model_copy(update={"identity_layers": 0, "vlm_dim": 0, "vace_layers": 2})
@@ -34,8 +35,9 @@ def test_every_way_of_keeping_a_model_computes(precision: str, where: str) -> No
 @pytest.mark.parametrize("where", ["device", "memory", "plain"])
 @pytest.mark.parametrize("shape", [TINY, SIDE])
 def test_on_a_card_everything_is_on_the_card(precision: str, where: str, shape: Any) -> None:
-    with pretended():
-        assert measure(Way("tiny", precision, where, 0, ""), CARD, shape=shape, lead=1, steps=0, **SMALL)["step_s"] > 0
+    with pretended() as card:
+        found = measure(Way("tiny", precision, where, 4, ""), CARD, shape=shape, lead=1, steps=0, **SMALL)
+    assert found["step_s"] > 0 and card.fraction == pytest.approx((4 * GB - CONTEXT) / card.memory)
 
 
 @pytest.mark.parametrize("tiled", [False, True])

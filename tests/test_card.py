@@ -22,6 +22,7 @@ from optimum.quanto import WeightQBytesTensor
 from engine import decode, load, memory, presets, quantize, run, tiny, video, weights
 from engine.job import make_job
 from engine.load import Warm
+from engine.messages import StudioError
 from engine.offload import visiting
 from engine.subject_tower import References
 from tests.pretend_card import CARD, CPU, on_card, pretended
@@ -153,6 +154,26 @@ def test_weights_rounded_on_the_card_are_all_there_and_no_others(folder: Path, p
         held = [part for tensor in (*model.parameters(), *model.buffers()) for part in quantize._held(tensor)]
         assert held and all(on_card(tensor) for tensor in held)
         assert predict(model, CARD).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("profile", "system", "held"), [("6", "linux", 5.4), ("auto", "linux", 8), ("auto", "win32", 7)]
+)
+def test_a_profile_is_held_to_and_on_windows_the_card_is(
+    monkeypatch: pytest.MonkeyPatch, profile: str, system: str, held: float
+) -> None:
+    monkeypatch.setenv("IDCRAFTER_PROFILE", profile)
+    with pretended() as card:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (7 * memory.GB, card.memory))
+        monkeypatch.setattr("engine.load.sys.platform", system)
+        warm = Warm(torch.device("cuda"))
+        assert warm.hardware().vram == (6 if profile == "6" else 7) * memory.GB
+        assert card.fraction == pytest.approx(held / 8)
+
+
+def test_eight_bits_of_floating_point_are_refused_where_metal_has_none(folder: Path) -> None:
+    with pytest.raises(StudioError, match="int8"):
+        load.load("transformer", folder / "transformer", torch.device("mps"), "fp8")
 
 
 def test_the_card_that_is_not_there_refuses_what_a_card_refuses() -> None:
