@@ -36,17 +36,18 @@ PREFERRED = ("flash3", "flash")  # what "auto" tries, best first; both compute w
 log = logging.getLogger(__name__)
 
 
-def set_up(transformer: ModelMixin, machine: Machine, where: torch.device) -> None:
+def set_up(transformer: ModelMixin, machine: Machine, where: torch.device, *, visiting: bool = False) -> None:
     """Give a freshly loaded transformer the attention kernels and the compilation that this machine asks for.
 
     Args:
-        where: device it computes on; its weights may wait elsewhere, and blocks that visit are not compiled.
+        where: device it computes on.
+        visiting: its blocks wait elsewhere and come there one by one; those are not compiled.
     """
     use_attention(transformer, machine.attention, where)
-    if machine.compile and transformer.device.type == where.type:
-        compile_blocks(transformer)
-    elif machine.compile:
+    if machine.compile and visiting:
         log.warning("The blocks are not compiled: they visit the device one after the other.")
+    elif machine.compile:
+        compile_blocks(transformer)
 
 
 def use_attention(transformer: ModelMixin, name: str, where: torch.device) -> str:

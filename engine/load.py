@@ -151,7 +151,7 @@ def load(
         raise _damaged(part, place, reason[0][:200] if reason else type(error).__name__) from error
     model = model.to(lies).eval().requires_grad_(False)
     if part == "transformer":
-        kernels.set_up(cast(ModelMixin, model), machine.of(), where)
+        kernels.set_up(cast(ModelMixin, model), machine.of(), where, visiting=keep is not None)
         parallel.share(cast(ModelMixin, model), where)
     return model
 

@@ -215,7 +215,7 @@ class _Line:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks") if self._cuda else None
         self._kinds = [tuple((t.shape, t.dtype) for t in tensors) for tensors in self._sources]
         # Blocks as they are now: who wraps a forward later (a step cache) wraps what this line does, not its copies.
-        self._models = {kind: _copied(block, CPU) for kind, block in zip(self._kinds, blocks, strict=True)}
+        self._models = {kind: _copied(blocks[self._kinds.index(kind)], CPU) for kind in dict.fromkeys(self._kinds)}
         self._places: dict[Any, list[_Place]] = {}
         self._own = [block.__dict__.get("forward") for block in blocks]  # of whoever wrapped a block's before (cards)
 

@@ -73,7 +73,7 @@ def test_without_a_compiler_the_blocks_stay_as_they_are(transformer, caplog, mon
 
 def test_blocks_that_visit_are_not_compiled(transformer, caplog):
     before = velocity(transformer)
-    kernels.set_up(transformer, Machine(compile=True), torch.device("meta"))
+    kernels.set_up(transformer, Machine(compile=True), CPU, visiting=True)
     assert "they visit the device" in caplog.text and transformer.blocks[0]._compiled_call_impl is None
     assert torch.equal(velocity(transformer), before)
 

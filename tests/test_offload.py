@@ -11,7 +11,7 @@ from optimum.quanto import QLinear, qint8
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from engine import tiny
+from engine import offload, tiny
 from engine.offload import PLACES, visiting, weights_of
 from engine.subject_tower import References
 
@@ -136,6 +136,13 @@ def test_a_disk_that_is_full_is_an_error_and_the_model_stays_whole(tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert torch.equal(predict(model), expected)
+
+
+def test_one_block_of_each_kind_is_copied_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, copied = [], offload._copied
+    monkeypatch.setattr(offload, "_copied", lambda *given: made.append(1) or copied(*given))
+    with visiting(tiny.transformer(num_layers=6), ["blocks"], CPU):
+        assert len(made) == 2, "with identity blocks and without"
 
 
 def test_a_list_that_the_model_lacks_is_passed_over() -> None:
