@@ -23,16 +23,14 @@ from typing import Any, get_args
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import Tensor, nn
 
 from app.bench import ROOT, Figure, sample_job
+from app.full_size import wan
 from engine import counts, decode, memory, offload, presets, quantize
 from engine.load import VISITING
 from engine.machine import Profile
 from engine.memory import CONTEXT, GB, SLACK, Hardware
-from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Preset, Shape
 from engine.subject_tower import References
 
@@ -42,6 +40,7 @@ SHAPES = {
     "1.3B": Shape(dim=1536, num_layers=30, ffn_dim=8960, num_heads=12, identity_layers=20, vlm_dim=3584, **WAN),
     "14B": Shape(dim=5120, num_layers=40, ffn_dim=13824, num_heads=40, identity_layers=20, vlm_dim=3584, **WAN),
 }
+NOTHING_ADDED = {"identity_layers": 0, "vlm_dim": 0, "vace_layers": 0}  # plain Wan
 STEPS = 3
 WORDS = {
     "device": "whole on the card",
@@ -93,22 +92,10 @@ def drawn(shape: Shape, precision: Any, device: torch.device, keep: torch.device
         plain: without what the shape adds to Wan.
     """
     dtype = _dtype(device)
-    config: dict[str, Any] = {
-        "num_attention_heads": shape.num_heads,
-        "attention_head_dim": shape.dim // shape.num_heads,
-        "num_layers": shape.num_layers,
-        "ffn_dim": shape.ffn_dim,
-    }
-    kind: Any = WanTransformer3DModel
-    if shape.identity_layers and not plain:
-        kind = IdentityWanTransformer3DModel
-        config |= {"identity_layers": shape.identity_layers, "vlm_dim": shape.vlm_dim}
-    elif shape.vace_layers and not plain:
-        kind = WanVACETransformer3DModel
-        every = shape.num_layers // shape.vace_layers
-        config |= {"vace_layers": list(range(0, shape.num_layers, every)), "vace_in_channels": 6 * shape.z_dim}
+    if plain:
+        shape = shape.model_copy(update=NOTHING_ADDED)
     with quantize.no_weights():
-        model = kind(**config)
+        model = wan(shape)
     weights = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     quantize.swap(model, precision)
     generator = torch.Generator(device).manual_seed(0)
@@ -151,7 +138,7 @@ def measure(
     shape = shape or SHAPES[way.size]
     plain = way.where.startswith("plain")
     if plain:
-        shape = shape.model_copy(update={"identity_layers": 0, "vlm_dim": 0, "vace_layers": 0})
+        shape = shape.model_copy(update=NOTHING_ADDED)
     cuda, dtype = device.type == "cuda", _dtype(device)
     if cuda and way.cap:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -286,8 +273,7 @@ def fits(card: Hardware) -> Iterator[Figure]:
     """What a plan says beside what is measured, while sampling, for every preset, size and profile of this card."""
     known: dict[tuple[Any, ...], dict[str, float] | str] = {}
     for name, preset, width, height in _presets():
-        subjects = {} if preset.conditioning != "none" else {"subjects": [], "prompt": "a beach"}
-        job, _ = presets.resolve(sample_job(name, width=width, height=height, **subjects))
+        job, _ = presets.resolve(sample_job(name, width=width, height=height))
         for profile in get_args(Profile):
             if profile == "auto" or (profile != "all" and float(profile) * GB > card.vram):
                 continue
@@ -296,7 +282,8 @@ def fits(card: Hardware) -> Iterator[Figure]:
                 continue
             fit, vae = plan.parts["transformer"], plan.parts["vae"]
             sampling = next(phase for phase in plan.phases if phase.name == "sampling")
-            lead = counts.load_of(job, preset).latent_frames - 1 - ((job.num_frames or 1) - 1) // 4
+            each = (width // 16) * (height // 16)  # tokens of a latent frame; pictures of their own size count as such
+            lead = round(counts.load_of(job, preset).tokens / each) - 1 - ((job.num_frames or 1) - 1) // 4
             where = "device" if fit.where == "device" else "memory"
             mark = (preset.shape, lead, width, height, job.num_frames, fit.precision, where)
             if mark not in known:

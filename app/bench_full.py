@@ -43,12 +43,6 @@ CLIPS = (  # preset, width, height, frames, profile: on a processor a step at fu
     ("id-crafter-1.3b", 256, 256, 17, "auto"),
     ("id-crafter-1.3b", 224, 384, 9, "12"),
 )
-ON_A_CARD = tuple(
-    (preset, *size, profile)
-    for preset in ("phantom-1.3b", "vace-1.3b", "id-crafter-1.3b")
-    for size in ((832, 480, 81), (480, 832, 33))
-    for profile in ("auto", "12", "8", "6")
-)
 
 
 def full(_: str) -> Iterator[Figure]:
@@ -58,7 +52,7 @@ def full(_: str) -> Iterator[Figure]:
     card = torch.cuda.is_available()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         cache, models = Path(folder) / "cache", Path(folder) / "models"
-        for preset, width, height, frames, profile in ON_A_CARD if card else CLIPS:
+        for preset, width, height, frames, profile in CLIPS:
             write_files(presets.load(preset), cache, models)
             environment = {
                 **os.environ,

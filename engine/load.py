@@ -373,7 +373,7 @@ class Warm:
         here, device = self._plan.machine, self.device.type
         on_device = sum(size for p, size in self._held(device).items() if p in VISITING)
         in_memory = 0 if here.shared else sum(size for p, size in self._held("cpu").items() if p in VISITING)
-        working = memory.READING if part in ENCODERS else 0
+        working = 4 * memory.READING if part in ENCODERS else 0
         if fit.device + working + on_device > here.vram or fit.memory + in_memory > here.ram:
             self._drop([p for p in VISITING if p in self._parts])
 

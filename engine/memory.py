@@ -66,7 +66,7 @@ class Hardware:
 
 CONTEXT = 600 * MB  # CUDA's own, on every card that computes
 SLACK = 1.05  # the card's allocator cannot use every hole
-READING = 400 * MB  # of an encoder beside its weights, for one prompt and its pictures
+READING = 200 * MB  # of an encoder beside its weights, for each byte of a number: one prompt and its pictures
 BASE_RAM = 500 * MB  # the worker with its libraries
 DRIVER_RAM = 1_100 * MB  # of the machine's own memory, what a card's driver and its libraries take
 
@@ -258,8 +258,8 @@ def _plan(
     text, vlm = encoders["text_encoder"], encoders["vlm"]
     stay = transformer.device + vae.device
     needs = [
-        ("the prompt is read", text.device + min(READING, text.device), text.memory),
-        ("the VLM reads", vlm.device + min(READING, vlm.device), vlm.memory),
+        ("the prompt is read", text.device + min(READING * plain, text.device), text.memory),
+        ("the VLM reads", vlm.device + min(READING * plain, vlm.device), vlm.memory),
         ("pictures are encoded", vae.device + encode, 0),
         ("sampling", stay + cache + counts.forward_bytes(shape, load.tokens, plain), transformer.memory),
         ("decoding", stay - (transformer.device if transformer.where != "device" else 0) + decode, transformer.memory),
