@@ -53,8 +53,7 @@ def main(arguments: list[str]) -> int:
         digest = _write(tensors, part)
         part.replace(given.target)
     except Exception as error:
-        for_good = not isinstance(error, (OSError, MemoryError))
-        sys.stdout.write(json.dumps({"reason": _reason(error), "for_good": for_good}) + "\n")
+        sys.stdout.write(json.dumps({"reason": _reason(error), "for_good": not _of_the_system(error)}) + "\n")
         return 1
     finally:
         part.unlink(missing_ok=True)
@@ -71,12 +70,17 @@ def _end_with_stdin(part: Path) -> None:
     os._exit(1)
 
 
+def _of_the_system(error: Exception) -> bool:
+    """Whether another try might go well; torch says a lack of memory in words alone."""
+    return isinstance(error, (OSError, MemoryError)) or "memory" in str(error)
+
+
 def _reason(error: Exception) -> str:
     first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     if type(error).__name__ == "UnpicklingError":
         return "It holds code or objects, not only weights, and was not opened."
-    if isinstance(error, OSError):
-        return f"The system says: {error.strerror or first}."
+    if _of_the_system(error):
+        return f"The system says: {getattr(error, 'strerror', None) or first}."
     return f"It is damaged, or no file of weights ({first})."
 
 

@@ -198,15 +198,15 @@ class Hub:
         done = total - sum(found.size for found in plan.missing)
         total += plan.bytes_to_convert
         for found in dict.fromkeys((*plan.missing, *plan.to_convert)):
-            path = found.wanted.path
-            if found in plan.missing:
-                with self._explained(found):
-                    self._fetch(found, lambda here, path=path, before=done: say(before + here, total, path))
-                done += found.size
-            if found in plan.to_convert:
-                name = f"{path}, into safetensors"
-                self._convert(found, lambda here, name=name, before=done: say(before + here, total, name))
-                done += found.size
+            name = found.wanted.path
+            with self._explained(found):
+                if found in plan.missing:
+                    self._fetch(found, lambda here, name=name, before=done: say(before + here, total, name))
+                    done += found.size
+                if found in plan.to_convert:
+                    name += ", into safetensors"
+                    self._convert(found, lambda here, name=name, before=done: say(before + here, total, name))
+                    done += found.size
         return [self._point(found) for found in plan.files]
 
     def verify(self, wanted: Iterable[Wanted], say: Say) -> list[Wanted]:

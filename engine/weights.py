@@ -3,7 +3,7 @@
 In:  a file or a folder, and a precision.
 Out: plain Wan, VACE or Wan with identity blocks; or an encoder. On the way no more is in memory than the model itself
      and one tensor.
-Knows nothing of presets. A `.pth` has to be converted first (engine/convert.py).
+Knows nothing of presets. A `.pth` has to be converted first (`engine.pickles`).
 
 Layouts of transformers: diffusers' own with or without its config.json, and Wan's original (Phantom, RefAlign, GGUF,
 ComfyUI's copies). Those of UMT5 are in `engine.umt5`.

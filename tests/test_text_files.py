@@ -208,6 +208,7 @@ def _without(key: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         (lambda held: as_wan(_t5(held)), "It is a T5, whose blocks share one table of distances, not a UMT5"),
         (lambda held: as_llama(_t5(held)), "It is a T5, whose blocks share one table of distances, not a UMT5"),
         (_without("shared.weight"), "named as in no UMT5"),
+        (lambda held: {**held, "shared.weight": torch.ones(300, 0)}, "not one of two sides"),
         (lambda held: {"blocks.0.self_attn.q.weight": torch.ones(2, 2)}, "named as in no UMT5"),
         (_without("encoder.block.2.layer.0.SelfAttention.o.weight"), "1 of its weights are missing"),
         (_without("encoder.block.0.layer.1.DenseReluDense.wi_0.weight"), r"wi_0\.weight is missing"),
