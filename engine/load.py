@@ -52,6 +52,7 @@ VISITING: dict[Part, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vlm": ((), ("model.visual.blocks", "model.language_model.layers")),
 }
 """Lists of blocks that may visit the device one by one: those that run in every step, and those that run once."""
+CARDS = {"cuda": torch.cuda, "xpu": torch.xpu}  # devices with a memory of their own; both modules speak alike
 KEEP_ENCODERS_BYTES = 2 * 2**30  # larger encoders leave memory before sampling starts
 REMEMBERED_BYTES = 512 * 2**20  # encoded prompts and pictures that a warm worker keeps
 
@@ -67,9 +68,8 @@ def device() -> torch.device:
     wanted = machine.of().device
     if wanted:
         return _present(torch.device(wanted))
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    there = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+    return torch.device(next((kind for kind, backend in there.items() if backend.is_available()), "cpu"))
 
 
 def _present(wanted: torch.device) -> torch.device:
@@ -85,9 +85,9 @@ def _present(wanted: torch.device) -> torch.device:
 
 
 def usual_dtype(part: Part, where: torch.device) -> torch.dtype:
-    """bf16 on CUDA, fp32 elsewhere (on a CPU half precision crawls); the VAE in fp32 everywhere."""
+    """bf16 on a card, fp32 elsewhere (on a CPU half precision crawls); the VAE in fp32 everywhere."""
     # The VAE is small, and in bf16 its flat areas show bands.
-    return torch.bfloat16 if where.type == "cuda" and part != "vae" else torch.float32
+    return torch.bfloat16 if where.type in CARDS and part != "vae" else torch.float32
 
 
 def load(
@@ -252,10 +252,12 @@ class Warm:
         """What there is to work with; what this worker holds already is counted as free, since it may let go of it."""
         found = memory.hardware("all")
         ram = found.ram + sum(self._held("cpu").values())
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            vram = total if machine.of().profile == "all" else free + torch.cuda.memory_reserved(self.device)
-            found = replace(found, device="cuda", name=torch.cuda.get_device_name(self.device), vram=vram, ram=ram)
+        if self.device.type in CARDS:
+            card: Any = CARDS[self.device.type]
+            free, total = card.mem_get_info(self.device)
+            vram = total if machine.of().profile == "all" else free + card.memory_reserved(self.device)
+            name = card.get_device_name(self.device)
+            found = replace(found, device=self.device.type, name=name, vram=vram, ram=ram)
             found = found.limited(machine.of().profile)
             self._hold_to(found.vram, total)
             return found
@@ -274,7 +276,7 @@ class Warm:
         allowed = vram if whole else vram - memory.CONTEXT
         # Of the current device where this one has no number: torch takes a number or nothing here.
         where = self.device if self.device.index is not None else None
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), where)
+        CARDS[self.device.type].set_per_process_memory_fraction(min(1.0, allowed / total), where)
 
     def _held(self, device: str) -> dict[Part, int]:
         """Bytes of the models that are on a kind of device."""
@@ -395,12 +397,10 @@ def _let_go(where: torch.device) -> None:
     """Give back what nothing refers to: a model may hold itself in a circle, and the allocators keep what was freed."""
     gc.collect()
     give_memory_back()
-    if where.type == "cuda":
-        torch.cuda.empty_cache()
+    if where.type in CARDS:
+        CARDS[where.type].empty_cache()
     elif where.type == "mps":
         torch.mps.empty_cache()
-    elif where.type == "xpu":
-        torch.xpu.empty_cache()
 
 
 def _spill_folder(part: Part) -> Path:

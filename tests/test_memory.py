@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
+from transformers import Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
-from engine import conditioning, counts, memory, presets, quantize
+from app.full_size import qwen_7b, wan
+from engine import conditioning, counts, load, memory, presets, quantize
 from engine.job import make_job
-from engine.model import IdentityWanTransformer3DModel
+from engine.memory import Hardware
 from engine.presets import Shape
 from engine.subject_tower import References
 from tests.live_bytes import LiveBytes, fused_attention
@@ -35,30 +34,14 @@ SHAPES = {
 }
 
 
-def kind_of(shape: Shape, layers: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """The class of that shape, and its arguments."""
-    config: dict[str, Any] = {
-        "num_attention_heads": shape.num_heads,
-        "num_layers": layers or shape.num_layers,
-        "ffn_dim": shape.ffn_dim,
-    }
-    kind: Any = WanTransformer3DModel
-    if shape.vace_layers:
-        kind = WanVACETransformer3DModel
-        config["vace_layers"] = list(range(0, shape.num_layers, shape.num_layers // shape.vace_layers))
-    if shape.identity_layers:
-        kind = IdentityWanTransformer3DModel
-        config |= {"identity_layers": min(shape.identity_layers, config["num_layers"]), "vlm_dim": shape.vlm_dim}
-    return kind, config
-
-
 def built(shape: Shape, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> Any:
     """The class of that shape on the meta device, as loading leaves it: some modules stay in fp32."""
-    kind, config = kind_of(shape, layers)
+    layers = layers or shape.num_layers
+    fewer = {"num_layers": layers, "identity_layers": min(layers, shape.identity_layers)}
     with torch.device("meta"):
-        model = kind(**config).to(dtype)
+        model: Any = wan(shape.model_copy(update=fewer)).to(dtype)
     for name, parameter in model.named_parameters():
-        if any(part in kind._keep_in_fp32_modules for part in name.split(".")):
+        if any(part in model._keep_in_fp32_modules for part in name.split(".")):
             parameter.data = parameter.data.float()
     model.rope.float()
     return model
@@ -85,28 +68,6 @@ def test_the_published_encoders_and_vae_are_counted_right() -> None:
         vae = AutoencoderKLWan()
     for model, weights in ((text, counts.UMT5_XXL), (vlm, counts.QWEN_7B), (vae, counts.WAN_VAE)):
         assert weights.num_bytes("fp32") == pytest.approx(held(model), rel=0.01)
-
-
-def qwen_7b() -> Any:
-    return AutoConfig.for_model(
-        "qwen2_5_vl",
-        text_config={
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "tie_word_embeddings": False,
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 3584,
-        },
-    )
 
 
 def test_the_headers_of_a_folder_say_what_its_model_holds() -> None:
@@ -241,6 +202,14 @@ def test_any_other_fault_passes_through_unchanged(error: Exception) -> None:
 @pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])
 def test_quantized_weights_are_predicted_within_a_hundredth_of_what_the_layers_hold(name: str, precision: Any) -> None:
     shape = SHAPES[name]
-    kind, config = kind_of(shape)
-    expected = quantize.predicted_bytes(lambda: kind(**config), precision)
+    expected = quantize.predicted_bytes(lambda: wan(shape), precision)
     assert counts.transformer_weights(shape).num_bytes(precision) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "cuda", "xpu"])
+def test_a_plan_counts_in_what_each_device_computes_in(kind: str) -> None:
+    job, preset = presets.resolve(make_job(preset="wan-1.3b", prompt="a beach"))
+    made = memory.plan(job, preset, Hardware(kind, "a machine", 10**12, 10**12, 10**12))
+    bits = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    for part in ("transformer", "text_encoder", "vae"):
+        assert made.parts[part].precision == bits[load.usual_dtype(part, torch.device(kind))]
