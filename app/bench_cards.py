@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from app.bench import ROOT, Figure, sample_job
 from app.full_size import wan
-from engine import counts, decode, memory, offload, presets, quantize
+from engine import counts, decode, kernels, memory, offload, presets, quantize
 from engine.load import VISITING
 from engine.machine import Profile
 from engine.memory import CONTEXT, GB, SLACK, Hardware
+from engine.messages import StudioError
 from engine.presets import Preset, Shape
 from engine.subject_tower import References
 
@@ -48,6 +49,13 @@ WORDS = {
     "plain": "plain Wan of diffusers, whole on the card",
     "plain-visiting": "plain Wan of diffusers, its own group offloading",
 }
+HOW = {
+    "": "",
+    "uncached": "subjects read anew in every step",
+    "frames": "two pictures as frames behind the clip",
+    "compiled": "blocks compiled",
+    **{name: f"attention by {name}" for name in kernels.BACKENDS if name != "native"},
+}
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,25 @@ class Way:
     cap: float  # GB, 0 for all there is
     promised: str
     slower: float = 0.0  # most times the resident one's step; 0 where nothing was promised
+    how: str = ""  # of HOW
 
     def arguments(self) -> list[str]:
         """As this module takes them."""
         words = ["--size", self.size, "--precision", self.precision, "--where", self.where]
-        return [*words, "--cap", f"{self.cap:g}"]
+        return [*words, "--cap", f"{self.cap:g}", "--how", self.how]
+
+    @property
+    def key(self) -> str:
+        """Of its row in the report."""
+        return f"card-{self.size}-{self.precision}-{self.where}-{self.cap:g}{'-' * bool(self.how)}{self.how}"
+
+    @property
+    def words(self) -> str:
+        """What its row is about."""
+        cap = f"at most {self.cap:g} GB" if self.cap else "all memory"
+        ours = "" if self.where.startswith("plain") else " with identity blocks"
+        how = f", {HOW[self.how]}" if self.how else ""
+        return f"Wan {self.size}{ours}, {self.precision}, {WORDS[self.where]}{how}, {cap}, 832x480x81: a step"
 
 
 WAYS = (
@@ -74,6 +96,7 @@ WAYS = (
     Way("1.3B", "bf16", "memory", 8, "≤ 8 GB, ≤ 1.05x the resident time", 1.05),
     Way("1.3B", "nf4", "memory", 6, "≤ 6 GB"),
     Way("1.3B", "int8", "device", 8, "≤ 8 GB"),
+    *(Way("1.3B", "bf16", "plain" if how == "frames" else "device", 0, "", how=how) for how in HOW if how),
     Way("14B", "bf16", "device", 0, ""),
     Way("14B", "bf16", "memory", 12, "≤ 12 GB"),
     Way("14B", "bf16", "plain-visiting", 0, ""),
@@ -145,11 +168,13 @@ def measure(
         torch.cuda.set_per_process_memory_fraction(min(1.0, (way.cap * GB - CONTEXT) / total))
     resident = way.where in ("device", "plain")
     model: Any = drawn(shape, way.precision, device, device if resident else torch.device("cpu"), plain=plain)
+    _set_up(model, way.how, device)
+    lead += 2 * (way.how == "frames")
     latents = torch.randn(1, 16, 1 + (frames - 1) // 4 + lead, height // 8, width // 8, device=device, dtype=dtype)
     text = torch.randn(1, counts.TEXT_TOKENS, shape.text_dim, device=device, dtype=dtype)
     side = (reference or height) // 8
     with _visiting(model, way.where, device):
-        more = _subjects(model, shape, latents, side)
+        more = _subjects(model, shape, latents, side, cached=way.how != "uncached")
         took = list(_steps(model, latents, text, more, steps, cuda))
     load = counts.Load(
         tokens=latents[0, 0].numel() // 4,
@@ -181,12 +206,26 @@ def _visiting(model: Any, where: str, device: torch.device) -> AbstractContextMa
     return nullcontext()
 
 
-def _subjects(model: Any, shape: Shape, latents: Tensor, side: int) -> dict[str, Any]:
+def _set_up(model: Any, how: str, device: torch.device) -> None:
+    """Attention kernels or compiled blocks.
+
+    Raises:
+        StudioError: they cannot be had here.
+    """
+    got = kernels.use_attention(model, how, device) == how if how in kernels.BACKENDS else True
+    if how == "compiled":
+        got = kernels.compile_blocks(model)
+    if not got:
+        raise StudioError(f"There is no {how} here.", "The line in the log says why.", "Install what it needs.")
+
+
+def _subjects(model: Any, shape: Shape, latents: Tensor, side: int, *, cached: bool = True) -> dict[str, Any]:
     """What the model's forward takes beside latents, time and text: two subjects, or VACE's side branch."""
     if shape.identity_layers:
         pictures = latents.new_zeros(1, 2, 1, 16, side, side).normal_()
         states = latents.new_zeros(1, counts.VLM_TOKENS, shape.vlm_dim).normal_()
-        return {"identity": model.encode_identity(References(pictures, vlm_states=states))}
+        references = References(pictures, vlm_states=states)
+        return {"identity": model.encode_identity(references)} if cached else {"references": references}
     if shape.vace_layers:
         scales = latents.new_ones(shape.vace_layers)
         channels = 6 * shape.z_dim
@@ -246,10 +285,7 @@ def _ways() -> Iterator[Figure]:
     """Resident beside visiting beside diffusers' own, in one run."""
     whole: dict[str, float] = {}
     for way in WAYS:
-        key = f"card-{way.size}-{way.precision}-{way.where}-{way.cap:g}"
-        cap = f"at most {way.cap:g} GB" if way.cap else "all memory"
-        ours = "" if way.where.startswith("plain") else " with identity blocks"
-        what = f"Wan {way.size}{ours}, {way.precision}, {WORDS[way.where]}, {cap}, 832x480x81: a step"
+        key, what = way.key, way.words
         if not torch.cuda.is_available():
             yield Figure(key, what, "open: no card here", way.promised)
             continue
@@ -257,7 +293,7 @@ def _ways() -> Iterator[Figure]:
         if isinstance(found, str):
             yield Figure(key, what, found, way.promised, False if way.promised else None)
             continue
-        if way.where == "device" and way.precision == "bf16":
+        if way.where == "device" and way.precision == "bf16" and not way.how:
             whole[way.size] = found["step_s"]
         times = found["step_s"] / whole[way.size] if way.size in whole else None
         beside = "" if times is None else f" ({times:.2f}x)"
@@ -265,7 +301,7 @@ def _ways() -> Iterator[Figure]:
         holds = holds and (not way.slower or (times is not None and times <= way.slower))
         told = f"{found['step_s']:.2f} s{beside}, peak {found['peak'] / GB:.2f} GB"
         yield Figure(key, what, told, way.promised, holds if way.promised else None)
-        if way.where in ("device", "memory"):
+        if way.where in ("device", "memory") and not way.how:
             yield _off(f"{key}-predicted", f"{what}: peak as planned", found["predicted"], found["peak"])
 
 
@@ -343,6 +379,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp8", "int8", "nf4"), default="fp32")
     parser.add_argument("--where", choices=WORDS, default="device")
     parser.add_argument("--cap", type=float, default=0, help="GB of the card")
+    parser.add_argument("--how", choices=HOW, default="")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--height", type=int, default=480)
@@ -356,7 +393,7 @@ def main() -> None:
     if given.decode:
         found = measure_decode(device, tiled=given.tiled, **size)
     else:
-        way = Way(given.size, given.precision, given.where, given.cap, "")
+        way = Way(given.size, given.precision, given.where, given.cap, "", how=given.how)
         preset = presets.load(given.preset) if given.preset else None
         more = {} if preset is None else {"shape": preset.shape, "reference": preset.reference_size}
         found = measure(way, device, frames=given.frames, lead=given.lead, steps=given.steps, **size, **more)

@@ -14,6 +14,7 @@ from app import bench_cards
 from app.bench_cards import SHAPES, WAYS, WORDS, Way, cards, drawn, fits, main, measure, measure_decode
 from engine import counts, presets, quantize
 from engine.memory import CONTEXT, GB, Hardware
+from engine.messages import StudioError
 from tests.pretend_card import CPU, pretended
 
 CARD = torch.device("cuda")  # without a number, as it is asked for
@@ -29,6 +30,14 @@ def test_every_way_of_keeping_a_model_computes(precision: str, where: str) -> No
         pytest.skip("diffusers' group offloading does not move quantized weights")
     found = measure(Way("tiny", precision, where, 0, ""), CPU, **SMALL)
     assert found["step_s"] > 0 and found["predicted"] > 0
+
+
+def test_every_other_way_of_computing_computes_or_says_that_it_cannot_be_had() -> None:
+    drawn_beside = measure(Way("tiny", "fp32", "plain", 0, "", how="frames"), CPU, **SMALL)["predicted"]
+    assert drawn_beside > measure(Way("tiny", "fp32", "plain", 0, ""), CPU, **SMALL)["predicted"]
+    assert measure(Way("tiny", "fp32", "device", 0, "", how="uncached"), CPU, **SMALL)["step_s"] > 0
+    with pytest.raises(StudioError, match="There is no flash3 here"):
+        measure(Way("tiny", "fp32", "device", 0, "", how="flash3"), CPU, **SMALL)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
