@@ -57,6 +57,9 @@ class Conditioning(Protocol):
 class IdentityBlocks:
     """ID-Crafter: subjects enter through the identity cache, read once per clip for all branches and steps.
 
+    With `Encoded.frames` the same pictures also stand behind the clip, as Phantom has them: so its weights can be what
+    identity blocks are trained upon, and untrained ones leave it as it is.
+
     Args:
         transformer: with identity blocks.
         encoded: the job.
@@ -69,6 +72,7 @@ class IdentityBlocks:
     def __init__(self, transformer: IdentityWanTransformer3DModel, encoded: Encoded, *, keep: bool = True) -> None:
         self._transformer = transformer
         self._text = _texts(encoded, transformer.dtype)
+        self._frames = encoded.frames
         subjects_alone = _without_vlm(encoded.references)
         references = {"full": encoded.references, "subjects": subjects_alone}
         self._references: dict[str, References | None] = {}
@@ -90,12 +94,12 @@ class IdentityBlocks:
         """See `Conditioning`. In the branches "none" and "text" stage 3 is left out altogether: exactly plain Wan."""
         return _velocity(
             self._transformer,
-            latents_BCFHW,
+            _with_frames(latents_BCFHW, self._frames, branch),
             sigma,
             self._text[branch],
             identity=self._caches.get(branch),
             references=self._references.get(branch),
-        )
+        )[:, :, : latents_BCFHW.shape[2]]
 
 
 class PlainText:
@@ -130,10 +134,7 @@ class ReferenceFrames:
 
     def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
         """See `Conditioning`."""
-        if self._frames is None:
-            return _velocity(self._transformer, latents_BCFHW, sigma, self._text[branch])
-        shown = self._frames if branch in ("subjects", "full") else torch.zeros_like(self._frames)
-        whole = torch.cat([latents_BCFHW, shown.to(latents_BCFHW).expand(len(latents_BCFHW), -1, -1, -1, -1)], 2)
+        whole = _with_frames(latents_BCFHW, self._frames, branch)
         return _velocity(self._transformer, whole, sigma, self._text[branch])[:, :, : latents_BCFHW.shape[2]]
 
 
@@ -208,7 +209,7 @@ class SideBranch:
 
 
 def prepare(kind: str, transformer: Any, encoded: Encoded) -> Conditioning:
-    """The conditioning that a preset names: "identity", "frames", "sources", "side" or "none".
+    """The conditioning that a preset names: "identity", "identity+frames", "frames", "sources", "side" or "none".
 
     Raises:
         StudioError: the transformer is of another kind. Identity blocks, say, could be added untrained, and then every
@@ -242,6 +243,14 @@ def prepare(kind: str, transformer: Any, encoded: Encoded) -> Conditioning:
 def _texts(encoded: Encoded, dtype: torch.dtype) -> dict[str, Tensor]:
     prompt, negative = encoded.prompt_embeds.to(dtype), encoded.negative_prompt_embeds.to(dtype)
     return {"none": negative, "subjects": negative, "text": prompt, "full": prompt}
+
+
+def _with_frames(latents_BCFHW: Tensor, frames_1CNHW: Tensor | None, branch: Branch) -> Tensor:
+    """The clip with the pictures behind it, (B, C, F + N, H, W); zeros where the branch knows of no subjects."""
+    if frames_1CNHW is None:
+        return latents_BCFHW
+    shown = frames_1CNHW if branch in ("subjects", "full") else torch.zeros_like(frames_1CNHW)
+    return torch.cat([latents_BCFHW, shown.to(latents_BCFHW).expand(len(latents_BCFHW), -1, -1, -1, -1)], 2)
 
 
 def _without_vlm(references: References | None) -> References | None:

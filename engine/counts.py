@@ -261,7 +261,7 @@ def load_of(job: GenerateJob, preset: Preset) -> Load:
     assert shape is not None and job.width and job.height and job.num_frames, "resolved, and its preset has a shape"
     shown = () if preset.conditioning == "none" else job.subjects
     pictures = sum(len(subject.pictures) for subject in shown if subject.weight > 0)
-    lead = pictures if preset.conditioning in ("frames", "side") else 0
+    lead = pictures if preset.conditioning in ("frames", "identity+frames", "side") else 0
     frames = 1 + (job.num_frames - 1) // preset.frames_per_latent + lead
     side = shape.vae_spatial * shape.patch[1]
     each = math.ceil(preset.reference_size / side) ** 2

@@ -277,7 +277,8 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
         return Encoded(text, negative)  # without subjects the model is plain Wan, as it was in training
     states, mask = _vlm(prompt, shown, preset, warm)
     references = _references(shown, [subject.weight for subject in job.subjects], preset, warm)
-    return Encoded(text, negative, replace(references, vlm_states=states, vlm_mask=mask))
+    frames = _reference_frames(job, shown, preset, warm) if preset.conditioning == "identity+frames" else None
+    return Encoded(text, negative, replace(references, vlm_states=states, vlm_mask=mask), frames)
 
 
 def _text(text: str, preset: Preset, warm: Warm) -> Tensor:

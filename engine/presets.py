@@ -173,9 +173,9 @@ class Preset(Document):
     """Where the weights come from."""
     components: Components
     """The parts."""
-    conditioning: Literal["identity", "frames", "sources", "side", "none"] = "identity"
-    """How subjects enter: by identity blocks, as frames behind the clip (Phantom, RefAlign), as sources beside it
-    (Bernini), by VACE's side branch."""
+    conditioning: Literal["identity", "identity+frames", "frames", "sources", "side", "none"] = "identity"
+    """How subjects enter: by identity blocks, as frames behind the clip (Phantom, RefAlign), by both, as sources beside
+    it (Bernini), by VACE's side branch."""
     mention: Literal["slot", "noun", "image"] = "slot"
     """How @fox is written for the model: "subject 2, a fox", the noun phrase itself, or "the fox from image1"."""
     max_subjects: int = Field(ge=0, le=8)

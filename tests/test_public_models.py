@@ -23,6 +23,7 @@ from engine.guidance import guided
 from engine.job import GenerateJob, Sampling, make_job
 from engine.load import Warm
 from engine.messages import StudioError
+from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Preset
 
 WAN = {
@@ -154,6 +155,25 @@ def test_pictures_behind_the_clip_never_leak_into_it(folder: Path, warm: Warm, c
     for branch, v in seen.items():
         same = torch.equal(other.predict(noisy, 0.8, branch), v)
         assert same == (branch in ("none", "text"))
+
+
+def test_untrained_identity_blocks_leave_pictures_behind_the_clip_as_they_are_and_trained_ones_add(
+    folder: Path, warm: Warm
+) -> None:
+    """So that Phantom's weights can be what ID-Crafter is trained upon."""
+    kind = preset(folder, "plain", "identity+frames")
+    kind = kind.model_copy(update={"components": kind.components.model_copy(update={"vlm": "", "vlm_tokenizer": ""})})
+    encoded = encode.job_states(job(2, 32, 32), kind, warm)
+    assert encoded.frames is not None and encoded.references is not None
+    plain = WanTransformer3DModel.from_pretrained(folder / "plain")
+    phantom = conditioning.prepare("frames", plain, dataclasses.replace(encoded, references=None))
+    model = IdentityWanTransformer3DModel.from_plain_wan(plain, identity_layers=2, vlm_dim=tiny.VLM_DIM).eval()
+    noisy = torch.randn(1, tiny.LATENT_CHANNELS, 3, 8, 8)
+    for trained in (False, True):
+        both = conditioning.prepare("identity+frames", tiny.stir(model) if trained else model, encoded)
+        for branch in ("none", "subjects", "text", "full"):
+            same = torch.equal(both.predict(noisy, 0.8, branch), phantom.predict(noisy, 0.8, branch))
+            assert same == (not trained or branch in ("none", "text"))
 
 
 def test_the_side_branch_is_silent_where_subjects_are_not_asked_for(folder: Path, warm: Warm) -> None:
