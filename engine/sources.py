@@ -137,12 +137,10 @@ def _kind(file: Path) -> str:
         head = handle.read(64)
     if head.startswith(b"GGUF"):
         return "gguf"
+    if head[8:9] == b"{":  # before anything else: the eight bytes of its length may look like any other start
+        return "safetensors"
     reason = next((what for start, what in STARTS.items() if head.lstrip().startswith(start)), None)
-    if reason is None and head[8:9] != b"{":
-        reason = "It begins neither like a safetensors nor like a GGUF file."
-    if reason is not None:
-        raise refused(file, reason)
-    return "safetensors"
+    raise refused(file, reason or "It begins neither like a safetensors nor like a GGUF file.")
 
 
 def _without_prefix(keys: list[str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from engine import load as parts
 from engine import quantize, tiny, weights
 from engine.messages import StudioError
 from engine.model import IdentityWanTransformer3DModel, is_identity_key
+from engine.sources import opened
 from engine.subject_tower import References
 from tests.wan_files import FIXTURE, HEAD, in_wans_names, plain, scaled_fp8, side, unscaled, write_gguf
 
@@ -292,6 +293,15 @@ def test_what_is_no_file_of_weights_is_refused_whatever_its_name(tmp_path: Path,
     with pytest.raises(StudioError, match=reason) as refusal:
         load(path)
     assert refusal.value.what == "wan.safetensors cannot be loaded."
+
+
+@pytest.mark.parametrize("length", [640, 15_392], ids=["as a pickle begins", "as a page begins"])
+def test_a_safetensors_file_is_one_whatever_its_length_looks_like(tmp_path: Path, length: int) -> None:
+    path, tensor = tmp_path / "wan.safetensors", torch.arange(6, dtype=torch.float32).view(2, 3)
+    told = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+    path.write_bytes(length.to_bytes(8, "little") + told.ljust(length) + tensor.numpy().tobytes())
+    with opened(path) as held:
+        assert torch.equal(held.read("w"), tensor)
 
 
 def test_a_gguf_that_is_cut_short_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
