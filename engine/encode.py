@@ -256,26 +256,26 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
     Args:
         job: resolved, its pictures readable.
         preset: names the encoders and how mentions are written.
-        warm: loads an encoder only when something is not remembered.
+        warm: loads an encoder only when something is not remembered. Large ones have left it before the VAE works.
 
     Raises:
         StudioError: a picture or an encoder cannot be read.
     """
     prompt = written(job, preset)
     text, negative = (_text(words, preset, warm) for words in (prompt, job.negative_prompt or ""))
-    if preset.conditioning == "none":
-        return Encoded(text, negative)
     # A weight of 0 leaves a subject out everywhere, also where the VLM would see it.
     shown = [prepare_subject(s, size=preset.reference_size) if s.weight > 0 else [] for s in job.subjects]
+    with_identity = preset.conditioning.startswith("identity") and any(shown)
+    states, mask = _vlm(prompt, shown, preset, warm) if with_identity else (None, None)
+    warm.make_room()
     if preset.conditioning == "sources":
         return Encoded(text, negative, sources=_sources(job, shown, preset, warm))
     if preset.conditioning in ("frames", "side"):
         frames = _reference_frames(job, shown, preset, warm)
         side = _side(job, frames, preset, warm) if preset.conditioning == "side" else None
         return Encoded(text, negative, frames=frames, side=side)
-    if not any(shown):
+    if not with_identity:
         return Encoded(text, negative)  # without subjects the model is plain Wan, as it was in training
-    states, mask = _vlm(prompt, shown, preset, warm)
     references = _references(shown, [subject.weight for subject in job.subjects], preset, warm)
     frames = _reference_frames(job, shown, preset, warm) if preset.conditioning == "identity+frames" else None
     return Encoded(text, negative, replace(references, vlm_states=states, vlm_mask=mask), frames)
@@ -312,8 +312,7 @@ def _references(shown: Sequence[Sequence[Picture]], weights: Sequence[float], pr
     vae_files = fingerprint(preset.place("vae"))
 
     def latents(picture: Picture) -> Tensor:
-        key = ("picture", vae_files, _hash(picture))
-        return warm.remembered(key, lambda: picture_latents([picture], warm.part("vae", preset))[0])
+        return warm.remembered(("picture", vae_files, _hash(picture)), lambda: _still(picture, preset, warm)[0])
 
     rows = [[latents(picture) for picture in subject] for subject in shown]
     nothing = torch.zeros_like(next(row[0] for row in rows if row))
@@ -358,8 +357,13 @@ def _pages(
     for subject, own in zip(job.subjects, shown, strict=True):
         for page in map(page_of, own):
             key = ("frame", vae_files, _hash(page))
-            made = warm.remembered(key, lambda page=page: picture_latents([page], warm.part("vae", preset)))
+            made = warm.remembered(key, lambda page=page: _still(page, preset, warm))
             yield subject.weight * made
+
+
+def _still(page: Picture, preset: Preset, warm: Warm) -> Tensor:
+    with warm.at_work("vae", preset) as vae:
+        return picture_latents([page], vae)
 
 
 def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -> Tensor:
@@ -369,15 +373,15 @@ def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -
 
     Source: `prepare_video_latents` and `prepare_masks` of diffusers' `WanVACEPipeline`, for a clip without a video.
     """
-    vae = warm.part("vae", preset)
-    grey = torch.zeros(1, 3, job.num_frames or 1, job.height or 0, job.width or 0, device=vae.device, dtype=vae.dtype)
+    shape = (1, 3, job.num_frames or 1, job.height or 0, job.width or 0)
 
     def empty() -> Tensor:
-        with torch.no_grad():
+        with warm.at_work("vae", preset) as vae, torch.no_grad():
+            grey = torch.zeros(shape, device=vae.device, dtype=vae.dtype)
             return normalised(vae.encode(grey, return_dict=False)[0].mode().float(), vae)
 
-    video = warm.remembered(("grey", fingerprint(preset.place("vae")), tuple(grey.shape)), empty)
-    cells: Any = vae.config.scale_factor_spatial
+    video = warm.remembered(("grey", fingerprint(preset.place("vae")), shape), empty)
+    cells: Any = warm.part("vae", preset).config.scale_factor_spatial
     mask = video.new_ones(1, cells**2, *video.shape[2:])
     clip = torch.cat([video, video, mask], 1)
     if frames is None:

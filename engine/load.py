@@ -53,6 +53,7 @@ VISITING: dict[Part, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Lists of blocks that may visit the device one by one: those that run in every step, and those that run once."""
 CARDS = {"cuda": torch.cuda, "xpu": torch.xpu}  # devices with a memory of their own; both modules speak alike
+CPU = torch.device("cpu")
 KEEP_ENCODERS_BYTES = 2 * 2**30  # larger encoders leave memory before sampling starts
 REMEMBERED_BYTES = 512 * 2**20  # encoded prompts and pictures that a warm worker keeps
 
@@ -96,7 +97,7 @@ def load(
     where: torch.device,
     precision: Precision | None = None,
     *,
-    keep: torch.device | None = None,
+    keep: torch.device | Path | None = None,
     expect: Mapping[str, int] | None = None,
     merge: Path | None = None,
     tell: Callable[[float], None] = lambda share: None,
@@ -111,7 +112,8 @@ def load(
             frames are.
         precision: of the large weights of the transformer, the text encoder and the VLM; None takes what the device
             computes in.
-        keep: where its weights lie, if not there: blocks that visit the device wait on the processor.
+        keep: where its weights lie, if not there: blocks that visit the device wait on the processor, or in files of
+            this folder, which each of them goes to before the next one is read.
         expect: "dim" and "layers" that a transformer has to have, "dim" of a text encoder's states.
         merge: a LoRA that becomes a part of the transformer's weights.
         tell: hears the share of a transformer or an encoder that is loaded, up to 1.
@@ -119,23 +121,17 @@ def load(
     Raises:
         StudioError: a file is missing, cut short, or of another model; or the device has no such precision.
     """
-    if precision == "fp8" and where.type == "mps":
-        raise StudioError(
-            what="Weights in fp8 cannot be kept on Apple silicon.",
-            why="Metal has no such numbers.",
-            next_step="Choose int8, which is as small and more exact.",
-            field="precision",
-        )
-    if not place.is_dir() and not (part in ONE_FILE and place.is_file()):
-        raise _damaged(part, place, "The folder is not there.")
+    _check(part, place, where, precision)
     try:
         if part == "faces":
             return FaceFiles(place)
         if part.endswith("tokenizer"):
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-        where = torch.device("cpu") if part in JUDGES else where
-        dtype, lies = usual_dtype(part, where), keep or where
+        where = CPU if part in JUDGES else where
+        dtype, lies = usual_dtype(part, where), CPU if isinstance(keep, Path) else keep or where
         asked: Any = {"precision": precision, "where": lies, "expect": expect, "tell": tell}
+        if isinstance(keep, Path):
+            asked["settle"] = partial(offload.into_a_file, folder=keep)
         if part == "transformer":
             model = weights.transformer(place, dtype, merge=merge, **asked)
         elif part in _ENCODERS:
@@ -154,6 +150,18 @@ def load(
         kernels.set_up(cast(ModelMixin, model), machine.of(), where, visiting=keep is not None)
         parallel.share(cast(ModelMixin, model), where)
     return model
+
+
+def _check(part: Part, place: Path, where: torch.device, precision: Precision | None) -> None:
+    if precision == "fp8" and where.type == "mps":
+        raise StudioError(
+            what="Weights in fp8 cannot be kept on Apple silicon.",
+            why="Metal has no such numbers.",
+            next_step="Choose int8, which is as small and more exact.",
+            field="precision",
+        )
+    if not place.is_dir() and not (part in ONE_FILE and place.is_file()):
+        raise _damaged(part, place, "The folder is not there.")
 
 
 def _vae(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -251,7 +259,7 @@ class Warm:
     def hardware(self) -> Hardware:
         """What there is to work with; what this worker holds already is counted as free, since it may let go of it."""
         found = memory.hardware("all")
-        ram = found.ram + sum(self._held("cpu").values())
+        ram = found.ram + sum(size for kind in ("cpu", "mps") for size in self._held(kind).values())
         if self.device.type in CARDS:
             card: Any = CARDS[self.device.type]
             free, total = card.mem_get_info(self.device)
@@ -308,7 +316,7 @@ class Warm:
         fit = self._fit(part)
         exact = "bf16" if usual_dtype(part, self.device) == torch.bfloat16 else "fp32"
         precision = None if fit is None or fit.precision == exact else fit.precision
-        keep = None if fit is None or fit.where == "device" else torch.device("cpu")
+        keep = None if fit is None else {"device": None, "memory": CPU, "disk": _spill_folder(part)}[fit.where]
         mark = (precision, str(keep), fingerprint(place), fingerprint(merge) if merge is not None else ())
         kept = self._parts.pop(part, None)
         if kept is not None and kept[0] == mark:
@@ -316,8 +324,8 @@ class Warm:
             return kept[1]
         if kept is not None:
             del kept  # the old one leaves before the new one comes: two large models may not fit
-            _let_go(self.device)
-        self._give_way(part, fit)
+            _let_go(self.device, [part])
+        self._give_way(part)
         states = part == "text_encoder" and place.is_file() and preset.shape
         asked: Any = {"expect": {"dim": states.text_dim} if states else None, "merge": merge}
         loaded = load(part, place, self.device, precision, keep=keep, tell=partial(self._tell, part), **asked)
@@ -331,6 +339,7 @@ class Warm:
         Raises:
             StudioError: see `part`.
         """
+        self._give_way(part)
         model = self.part(part, preset)
         with self.visiting(part, model):
             yield model
@@ -340,9 +349,8 @@ class Warm:
         fit = self._fit(part)
         if fit is None or fit.where == "device":
             return nullcontext()
-        spill = _spill_folder(part) if fit.where == "disk" else None
         lists, once = VISITING[part]
-        return offload.visiting(model, lists, self.device, once=once, spill=spill)
+        return offload.visiting(model, lists, self.device, once=once)
 
     def remembered(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """The tensors made for this key before, or made now and kept; the oldest leave when there are too many."""
@@ -354,7 +362,7 @@ class Warm:
         return self._remembered[key]
 
     def make_room(self) -> None:
-        """Encoders leave memory when they are large, or in the way; the next clip with another prompt loads them."""
+        """Everybody has read: encoders leave memory when they are large, or in the way; another prompt loads them."""
         loaded: list[Part] = [part for part in ENCODERS if part in self._parts]
         total = sum(self._size(part) for part in loaded)
         plan = self._plan
@@ -365,19 +373,25 @@ class Warm:
     def _fit(self, part: Part) -> Fit | None:
         return None if self._plan is None else self._plan.parts.get(part)
 
-    def _give_way(self, part: Part, fit: Fit | None) -> None:
-        """What would not fit beside this part leaves: another large encoder, since one reads after the other, and
-        whatever an earlier clip left where there is no room for both."""
+    def _give_way(self, part: Part) -> None:
+        """What would not fit beside this part at its work leaves: another large encoder, since one reads after the
+        other, and whatever an earlier clip left where there is no room for both."""
+        others: list[Part] = [p for p in VISITING if p in self._parts and p != part]
         if part in ENCODERS:
-            self._drop([p for p in ENCODERS if p in self._parts and self._size(p) > KEEP_ENCODERS_BYTES])
+            self._drop([p for p in others if p in ENCODERS and self._size(p) > KEEP_ENCODERS_BYTES])
+        fit = self._fit(part)
         if fit is None or self._plan is None:
             return
-        here, device = self._plan.machine, self.device.type
-        on_device = sum(size for p, size in self._held(device).items() if p in VISITING)
-        in_memory = 0 if here.shared else sum(size for p, size in self._held("cpu").items() if p in VISITING)
-        working = 4 * memory.READING if part in ENCODERS else 0
-        if fit.device + working + on_device > here.vram or fit.memory + in_memory > here.ram:
-            self._drop([p for p in VISITING if p in self._parts])
+        here = self._plan.machine
+        on_device = fit.device + fit.working + self._beside(part, self.device.type)
+        in_memory = fit.memory + (0 if here.shared else self._beside(part, "cpu"))
+        on_device += in_memory if here.shared else 0
+        if on_device * memory.SLACK > here.vram or in_memory > here.ram:
+            self._drop([p for p in others if p in self._parts])
+
+    def _beside(self, part: Part, device: str) -> int:
+        """Bytes of all other models on a kind of device."""
+        return sum(size for other, size in self._held(device).items() if other != part)
 
     def _size(self, part: Part) -> int:
         return num_bytes(self._parts[part][1])
@@ -388,19 +402,20 @@ class Warm:
             return
         for part in parts:
             del self._parts[part]
-        _let_go(self.device)
-        for part in parts:
-            shutil.rmtree(_spill_folder(part), ignore_errors=True)  # Windows keeps mapped files for a while
+        _let_go(self.device, parts)
 
 
-def _let_go(where: torch.device) -> None:
-    """Give back what nothing refers to: a model may hold itself in a circle, and the allocators keep what was freed."""
+def _let_go(where: torch.device, parts: Iterable[Part]) -> None:
+    """Give back what nothing refers to: a model may hold itself in a circle, the allocators keep what was freed, and
+    the files that blocks of these parts visited from are still there."""
     gc.collect()
     give_memory_back()
     if where.type in CARDS:
         CARDS[where.type].empty_cache()
     elif where.type == "mps":
         torch.mps.empty_cache()
+    for part in parts:
+        shutil.rmtree(_spill_folder(part), ignore_errors=True)  # Windows keeps mapped files for a while
 
 
 def _spill_folder(part: Part) -> Path:

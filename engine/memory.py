@@ -114,6 +114,7 @@ class Fit:
     device: int  # bytes on the device while it works
     memory: int  # bytes of the machine's memory
     disk: int = 0  # bytes of files that blocks visit from
+    working: int = 0  # bytes on the device beside its weights, while an encoder or the VAE reads
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,9 @@ def _fit(weights: Weights, precision: Precision, where: Where, plain: int) -> Fi
 def _encoder_ways(preset: Preset, plain: int) -> list[dict[str, Fit]]:
     """Both encoders alike, since one is gone before the other comes."""
     ways = {part: _ways(preset, part, plain, None) for part in ("text_encoder", "vlm")}
+    ways = {
+        part: [replace(fit, working=min(READING * plain, fit.device)) for fit in fits] for part, fits in ways.items()
+    }
     return [dict(zip(ways, each, strict=True)) for each in zip(*ways.values(), strict=True)]
 
 
@@ -245,11 +249,11 @@ def _plan(
 ) -> Plan:
     shape = preset.shape
     assert shape is not None
-    vae = _fit(counts.part_weights(preset, "vae"), "fp32", "device", plain)
     cache = counts.cache_bytes(shape, load, plain)
     encode = 0 if not load.pictures else counts.ENCODE_PICTURE * max(load.pixels, preset.reference_size**2)
     if preset.conditioning == "side":
         encode = counts.ENCODE_VIDEO * load.pixels
+    vae = replace(_fit(counts.part_weights(preset, "vae"), "fp32", "device", plain), working=encode)
     tile = min(load.pixels, counts.DECODE_TILE**2)
     decode = counts.DECODE * (tile if tiled else load.pixels)
     frames_held = 6 * load.pixels * (job.num_frames or 1) if tiled else 0
@@ -258,9 +262,9 @@ def _plan(
     text, vlm = encoders["text_encoder"], encoders["vlm"]
     stay = transformer.device + vae.device
     needs = [
-        ("the prompt is read", text.device + min(READING * plain, text.device), text.memory),
-        ("the VLM reads", vlm.device + min(READING * plain, vlm.device), vlm.memory),
-        ("pictures are encoded", vae.device + encode, 0),
+        ("the prompt is read", text.device + text.working, text.memory),
+        ("the VLM reads", vlm.device + vlm.working, vlm.memory),
+        ("pictures are encoded", vae.device + vae.working, 0),
         ("sampling", stay + cache + counts.forward_bytes(shape, load.tokens, plain), transformer.memory),
         ("decoding", stay - (transformer.device if transformer.where != "device" else 0) + decode, transformer.memory),
     ]

@@ -1,7 +1,7 @@
 """Blocks that wait outside the device and come in one after the other, the next one while this one computes.
 
 In:  a model on the CPU, the names of its lists of blocks, a device.
-Out: the same model; its blocks' weights stay in memory or in a file, all else is on the device. Results are bit-equal.
+Out: the same model; its blocks' weights stay in memory or in files, all else is on the device. Results are bit-equal.
 Knows nothing of presets or of what the blocks compute; quantized weights are moved as the library laid them out.
 
 A list of equal blocks gets two places on the device, copies of a block made by the libraries' own `.to`. A block's
@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ def visiting(
     device: torch.device,
     *,
     once: Iterable[str] = (),
-    spill: Path | None = None,
 ) -> Iterator[None]:
     """Inside, the blocks of these lists visit the device and everything else of the model is there; after, all is back.
 
@@ -47,16 +46,10 @@ def visiting(
         lists: dotted names of `nn.ModuleList`s, such as "blocks"; those the model lacks are passed over.
         device: where it computes.
         once: more lists, which run once per clip: their places leave the device after the last block.
-        spill: from now on the blocks' weights are kept in files in this folder, which the system pages in and out,
-            instead of in memory. The folder has to outlive the model.
     """
     named = [(name, name in set(once)) for name in (*lists, *once)]
     found = [(blocks, brief) for name, brief in named if (blocks := _find(model, name)) is not None]
     waiting = {id(block) for blocks, _ in found for block in blocks}
-    for number, (blocks, _) in enumerate(found):
-        for index, block in enumerate(blocks if spill is not None else ()):
-            # Never a name twice: Windows neither deletes nor rewrites a file that an earlier model still maps.
-            _spill(block, cast(Path, spill) / f"{number}-{index}-{secrets.token_hex(4)}.bin")
     lines = [_Line(list(blocks), device, brief=brief) for blocks, brief in found]
     try:
         _move_others(model, waiting, device)
@@ -140,15 +133,18 @@ def _move_others(module: nn.Module, waiting: set[int], device: torch.device) -> 
 
 
 @torch.no_grad()
-def _spill(block: nn.Module, path: Path) -> None:
-    """The block's weights become views of a file, once.
+def into_a_file(block: nn.Module, folder: Path) -> None:
+    """The block's weights become views of a file, which the system pages in and out, instead of lying in memory.
+
+    Args:
+        folder: has to outlive the block.
 
     Raises:
-        OSError: the disk is full.
+        OSError: the disk is full; the block is then as it was.
     """
-    if getattr(block, "in_a_file", False):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Never a name twice: Windows neither deletes nor rewrites a file that an earlier model still maps.
+    path = folder / f"{secrets.token_hex(8)}.bin"
     spots = weights_of(block)
     sizes = [-(-_num_bytes(getattr(*spot)) // 64) * 64 for spot in spots]
     with path.open("wb") as written:  # a full disk is an error here; met through a mapped file it ends the process
@@ -162,7 +158,6 @@ def _spill(block: nn.Module, path: Path) -> None:
         tensor = getattr(owner, name)
         setattr(owner, name, file[start : start + _num_bytes(tensor)].view(tensor.dtype).view(tensor.shape))
         start += size
-    cast(Any, block).in_a_file = True
 
 
 def _dress(visitor: nn.Module, owner: nn.Module) -> None:

@@ -151,7 +151,6 @@ def _drawn(
     """The clip's latents (1, C, F, h, w), and what was not done as a creator may have expected."""
     say(Progress("encode", 0, 1))
     encoded = encode.job_states(job, preset, warm)
-    warm.make_room()
 
     say(Progress("load", 0, 1))
     transformer, vae = warm.part("transformer", preset), warm.part("vae", preset)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -51,6 +52,7 @@ def transformer(
     expect: Mapping[str, int] | None = None,
     merge: Path | None = None,
     tell: Callable[[float], None] = lambda share: None,
+    settle: Callable[[nn.Module], None] = lambda block: None,
 ) -> nn.Module:
     """The transformer that a file or a folder holds.
 
@@ -65,6 +67,7 @@ def transformer(
         expect: "dim" and "layers" that it has to have.
         merge: a LoRA that becomes a part of the weights, before they are quantized.
         tell: hears the share that is loaded, up to 1.
+        settle: given each repeated block once its weights are there, to put them elsewhere before the next ones come.
 
     Raises:
         StudioError: neither safetensors nor GGUF, damaged, of another model, or with weights missing.
@@ -82,7 +85,7 @@ def transformer(
         _check(held, model, names, missing_is_fine=own)
         merged = None if merge is None else lora.merging(model, [Lora(path=str(merge), weight=1.0, sha256="")])[0]
         quantize.swap(model, precision, lambda name: not own(name + "."))
-        _fill(model, held, names, dtype, where, tell, merged)
+        _fill(model, held, names, dtype, where, tell, settle, merged)
     if identity is not None:
         _start_identity(cast(IdentityWanTransformer3DModel, model), precision, dtype, where)
     return model
@@ -97,6 +100,7 @@ def encoder(
     where: torch.device = CPU,
     expect: Mapping[str, int] | None = None,
     tell: Callable[[float], None] = lambda share: None,
+    settle: Callable[[nn.Module], None] = lambda block: None,
 ) -> nn.Module:
     """UMT5 in any of its layouts (`engine.umt5`), or the VLM in transformers'.
 
@@ -104,7 +108,7 @@ def encoder(
         kind: transformers' class.
         source: a folder with safetensors; of UMT5 also a single file, safetensors or GGUF. Where no config.json lies
             beside the weights, UMT5's sizes are read off their shapes.
-        dtype, precision, where, tell: as for `transformer`.
+        dtype, precision, where, tell, settle: as for `transformer`.
         expect: the "dim" that its states have to have.
 
     Raises:
@@ -123,7 +127,7 @@ def encoder(
         names = {key: name for key, name in _as_now(model, names).items() if name not in tied}
         _check(held, model, names, missing_is_fine=lambda name: name in tied)
         quantize.swap(model, precision)
-        _fill(model, held, names, dtype, where, tell)
+        _fill(model, held, names, dtype, where, tell, settle)
     model.tie_weights()
     return model
 
@@ -160,15 +164,23 @@ def _fill(
     dtype: torch.dtype,
     where: torch.device,
     tell: Callable[[float], None],
+    settle: Callable[[nn.Module], None],
     merged: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     done, whole = 0, sum(math.prod(held.entries[key].shape) for key in names)
-    for key, name in names.items():
+    block_of = {name: found[0].rstrip(".") for name in names.values() if (found := quantize.LAYERS.match(name))}
+    to_come = Counter(block_of.values())
+    # Block by block, in whichever order the file has them; what is in none comes first.
+    for key, name in sorted(names.items(), key=lambda each: block_of.get(each[1], "")):
         kept = torch.float32 if quantize.keeps_fp32(model, name) else dtype
         tensor = held.read(key) if merged is None else merged(name, held.read(key))
         quantize.put(model, name, tensor, kept, where)
         done += tensor.numel()
         tell(done / whole)
+        if name in block_of:
+            to_come[block_of[name]] -= 1
+            if not to_come[block_of[name]]:
+                settle(model.get_submodule(block_of[name]))
     for name, table in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, table.to(where))

@@ -230,7 +230,7 @@ def test_nothing_is_encoded_twice(tmp_path, preset):
     first = encode.job_states(_job(tmp_path), preset, warm)
     loaded = dict(warm._parts)
     for part in loaded:
-        warm._parts[part] = (loaded[part][0], None)  # an encoder that is asked again fails now
+        warm._parts[part] = (loaded[part][0], torch.nn.Module())  # an encoder that is asked again fails now
     second = encode.job_states(_job(tmp_path, seed=5), preset, warm)
     assert torch.equal(first.prompt_embeds, second.prompt_embeds)
     assert first.references is not None and second.references is not None

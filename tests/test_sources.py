@@ -19,7 +19,7 @@ from engine import conditioning, encode, guidance, pictures, presets, run, sampl
 from engine.conditioning import Encoded
 from engine.job import GenerateJob, Sampling, make_job
 from engine.load import Warm
-from engine.offload import visiting
+from engine.offload import into_a_file, visiting
 from engine.presets import Preset
 
 # bytedance/Bernini 8c805a5 (its `sample` and its preparation of pictures) was run once on the weights that this holds.
@@ -144,7 +144,9 @@ def test_blocks_that_wait_outside_the_device_predict_the_same_bit_for_bit(
 ) -> None:
     noisy, encoded = seen
     expected = [conditioning.prepare("sources", transformer, encoded).predict(noisy, 0.7, b) for b in BRANCHES]
-    with visiting(transformer, ["blocks"], torch.device("cpu"), spill=tmp_path if in_a_file else None):
+    for block in transformer.blocks if in_a_file else ():
+        into_a_file(block, tmp_path)
+    with visiting(transformer, ["blocks"], torch.device("cpu")):
         conditions = conditioning.prepare("sources", transformer, encoded)
         assert all(torch.equal(conditions.predict(noisy, 0.7, b), e) for b, e in zip(BRANCHES, expected, strict=True))
 
