@@ -310,9 +310,9 @@ def plan(arguments: list[str]) -> int:
     add("--size", metavar="WxH", help="width and height in pixels")
     add("--steps", type=int, help="denoising steps")
     add("--precision", choices=("fp32", "bf16", "fp8", "int8", "nf4"), help="of the transformer (what fits)")
-    add("--vram", type=float, metavar="GB", help="as if there were a card with so much memory")
-    add("--ram", type=float, metavar="GB", help="as if the machine had so much memory")
-    add("--tflops", type=float, help="what the card reaches in bf16")
+    add("--vram", type=more_than_nothing, metavar="GB", help="as if there were a card with so much memory")
+    add("--ram", type=more_than_nothing, metavar="GB", help="as if the machine had so much memory")
+    add("--tflops", type=more_than_nothing, help="what the card reaches in bf16")
     add("--profile", choices=PROFILES, default="auto", help="GB of the card that may be used (what is free)")
     add("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
     given = parser.parse_args(arguments)
@@ -323,6 +323,17 @@ def plan(arguments: list[str]) -> int:
     from app import plan as planner
 
     return planner.main(given)
+
+
+def more_than_nothing(text: str) -> float:
+    """A number above zero, as argparse reads it."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not more than nothing")
+    return number
+
+
+more_than_nothing.__name__ = "number"  # what argparse calls it where it is none
 
 
 def models(arguments: list[str]) -> int:
@@ -337,7 +348,10 @@ def doctor(arguments: list[str]) -> int:
     parser = Parser(prog="python launch.py doctor", description="Look at this machine and say what is missing.")
     parser.add_argument("--port", type=int, default=7860, help="the port the page would use (7860)")
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="the outputs folder")
+    parser.add_argument("--models-dir", type=Path, metavar="FOLDER", help="where your models lie (models)")
     given = parser.parse_args(arguments)
+    if given.models_dir:
+        os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
     from app import doctor as checks
 
     return checks.main(outputs=given.outputs.expanduser().resolve(), port=given.port)

@@ -98,6 +98,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def files(count: int) -> str:
+    """`1 file`, `2 files`."""
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
 def size(count: float) -> str:
     """Bytes as a person says them."""
     for unit in ("B", "kB", "MB", "GB"):

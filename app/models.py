@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from engine import presets
-from engine.hub import Hub, Plan, Say, Wanted
+from engine.hub import Hub, Plan, Say, Unreachable, Wanted
 from engine.messages import StudioError
 from engine.pickles import is_pickle
 from engine.presets import OPTIONAL, Components, HubFiles, Preset
@@ -104,7 +104,7 @@ def wanted(preset: Preset, hub: Hub, *, judges: bool) -> tuple[Wanted, ...]:
 def link(preset: Preset) -> str:
     """Where a person reads about the model: its transformer's page, or the first that its source names, or ""."""
     files = preset.downloads(optional=False).get("transformer")
-    named = re.search(r"https://[^\s,]+", preset.source)
+    named = re.search(r"https://[^\s,;]+", preset.source)
     return files[0].link if files else named[0] if named else ""
 
 
@@ -181,7 +181,7 @@ def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list
         The files that were taken over, and what could not be asked about.
 
     Raises:
-        StudioError: one of the folders is not there.
+        StudioError: one of the folders is not there, or the Hub does not answer.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -201,6 +201,8 @@ def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list
         asked.add(files)
         try:
             adopted += hub.adopt(hub.expand(files.repo, files.path, files.revision, xet=files.xet), folders, say)
+        except Unreachable:
+            raise
         except StudioError as error:
             unknown.append(error)
     for preset in known:
@@ -226,6 +228,13 @@ class Removal:
     files: tuple[Wanted, ...]
     num_bytes: int
     kept_for: tuple[str, ...]  # other presets here that need some of its files
+
+    @property
+    def kept(self) -> str:
+        """A sentence on what stays, after a space; "" where nothing does."""
+        *others, last = [""] if not self.kept_for else self.kept_for
+        named = "; ".join(others) + " and " * bool(others) + last  # titles have commas of their own
+        return f" What {named} {'need' if others else 'needs'} too stays." if last else ""
 
 
 def removal(preset: Preset, hub: Hub) -> Removal:

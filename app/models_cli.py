@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.markup import duration, size
+from app.markup import duration, files, size
 from engine.messages import StudioError
 
 if TYPE_CHECKING:  # for real only once HF_HUB_OFFLINE is set, which the library reads when it is imported
@@ -56,15 +56,16 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         if name == "pull":
             one.add_argument("--yes", action="store_true", help="do not ask first")
             one.add_argument("--accept-no-licence", action="store_true", help="fetch what nobody has licensed, too")
-    verb("verify", "Hash a preset's files again and take damaged ones away.").add_argument("name", metavar="NAME")
+    one = verb("verify", "Hash a preset's files again and take damaged ones away.")
+    one.add_argument("name", metavar="NAME", help="the preset")
     one = verb("remove", "Take a preset's files away, except those that another preset needs.")
-    one.add_argument("name", metavar="NAME")
+    one.add_argument("name", metavar="NAME", help="the preset")
     one.add_argument("--yes", action="store_true", help="do not ask first")
     verb("adopt", "Take over what ComfyUI, Wan2GP or another cache has fetched, by hash.").add_argument(
-        "folders", type=Path, nargs="+", metavar="FOLDER"
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="such as ComfyUI/models or Wan2GP/ckpts"
     )
     one = verb("add", "Make a preset of a repository of your own: diffusers layout, safetensors only.")
-    one.add_argument("repo", metavar="OWNER/NAME")
+    one.add_argument("repo", metavar="OWNER/NAME", help="its id on the Hub")
     one.add_argument("--like", default="", metavar="PRESET", help="whose defaults it takes")
     one.add_argument("--accept-no-licence", action="store_true", help="although it names no licence")
     return found
@@ -81,7 +82,9 @@ def main(given: argparse.Namespace) -> int:
     if given.models_dir:
         os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
     from huggingface_hub import constants
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # why the Hub does not answer is said once, at the end
     from engine.hub import Hub
 
     if constants.HF_HUB_OFFLINE:
@@ -159,7 +162,7 @@ def pull(given: argparse.Namespace, hub: Hub) -> int:
         line.end()
         raise
     line.end()
-    print(f"{preset.name} is here: {count} files, each one checked.")
+    print(f"{preset.name} is here: {files(count)}, each one checked.")
     _say_what_is_yours(preset, hub)
     return 0
 
@@ -189,11 +192,10 @@ def remove(given: argparse.Namespace, hub: Hub) -> int:
 
     preset = _preset(given.name)
     found = models.removal(preset, hub)
-    kept = f" What {', '.join(found.kept_for)} needs too stays." if found.kept_for else ""
     if not found.files:
-        print(f"Nothing of {preset.title} can be taken away: nothing of it alone is here.{kept}")
+        print(f"Nothing of {preset.title} can be taken away: nothing of it alone is here.{found.kept}")
         return 0
-    _tell(f"{len(found.files)} files of {preset.title}, {size(found.num_bytes)}, in {hub.cache}.{kept}")
+    _tell(f"{files(len(found.files))} of {preset.title}, {size(found.num_bytes)}, in {hub.cache}.{found.kept}")
     _tell("Other programs that use this cache would have to fetch them again.")
     if not given.yes and not _agreed("Remove them?"):
         return 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from app.markup import duration
 from engine import memory, presets
 from engine.job import GenerateJob, Picture, Sampling, Subject, make_job
 from engine.memory import GB, Hardware, Plan
@@ -97,7 +98,8 @@ def report(job: GenerateJob, preset: Preset, made: Plan, tflops: float | None) -
         lines.append("The VAE decodes in tiles.")
     speed = tflops or (CARD_TFLOPS if not here.shared else 0.06)
     source = "as you said" if tflops else "a guess; a finished clip on this machine says better"
-    minutes = made.petaflop * 1000 / speed / 60
-    lines.append(f"{made.petaflop * 1000:,.4g} TFLOP, about {minutes:,.0f} min at {speed:g} TFLOP/s ({source}).")
+    work = made.petaflop * 1000
+    told = f"{work:,.0f}" if work >= 10 else f"{work:.2g}"
+    lines.append(f"{told} TFLOP, about {duration(work / speed)} at {speed:g} TFLOP/s ({source}).")
     lines.append(f"Disk: {made.disk / GB:.1f} GB beside the model's files, {here.disk / GB:.1f} GB are free.")
     return lines

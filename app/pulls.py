@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from app import models, models_add
+from app import markup, models, models_add
 from engine import presets
 from engine.hub import Hub, Plan, Say
 from engine.messages import StudioError
@@ -108,7 +108,7 @@ class Pulls:
             alone = tuple(found.wanted.path for found in plan.missing if found.xet)
             self._set(name, stage="fetching", by_library=alone)
             count = models.pull(preset, hub, say, judges=judges, accept_no_licence=True)
-            return f"{count} files are here, each one checked."
+            return f"{markup.files(count)} {'is' if count == 1 else 'are'} here, each one checked."
 
         self._begin(name, work)
 
@@ -122,9 +122,10 @@ class Pulls:
             if not broken:
                 return "Every file that is here is whole."
             raise StudioError(
-                f"{len(broken)} files were damaged, {broken[0].path} among them.",
-                "They have been taken away.",
-                "Fetch them again.",
+                f"{broken[0].path} was damaged"
+                + (f", and {markup.files(len(broken) - 1)} more." if len(broken) > 1 else "."),
+                "What was damaged has been taken away.",
+                "Fetch it again.",
             )
 
         self._begin(name, work)

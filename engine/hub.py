@@ -73,6 +73,10 @@ class Wanted:
                 )
 
 
+class Unreachable(StudioError):
+    """The Hub itself does not answer, so that asking it about other files is no use."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What the Hub says of a file."""
@@ -381,9 +385,12 @@ class Hub:
             names = [each.path for each in self.here(repo, path, revision)]
         else:
             folder = Wanted(repo, path or ".gitattributes", revision)  # checks the name; a sentence needs it, too
-            listed = self._asked(folder, lambda api: list(self._tree(api, repo, path, revision)))
+            # Once: for a listing the library itself asks six times, over 23 s.
+            listed = self._asked(folder, lambda api: list(self._tree(api, repo, path, revision)), tries=1)
             names = [each.path for each in listed if isinstance(each, RepoFile)]
         chosen = _one_set(sorted(names))
+        if not chosen and constants.HF_HUB_OFFLINE:
+            raise _unknown(Wanted(repo, path or "README.md", revision), OfflineModeIsEnabled())
         if not chosen:
             raise StudioError(
                 f"{repo}/{path} holds no weights that could be opened here.".replace("/ ", " "),
@@ -416,7 +423,7 @@ class Hub:
 
         return self._token or get_token()
 
-    def _asked(self, wanted: Wanted, question: Callable[[HfApi], T]) -> T:
+    def _asked(self, wanted: Wanted, question: Callable[[HfApi], T], *, tries: int = transfer.TRIES) -> T:
         """The Hub's answer, asked again while it is busy."""
         _checked(wanted.repo)
         failures = 0
@@ -427,7 +434,7 @@ class Hub:
                 raise _unknown(wanted, error) from None
             except (HfHubHTTPError, httpx2.TransportError, OSError) as error:
                 failures += 1
-                if failures >= transfer.TRIES:
+                if failures >= tries:
                     raise _unknown(wanted, error) from None
                 time.sleep(self._pause(failures))
 
@@ -540,8 +547,10 @@ def _unknown(wanted: Wanted, error: Exception) -> StudioError:
         step = "Look at {}; for a private one give your token: as HF_TOKEN, or under Models."
     elif isinstance(error, OfflineModeIsEnabled):
         step = "Start without --offline once; what has been fetched then works offline."
-    return StudioError(
-        f"{wanted.path} of {wanted.repo} is not to be had.",
+    whole = isinstance(error, RepositoryNotFoundError)  # a gated one among them
+    kind = StudioError if reason else Unreachable
+    return kind(
+        f"{wanted.repo if whole else f'{wanted.path} of {wanted.repo}'} is not to be had.",
         reason or f"The Hub does not answer ({str(error)[:120] or type(error).__name__}).",
         step.format(page),
         field="preset",

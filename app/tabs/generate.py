@@ -171,7 +171,7 @@ def _advanced(
         with gr.Row(elem_classes="numbers"):
             form["num_inference_steps"] = gr.Number(start.num_inference_steps, label="Steps", precision=0, min_width=70)
             form["scheduler"] = gr.Dropdown(
-                [("Euler", "euler"), ("UniPC", "unipc"), ("UniPC, Wan's levels", "wan_unipc")],
+                [("Euler", "euler"), ("UniPC", "unipc"), ("UniPC, Wan", "wan_unipc")],
                 value=start.scheduler,
                 label="Solver",
                 min_width=90,
@@ -200,7 +200,7 @@ def _advanced(
         form["negative_prompt"] = gr.Textbox(start.negative_prompt, label="Stay away from", max_lines=3)
         with gr.Row(elem_classes="numbers"):
             form["until"] = gr.Number(
-                start.until or 0, label="Draw again until everyone's likeness is", step=0.05, min_width=150
+                start.until or 0, label="Draw again below a likeness of", step=0.05, min_width=150
             )
             form["tries"] = gr.Number(start.tries, label="Further seeds at most", precision=0, min_width=90)
         loras = lora_panel.layout()

@@ -239,9 +239,8 @@ def _buttons(found: models.State, pull: Pull | None) -> str:
 def _question(found: models.State, hub: Hub) -> str:
     """Asked in the page before anything is taken away."""
     name, gone = found.preset.name, models.removal(found.preset, hub)
-    kept = f" What {escape(', '.join(gone.kept_for))} needs too stays." if gone.kept_for else ""
     words = (
-        f"Remove {len(gone.files)} files, {markup.size(gone.num_bytes)}?{kept} "
+        f"Remove {markup.files(len(gone.files))}, {markup.size(gone.num_bytes)}?{escape(gone.kept)} "
         "Other programs that use this cache would have to fetch them again."
     )
     yes = markup.button("Remove", "remove", kind="danger", title=f"Remove {found.preset.title} for good", name=name)

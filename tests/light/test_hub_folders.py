@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from engine import hub as hub_module
-from engine.hub import Hub, Wanted, is_file
+from engine.hub import Hub, Unreachable, Wanted, is_file
 from engine.messages import StudioError
 from tests.hub_server import COMMIT, Fault, HubServer
 from tests.light.test_hub import leftovers, quiet
@@ -118,8 +118,18 @@ def test_offline_a_folder_stands_for_what_the_cache_holds(
     asked = len(server.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.expand("own/model", "encoder") == wanted and len(server.requests) == asked
-    with pytest.raises(StudioError):
+    with pytest.raises(StudioError, match=r"half of own/model .* --offline"):
         hub.expand("own/model", "half")
+
+
+def test_where_nobody_answers_a_folder_is_asked_for_once_since_the_library_asks_again_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    with pytest.raises(Unreachable, match="does not answer"):
+        Hub(tmp_path, pause=lambda _: 0.0, endpoint="http://127.0.0.1:9").expand("own/model", "encoder")
+    assert sum(waits) < 30
 
 
 def test_the_licence_and_the_commit_are_read_off_the_card(hub: Hub) -> None:

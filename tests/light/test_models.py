@@ -460,6 +460,31 @@ def test_what_other_programs_fetched_is_adopted(home: Home, one: Preset) -> None
     assert home.say("adopt", str(home.folder / "nowhere"))[0] == 1
 
 
+def test_adopting_ends_with_the_first_question_that_nobody_answers(
+    home: Home, one: Preset, two: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def silent(_: Hub, repo: str, *__: object, **___: object) -> None:
+        asked.append(repo)
+        raise hub_module.Unreachable("It is not to be had.", "The Hub does not answer.", "Try again.")
+
+    monkeypatch.setattr(Hub, "expand", silent)
+    code, _, said = home.say("adopt", str(home.folder))
+    assert code == 1 and "does not answer" in said and len(asked) == 1
+
+
+def test_two_that_need_the_rest_are_told_apart_although_titles_have_commas() -> None:
+    assert models.Removal((), 0, ()).kept == ""
+    kept = models.Removal((), 0, ("VACE, 1.3B", "Wan, 14B", "Toybox")).kept
+    assert kept == " What VACE, 1.3B; Wan, 14B and Toybox need too stays."
+
+
+def test_a_page_that_a_sentence_names_ends_before_the_comma_after_it(home: Home, one: Preset) -> None:
+    own = home.write("own", "nowhere", source="https://example.org/model; its encoder another's")
+    assert models.link(own) == "https://example.org/model"
+
+
 # --- adding ----------------------------------------------------------------------------------------------------------
 
 
@@ -484,7 +509,7 @@ def test_a_repository_that_this_studio_trained_becomes_a_preset(home: Home) -> N
         ("me/pickled", "safetensors"),
         ("me/other", "UNet"),
         ("me/flat", "no licence"),
-        ("me/nobody", "no such repository"),
+        ("me/nobody", "^me/nobody is not to be had.*no such repository"),
         ("../outside", "no repository of the Hub"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from app import cli
 from engine import counts, memory, presets
 from engine.job import GenerateJob, Picture, Sampling, Subject
 from engine.memory import GB, Hardware, Plan
@@ -150,3 +152,16 @@ def test_on_a_processor_everything_is_counted_as_its_memory() -> None:
 def test_the_explanation_offers_what_needs_a_third_less() -> None:
     said = memory.explanation(memory.Lack("VRAM"), job_of(), preset_of(SMALL), replace(CARD, vram=8 * GB))
     assert "card" in said.what and "frames" in said.next_step
+
+
+def test_the_verb_says_work_and_time_in_plain_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--preset", "wan-1.3b", "--vram", "24", "--ram", "64"]) == 0
+    assert re.search(r"^\d\d,\d{3} TFLOP, about \d+ min at", capsys.readouterr().out, re.MULTILINE)
+    assert cli.main(["plan", "--vram", "24", "--ram", "64"]) == 0
+    assert "TFLOP, about 1 s at" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["-3", "0", "nan", "inf", "a lot"])
+def test_a_card_of_no_size_is_not_understood(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", f"--vram={given}"]) == 2
+    assert "--vram" in capsys.readouterr().err
