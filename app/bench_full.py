@@ -35,13 +35,13 @@ STAGES = {  # of a run, and the phases of a plan that lie in each
     "sample": ("sampling",),
     "decode": ("decoding",),
 }
-CLIPS = (  # preset, width, height, frames, profile: on a processor a step at full size would take hours
+CLIPS = (  # preset, width, height, frames, profile: on a processor a step at the preset's own size would take hours
+    ("id-crafter-1.3b", 192, 192, 5, "auto"),
+    ("id-crafter-1.3b", 224, 160, 9, "12"),
     ("phantom-1.3b", 256, 256, 17, "auto"),
-    ("phantom-1.3b", 384, 224, 33, "8"),
-    ("wan-1.3b", 256, 256, 17, "8"),
-    ("vace-1.3b", 256, 256, 17, "auto"),
-    ("id-crafter-1.3b", 256, 256, 17, "auto"),
-    ("id-crafter-1.3b", 224, 384, 9, "12"),
+    ("phantom-1.3b", 320, 192, 9, "8"),
+    ("wan-1.3b", 256, 256, 5, "8"),
+    ("vace-1.3b", 256, 256, 5, "auto"),
 )
 
 
