@@ -54,7 +54,7 @@ def place(lora: Lora) -> Path:
             "Choose the LoRA's safetensors file.",
             field="loras",
         )
-    found = Path(lora.path) if Path(lora.path).is_absolute() else _inside(lora.path)
+    found = _found(lora)
     if found is None or not found.is_file():
         made_with = f", {lora.sha256[:SHOWN_HASH]} by its hash," if lora.sha256 else ""
         raise StudioError(
@@ -64,6 +64,10 @@ def place(lora: Lora) -> Path:
             field="loras",
         )
     return found
+
+
+def _found(lora: Lora) -> Path | None:
+    return Path(lora.path) if Path(lora.path).is_absolute() else _inside(lora.path)
 
 
 def _inside(path: str) -> Path | None:
@@ -85,6 +89,12 @@ def check(job: GenerateJob) -> None:
     for lora in job.loras:
         if lora.weight:
             place(lora)
+
+
+def num_bytes(job: GenerateJob) -> int:
+    """Bytes of the LoRA files that are used and here; one that is not is refused by whoever opens it."""
+    found = [_found(lora) for lora in job.loras if lora.weight]
+    return sum(path.stat().st_size for path in found if path is not None and path.is_file())
 
 
 def hashed(job: GenerateJob) -> GenerateJob:

@@ -23,7 +23,7 @@ from typing import Literal
 
 import psutil
 
-from engine import counts
+from engine import counts, lora_files
 from engine.counts import MB, Load, Precision, Weights
 from engine.job import GenerateJob
 from engine.messages import StudioError
@@ -181,6 +181,9 @@ class Plan:
         return f"{what} {verdict}: {_gb(need)} of {_gb(limit)} GB{when}."
 
 
+_JUDGES = ("judges", "detector", "segmenter", "embedder")  # of frames; on the processor, and kept between two clips
+
+
 def plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
     """The first of all ways to make this clip that fits, from the most exact and quickest on; else the smallest one.
 
@@ -194,8 +197,11 @@ def plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
     tiled_choices = (
         (False, True) if shape.vae_spatial * counts.DECODE_TILE // 8 < math.sqrt(load.pixels) * 2 else (False,)
     )
+    vae = _fit(counts.part_weights(preset, "vae"), "fp32", "device", plain)
+    judges = sum(counts.part_weights(preset, part).num_bytes("fp32") for part in _JUDGES if preset.has(part))
+    judges = judges if any(subject.weight > 0 for subject in job.subjects) else 0
     ways = [
-        _plan(job, preset, here, load, plain, encoders, transformer, tiled)
+        _plan(job, preset, here, load, plain, {"transformer": transformer, **encoders, "vae": vae}, judges, tiled)
         for transformer in _ways(preset, "transformer", plain, job.precision)
         for encoders in _encoder_ways(preset, plain)
         for tiled in tiled_choices
@@ -243,8 +249,8 @@ def _plan(
     here: Hardware,
     load: Load,
     plain: int,
-    encoders: dict[str, Fit],
-    transformer: Fit,
+    parts: dict[str, Fit],
+    judges: int,
     tiled: bool,
 ) -> Plan:
     shape = preset.shape
@@ -253,27 +259,30 @@ def _plan(
     encode = 0 if not load.pictures else counts.ENCODE_PICTURE * max(load.pixels, preset.reference_size**2)
     if preset.conditioning == "side":
         encode = counts.ENCODE_VIDEO * load.pixels
-    vae = replace(_fit(counts.part_weights(preset, "vae"), "fp32", "device", plain), working=encode)
+    vae = replace(parts["vae"], working=encode)
     tile = min(load.pixels, counts.DECODE_TILE**2)
     decode = counts.DECODE * (tile if tiled else load.pixels)
     frames_held = 6 * load.pixels * (job.num_frames or 1) if tiled else 0
     fixed = CONTEXT if here.device == "cuda" else 0
     slack, base = (1.0, BASE_RAM) if here.device == "cpu" else (SLACK, BASE_RAM + DRIVER_RAM)
-    text, vlm = encoders["text_encoder"], encoders["vlm"]
+    base += judges
+    transformer, text, vlm = parts["transformer"], parts["text_encoder"], parts["vlm"]
     stay = transformer.device + vae.device
+    # Wherever the blocks wait, what LoRAs add to them is on the device; files have two bytes a number.
+    loras = lora_files.num_bytes(job) * plain // 2
     needs = [
         ("the prompt is read", text.device + text.working, text.memory),
         ("the VLM reads", vlm.device + vlm.working, vlm.memory),
         ("pictures are encoded", vae.device + vae.working, 0),
-        ("sampling", stay + cache + counts.forward_bytes(shape, load.tokens, plain), transformer.memory),
+        ("sampling", stay + loras + cache + counts.forward_bytes(shape, load.tokens, plain), transformer.memory),
         ("decoding", stay - (transformer.device if transformer.where != "device" else 0) + decode, transformer.memory),
     ]
     if not preset.components.vlm or not load.pictures:
         needs.pop(1)
     phases = tuple(Phase(name, round(device * slack) + fixed, memory + base) for name, device, memory in needs)
-    disk = sum(fit.disk for fit in (transformer, *encoders.values())) + frames_held + 300 * MB
+    disk = sum(fit.disk for fit in parts.values()) + frames_held + 300 * MB
     work = counts.clip_flops(shape, load) / 1e15
-    return Plan(here, {"transformer": transformer, **encoders, "vae": vae}, phases, tiled, disk, work)
+    return Plan(here, {**parts, "vae": vae}, phases, tiled, disk, work)
 
 
 # --- when it does not fit ---------------------------------------------------------------------------------------------

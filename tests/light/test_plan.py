@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app import cli
 from engine import counts, memory, presets
-from engine.job import GenerateJob, Picture, Sampling, Subject
+from engine.job import GenerateJob, Lora, Picture, Sampling, Subject
 from engine.memory import GB, Hardware, Plan
 from engine.messages import StudioError
 from engine.presets import Components, HubFiles, Preset, Shape, Size
@@ -165,3 +167,33 @@ def test_the_verb_says_work_and_time_in_plain_numbers(capsys: pytest.CaptureFixt
 def test_a_card_of_no_size_is_not_understood(given: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", f"--vram={given}"]) == 2
     assert "--vram" in capsys.readouterr().err
+
+
+def test_a_lora_is_counted_where_it_computes_and_one_that_is_missing_or_weighs_nothing_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    file.write_bytes(bytes(3_000_000))
+    preset, [weighs, nothing, missing] = preset_of(SMALL), [
+        job_of(loras=[Lora(path=str(path), weight=weight)])
+        for path, weight in ((file, 0.5), (file, 0.0), (tmp_path / "none.safetensors", 1.0))
+    ]  # fmt: skip
+    plain = memory.plan(job_of(), preset, CARD)
+    more = while_sampling(memory.plan(weighs, preset, CARD)) - while_sampling(plain)
+    assert more == pytest.approx(3_000_000 * memory.SLACK, abs=1)
+    assert memory.plan(nothing, preset, CARD) == memory.plan(missing, preset, CARD) == plain
+    processor = replace(CARD, device="cpu", vram=CARD.ram)
+    more = while_sampling(memory.plan(weighs, preset, processor)) - while_sampling(
+        memory.plan(job_of(), preset, processor)
+    )
+    assert more == 6_000_000, "in fp32"
+
+
+def test_judges_are_counted_in_the_machines_memory_where_they_are_here_and_asked(tmp_path: Path) -> None:
+    bare, seen = preset_of(SMALL), tmp_path / "detector"
+    seen.mkdir()
+    header = json.dumps({"w": {"dtype": "F16", "shape": [1000, 1000], "data_offsets": [0, 2_000_000]}}).encode()
+    (seen / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    judged = bare.model_copy(update={"components": bare.components.model_copy(update={"detector": str(seen)})})
+    more = memory.plan(job_of(), judged, CARD).ram - memory.plan(job_of(), bare, CARD).ram
+    assert more == 4_000_000, "they compute in fp32"
+    nobody = job_of().model_copy(update={"subjects": ()})
+    assert memory.plan(nobody, judged, CARD).ram == memory.plan(nobody, bare, CARD).ram
