@@ -17,6 +17,7 @@ program has fetched of it stays.
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import random
 import re
@@ -261,10 +262,13 @@ class Hub:
             path = self.local(each)
             if path is None or (each.repo, path.resolve()) in kept:
                 continue
-            blob = path.resolve()
-            freed += blob.stat().st_size
+            size, blobs = path.stat().st_size, self._repo(each.repo) / "blobs"
+            # Where links are not to be had, the name is a second name of the blob, or a copy of it.
+            same = [blob for blob in blobs.glob("*") if bytes_of(blob) == size and _same(blob, path)]
             path.unlink()
-            blob.unlink(missing_ok=True)
+            for blob in same:
+                blob.unlink()
+            freed += size
         return freed
 
     def discard(self, plan: Plan) -> int:
@@ -473,6 +477,11 @@ class Hub:
 def _name(path: str) -> Path:
     """A file's name in the snapshot: its own, or that of the safetensors made of a pickle."""
     return Path(*f"{path}.safetensors".split("/")) if is_pickle(path) else Path(*path.split("/"))
+
+
+def _same(blob: Path, path: Path) -> bool:
+    """Whether a name of a snapshot stands for this blob."""
+    return blob.samefile(path) or (not path.is_symlink() and filecmp.cmp(blob, path, shallow=False))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ Knows nothing of queues, pages or processes.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import shutil
@@ -25,8 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from engine import (
@@ -132,10 +133,11 @@ def _made(
         job = job.model_copy(update={"precision": plan.parts["transformer"].precision})
     with memory.told_apart():
         kept = _Latents(target, job, preset)
-        latents, notes = kept.read(warm.device), ()
-        if latents is None:
-            latents, notes = _drawn(job, preset, say, warm, previews)
-            kept.write(latents)
+        drawn = kept.read(warm.device)
+        if drawn is None:
+            drawn = _drawn(job, preset, say, warm, previews)
+            kept.write(*drawn)
+        latents, notes = drawn
         try:
             saved = _filmed(latents, job, preset, plan is not None and plan.tiled, say, target, warm)
         except Cancelled:
@@ -232,23 +234,27 @@ class _Latents:
     """
 
     def __init__(self, target: Path, job: GenerateJob, preset: presets.Preset) -> None:
-        marks = [str(fingerprint(preset.place(part))) for part in ("transformer", "vae", "text_encoder", "vlm")]
+        drawing = ("transformer", "distill", "vae", "text_encoder", "tokenizer", "vlm", "vlm_tokenizer")
+        marks = [str(fingerprint(preset.place(part))) for part in drawing if getattr(preset.components, part)]
         whole = "\n".join([write_job(job), *marks])
         self._path = target.parent / f".{hashlib.sha256(whole.encode()).hexdigest()[:24]}{video.PART}.safetensors"
 
-    def read(self, device: torch.device) -> Tensor | None:
-        """Latents of an earlier try on the device, None without one; a damaged file is none."""
+    def read(self, device: torch.device) -> tuple[Tensor, tuple[str, ...]] | None:
+        """Latents of an earlier try on the device, and what was noted; None without one, or where it is damaged."""
         if not self._path.is_file():
             return None
         try:
-            return load_file(self._path)["latents"].to(device)
+            with safe_open(self._path, framework="pt") as opened:
+                # A copy: Windows does not delete a file that a tensor still lies in.
+                latents = opened.get_tensor("latents").to(device, copy=True)
+                return latents, tuple(json.loads(opened.metadata()["notes"]))
         except SafetensorError:
             return None
 
-    def write(self, latents: Tensor) -> None:
+    def write(self, latents: Tensor, notes: tuple[str, ...]) -> None:
         """Keep them until `forget`."""
         with _explained(self._path.parent):
-            self._path.write_bytes(save({"latents": latents.contiguous().cpu()}))
+            self._path.write_bytes(save({"latents": latents.contiguous().cpu()}, {"notes": json.dumps(notes)}))
 
     def forget(self) -> None:
         """They have become a clip."""

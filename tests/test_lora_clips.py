@@ -132,6 +132,23 @@ def test_weights_without_a_place_are_noted_with_the_clip(shelf, tmp_path, warm):
     )
 
 
+def test_what_was_noted_is_said_also_where_only_the_decoding_was_tried_again(shelf, tmp_path, warm):
+    write_lora(
+        shelf / "part.safetensors", 5, **{"diffusion_model.blocks.9.self_attn.q.lora_A.weight": torch.ones(4, 48)}
+    )
+    heard: list[str] = []
+
+    def say(message: Message) -> None:
+        if isinstance(message, Progress):
+            heard.append(message.stage)
+            if message.stage == "decode" and heard.count("decode") == 2:
+                raise MemoryError
+
+    saved = run(job({"path": "part.safetensors"}), say, outputs=tmp_path / "a", warm=warm)
+    assert "sample" not in heard[heard.index("decode") :] and heard.count("decode") > 3
+    assert [note.split(";")[0] for note in saved.notes] == ["18 of 19 weights of part.safetensors"]
+
+
 def test_a_presets_own_few_step_lora_is_merged_and_another_preset_loads_the_weights_anew(
     shelf, tiny_toybox, tmp_path, monkeypatch, warm
 ):

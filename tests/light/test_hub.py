@@ -272,11 +272,23 @@ def test_files_of_another_program_are_adopted_by_their_hash_not_by_their_name(
     assert whole(hub, [MODEL[0]]) and server.bytes_sent == 0
 
 
-def test_removing_keeps_what_another_preset_needs(server: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", ["of both kinds", "hard ones", "none"])
+def test_removing_frees_what_it_says_and_keeps_what_another_preset_needs(
+    server: HubServer, tmp_path: Path, links: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("a privilege that is not held")
+
+    if links != "of both kinds":  # Windows, as most people have it
+        monkeypatch.setattr(Path, "symlink_to", refused)
+    if links == "none":  # exFAT
+        monkeypatch.setattr(os, "link", refused)
     hub = hub_at(server, tmp_path)
     hub.pull(MODEL, quiet)
     assert hub.remove(MODEL, keep=[MODEL[0]]) == len(OTHER) + len(REPOS["own/model"]["config.json"])
     assert whole(hub, [MODEL[0]]) and hub.local(MODEL[2]) is None
+    sizes = [path.stat().st_size for path in tmp_path.rglob("blobs/*") if path.suffix != ".lock"]
+    assert sizes == [len(LARGE)]
 
 
 def test_a_token_goes_to_the_hub_alone(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
