@@ -60,7 +60,7 @@ def build(settings: Settings) -> gr.Blocks:
         ]
         queue_shows = [first.stage, second.grid, third.head, third.rows, bell]
         asks = [first.form["preset"], fourth.asked]
-        pulls_show = [fourth.head, fourth.cards, first.form["preset"], first.lack, fourth.like]
+        pulls_show = [*fourth.shown, first.form["preset"], first.lack, fourth.like]
         _wire_looks(page, studio, asks, queue_shows, pulls_show, changed)
         api.register(studio)
     return page

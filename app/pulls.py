@@ -130,10 +130,12 @@ class Pulls:
 
         self._begin(name, work)
 
-    def adopt(self, folder: Path) -> None:
-        """Begin to look through a folder of another program."""
+    def adopt(self, folder: Path | None) -> None:
+        """Begin to look through a folder of another program; None is refused as any other that is not there."""
 
         def work(hub: Hub, say: Say) -> str:
+            if folder is None:
+                raise StudioError("No folder was named.", "It is looked through for files.", "Name one.")
             self._set(ADOPT, stage="checking")
             adopted, unknown = models.adopt([folder], hub, say)
             more = f" Not to be asked about: {len(unknown)} repositories or folders." if unknown else ""

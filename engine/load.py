@@ -221,6 +221,15 @@ _LOADERS: dict[Part, Callable[[Path, torch.dtype], nn.Module]] = {
 }
 
 
+def _expected(part: Part, place: Path, preset: Preset) -> dict[str, int] | None:
+    """The sizes that a single file has to have, as its plan was made for; a folder's own config tells its sizes."""
+    if preset.shape is None or not place.is_file():
+        return None
+    if part == "transformer":
+        return {"dim": preset.shape.dim, "layers": preset.shape.num_layers}
+    return {"dim": preset.shape.text_dim} if part == "text_encoder" else None
+
+
 def _refuse_gaps(part: Part, folder: Path, info: dict[str, Any]) -> None:
     """The libraries fill missing weights with random ones and a warning; a clip from such a model is noise."""
     gaps = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in info.get(name) or ())
@@ -326,8 +335,7 @@ class Warm:
             del kept  # the old one leaves before the new one comes: two large models may not fit
             _let_go(self.device, [part])
         self._give_way(part)
-        states = part == "text_encoder" and place.is_file() and preset.shape
-        asked: Any = {"expect": {"dim": states.text_dim} if states else None, "merge": merge}
+        asked: Any = {"expect": _expected(part, place, preset), "merge": merge}
         loaded = load(part, place, self.device, precision, keep=keep, tell=partial(self._tell, part), **asked)
         self._parts[part] = (mark, loaded)
         return loaded

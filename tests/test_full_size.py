@@ -14,6 +14,7 @@ from app import full_size
 from engine import presets, run, tiny, video
 from engine.job import GenerateJob, make_job
 from engine.load import Warm
+from engine.messages import StudioError
 
 SAMPLES = Path(__file__).resolve().parents[1] / "assets" / "samples"
 
@@ -70,6 +71,18 @@ def test_one_document_makes_a_clip_on_every_kind_of_model(
     assert saved.num_frames == 5
     told = [note for note in saved.notes if "@fox and @kite were not used" in note]
     assert len(told) == (own.conditioning == "none")
+
+
+def test_a_file_of_another_size_than_the_plan_was_made_for_is_refused(folder: Path, tmp_path: Path) -> None:
+    source = next((folder / "frames").glob("*.safetensors"))
+    file = shutil.copy(source, tmp_path / "called-1.3B.safetensors")
+    shape = tiny_shape()
+    fitting = with_parts("phantom-1.3b", transformer=str(file)).model_copy(update={"shape": shape})
+    warm = Warm(torch.device("cpu"))
+    assert warm.part("transformer", fitting) is not None
+    larger = fitting.model_copy(update={"shape": shape.model_copy(update={"dim": 256, "num_heads": 2})})
+    with pytest.raises(StudioError, match="Wan of another size: dim 128, not 256"):
+        Warm(torch.device("cpu")).part("transformer", larger)
 
 
 @pytest.fixture

@@ -40,11 +40,18 @@ class ModelsTab:
     unlicensed: gr.Checkbox
     folder: gr.Textbox
     adopt: gr.Button
+    adopting: gr.HTML
     repo: gr.Textbox
     like: gr.Dropdown
     add: gr.Button
+    adding: gr.HTML
     token: gr.Textbox
     hold: gr.Button
+
+    @property
+    def shown(self) -> list[gr.HTML]:
+        """What `paint` returns."""
+        return [self.head, self.cards, self.adopting, self.adding]
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -63,16 +70,18 @@ def layout() -> ModelsTab:
             with gr.Column(min_width=280):
                 folder = gr.Textbox(label="Folder of another program", placeholder="ComfyUI/models", max_lines=1)
                 adopt = gr.Button("Adopt its files", size="sm")
+                adopting = gr.HTML("", elem_id="adopting", elem_classes="beside", apply_default_css=False)
             with gr.Column(min_width=280):
                 repo = gr.Textbox(label="Repository of your own", placeholder="owner/name", max_lines=1)
                 like = gr.Dropdown(likes(), value="", label="Defaults")
                 add = gr.Button("Add repository", size="sm")
+                adding = gr.HTML("", elem_id="adding", elem_classes="beside", apply_default_css=False)
             with gr.Column(min_width=280):
                 token = gr.Textbox(label="Token for private repositories", type="password", max_lines=1)
                 hold = gr.Button("Hold until the studio stops", size="sm")
     asked = gr.State("")
     return ModelsTab(
-        asked, head, refused, cards, judges, unlicensed, folder, adopt, repo, like, add, token, hold
+        asked, head, refused, cards, judges, unlicensed, folder, adopt, adopting, repo, like, add, adding, token, hold
     )  # fmt: skip
 
 
@@ -115,15 +124,14 @@ def missing(studio: Studio, name: str) -> str:
 
 
 def render_head(studio: Studio) -> str:
-    """The disk, whether anything can be fetched at all, and what was asked for below the cards."""
+    """The disk, and whether anything can be fetched at all."""
     cache = Path(constants.HF_HUB_CACHE)
     parts = [f"{markup.size(_free(cache))} free in {escape(str(cache))}"]
     if constants.HF_HUB_OFFLINE:
         parts.append("offline: what is here works, and nothing is fetched")
     if studio.pulls.has_token:
         parts.append("a token is held until the studio stops")
-    lines = "".join(_aside(studio.pulls.of(key)) for key in (ADOPT, ADD))
-    return f'<div class="queue-head"><h2>Models</h2><p>{" · ".join(parts)}</p></div>{lines}'
+    return f'<div class="queue-head"><h2>Models</h2><p>{" · ".join(parts)}</p></div>'
 
 
 def _aside(pull: Pull | None) -> str:
@@ -298,11 +306,8 @@ def wire(tab: ModelsTab, studio: Studio) -> list[Any]:
             pulls.touch()
         return [asked, ""]
 
-    def adopt(folder: str) -> str:
-        if not folder.strip():
-            return markup.refusal(StudioError("No folder was named.", "It is looked through for files.", "Name one."))
-        pulls.adopt(Path(folder.strip()).expanduser())
-        return ""
+    def adopt(folder: str) -> None:
+        pulls.adopt(Path(folder.strip()).expanduser() if folder.strip() else None)
 
     def add(repo: str, like: str, unlicensed: bool) -> None:
         pulls.add(repo, like=like or "", accept_no_licence=unlicensed)
@@ -314,12 +319,13 @@ def wire(tab: ModelsTab, studio: Studio) -> list[Any]:
     options = [tab.judges, tab.unlicensed]
     return [
         tab.cards.click(pressed, options, [tab.asked, tab.refused], **quiet(queue=True)),
-        tab.adopt.click(adopt, tab.folder, tab.refused, **quiet()),
+        tab.adopt.click(adopt, tab.folder, None, **quiet()),
         tab.add.click(add, [tab.repo, tab.like, tab.unlicensed], None, **quiet()),
         tab.hold.click(hold, tab.token, tab.token, **quiet()),
     ]
 
 
 def paint(studio: Studio, asked: str) -> Sequence[str]:
-    """Head and cards."""
-    return [render_head(studio), render_cards(studio, asked)]
+    """Head and cards, and beside its button how adopting and adding stand."""
+    asides = (_aside(studio.pulls.of(key)) for key in (ADOPT, ADD))
+    return [render_head(studio), render_cards(studio, asked), *asides]

@@ -143,7 +143,8 @@ def test_a_model_that_is_missing_says_so_where_it_is_chosen_and_leads_here(shop:
 def test_a_repository_of_ones_own_is_added_with_a_token_that_nobody_sees(shop: Page, market: Market) -> None:
     shop.get_by_label("Repository of your own").fill("me/secret")
     shop.get_by_role("button", name="Add repository").click()
-    expect(shop.locator("#models-head .refusal")).to_contain_text("private")
+    expect(shop.locator("#adding .refusal")).to_contain_text("private")
+    expect(shop.locator("#adding .refusal")).to_be_in_viewport()
     shop.get_by_label("Token for private repositories").fill(SECRET)
     shop.get_by_role("button", name="Hold until the studio stops").click()
     expect(shop.locator("#models-head")).to_contain_text("a token is held")
@@ -164,7 +165,7 @@ def test_what_another_program_fetched_is_adopted(shop: Page, market: Market, tmp
     (tmp_path / "renamed.safetensors").write_bytes(REPOS["own/one"]["one.safetensors"])
     shop.get_by_label("Folder of another program").fill(str(tmp_path))
     shop.get_by_role("button", name="Adopt its files").click()
-    expect(shop.locator("#models-head")).to_contain_text("Adopted: 1 (renamed.safetensors)")
+    expect(shop.locator("#adopting")).to_contain_text("Adopted: 1 (renamed.safetensors)")
     assert wait_for(lambda: list(market.cache.rglob("one.safetensors")), "the file")
 
 
