@@ -15,7 +15,7 @@ from engine import presets, tiny, video
 from engine.job import GenerateJob, Lora, make_job, read_job
 from engine.load import Warm
 from engine.messages import Cancelled, Message, Progress, Saved, StudioError
-from engine.run import run
+from engine.run import _Latents, run
 
 QUICK = ["--steps", "2", "--frames", "5"]
 
@@ -77,6 +77,9 @@ def test_a_lora_changes_the_clip_says_how_it_fits_and_leaves_the_worker_as_it_wa
     assert not np.array_equal(before, styled)
     assert np.array_equal(before, after) and np.array_equal(before, nought)
     assert "18 of 18 weights of style.safetensors." in [m.note for m in heard if isinstance(m, Progress)]
+    make(job(STYLE), tmp_path / "e", warm)
+    held = warm.part("transformer", presets.load("toybox"))
+    assert not any(module._forward_hooks for module in held.modules()), "gone with its clip, not with the next one"
     assert saved.notes == ()
 
 
@@ -165,6 +168,18 @@ def test_a_presets_own_few_step_lora_is_merged_and_another_preset_loads_the_weig
     merged, _, _ = make(job().model_copy(update={"preset": "quick"}), tmp_path / "c", warm)
     assert np.abs(merged.astype(int) - beside).max() <= 3 and not np.array_equal(merged, before)
     assert np.array_equal(make(job(), tmp_path / "d", warm)[0], before)
+
+
+def test_latents_that_were_drawn_with_another_few_step_lora_are_not_taken_over(shelf, tiny_toybox, tmp_path):
+    toybox = presets.load("toybox")
+    parts = toybox.components.model_copy(update={"distill": "loras/style.safetensors"})
+    quick, target = toybox.model_copy(update={"components": parts}), tmp_path / "clip.mp4"
+    drawn = torch.ones(1, 2, 1, 2, 2), ("a note",)
+    _Latents(target, job(), quick).write(*drawn)
+    again = _Latents(target, job(), quick).read(torch.device("cpu"))
+    assert again is not None and torch.equal(again[0], drawn[0]) and again[1] == drawn[1]
+    write_lora(shelf / "style.safetensors", seed=9)
+    assert _Latents(target, job(), quick).read(torch.device("cpu")) is None
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

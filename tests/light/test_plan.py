@@ -197,3 +197,19 @@ def test_judges_are_counted_in_the_machines_memory_where_they_are_here_and_asked
     assert more == 4_000_000, "they compute in fp32"
     nobody = job_of().model_copy(update={"subjects": ()})
     assert memory.plan(nobody, judged, CARD).ram == memory.plan(nobody, bare, CARD).ram
+
+
+def test_blocks_that_wait_in_files_are_counted_on_the_disk_and_nowhere_else() -> None:
+    tight = planned(LARGE, 8, ram=3, precision="nf4")
+    part = tight.parts["transformer"]
+    assert part.where == "disk" and part.disk > 5 * GB > 2 * GB > part.memory
+    assert tight.disk > part.disk
+
+
+def test_a_transformer_whose_blocks_visit_has_left_the_card_when_frames_are_decoded() -> None:
+    def while_decoding(precision: str) -> int:
+        made = planned(LARGE, 12, precision=precision)
+        assert made.parts["transformer"].where == "memory"
+        return next(phase.vram for phase in made.phases if phase.name == "decoding")
+
+    assert while_decoding("bf16") == while_decoding("int8")
