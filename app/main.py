@@ -129,7 +129,9 @@ def _news(rows: list[Row]) -> str:
     if running:
         progress = running.progress or {}
         line = STAGES.get(str(progress.get("stage")), "Starting")
-        if progress.get("total"):
+        if running.cancel:
+            line = "Cancelling"
+        elif progress.get("total"):
             line = f"{line} {progress['step']}/{progress['total']}"
         title = f"{line} · {TITLE}"
     elif any(row.state == "waiting" for row in rows):

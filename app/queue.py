@@ -66,7 +66,8 @@ class Row:
     `job` is None when the stored document cannot be read by this studio; `error` then says why, and `document` still
     holds its text. `progress` is a `Progress`, `saved` a `Saved`, `error` a `Failed`, each as `messages.as_dict` wrote
     it. `created`, `started` and `finished` are seconds since the epoch. `until` is the likeness that every subject has
-    to reach, None where nobody asks, and `tries` how many more seeds may be drawn for it.
+    to reach, None where nobody asks, and `tries` how many more seeds may be drawn for it. `cancel`: it is running, and
+    somebody wants it to stop.
     """
 
     id: int
@@ -85,6 +86,7 @@ class Row:
     worker: str
     until: float | None = None
     tries: int = 0
+    cancel: bool = False
 
 
 class Queue:
@@ -429,6 +431,7 @@ def _row(values: sqlite3.Row, places: dict[int, int]) -> Row:
         worker=values["worker"],
         until=values["until"],
         tries=values["tries"],
+        cancel=bool(values["cancel"]),
     )
 
 

@@ -126,9 +126,9 @@ def _running(row: Row) -> tuple[str, str]:
     progress = row.progress or {}
     step, total = int(progress.get("step") or 0), int(progress.get("total") or 0)
     share = step / total if total else None
-    said = STAGES.get(str(progress.get("stage")), "Starting")
+    said = "Cancelling" if row.cancel else STAGES.get(str(progress.get("stage")), "Starting")
     counted = f"{said}, step {step} of {total}" if progress.get("stage") == "sample" and total else said
-    eta = progress.get("eta_s")
+    eta = None if row.cancel else progress.get("eta_s")
     left = f"about {markup.duration(float(eta))} left" if eta is not None else ""
     picture = _preview(row.preview)
     frame = f'<img class="draft" alt="Preview of the clip so far" src="{picture}">' if picture else _cast(row.job)
@@ -234,7 +234,7 @@ def _facts(row: Row, alone: bool) -> str:
     job = row.job
     preset = _preset(job)
     facts = [f"{job.width} x {job.height}", f"{job.num_frames} frames", f"{job.sampling.num_inference_steps} steps"]
-    facts = facts if alone else []
+    facts = [preset.title if preset else job.preset, *facts] if alone else []
     if is_draft(job, preset):
         facts.append("draft")
     if row.state == "done" and row.started and row.finished:
@@ -246,7 +246,7 @@ def _actions(row: Row, alone: bool) -> str:
     act = markup.button
     buttons: list[str] = []
     if row.state in ("waiting", "running"):
-        buttons = [act("Cancel", "cancel", row=row.id)]
+        buttons = [] if row.cancel else [act("Cancel", "cancel", row=row.id)]
     elif row.state == "done" and row.job:
         if is_draft(row.job, _preset(row.job)):
             buttons.append(act("Finish this one", "finish", kind="primary", row=row.id, title="Same seed, all steps"))

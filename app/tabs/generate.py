@@ -139,12 +139,9 @@ def _prompt() -> gr.Textbox:
 
 
 def _model(form: dict[str, Any], preset: Preset, refused: dict[str, gr.HTML]) -> tuple[gr.Radio, gr.HTML]:
-    with gr.Row(elem_classes="pair"):
-        titles = [(each.title, each.name) for each in presets.readable()]
-        form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset", min_width=130, scale=3)
-        quality = gr.Radio(
-            _qualities(preset), value="standard", label="Quality", elem_id="quality", min_width=180, scale=5
-        )
+    titles = [(each.title, each.name) for each in presets.readable()]
+    form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset")
+    quality = gr.Radio(_qualities(preset), value="standard", label="Quality", elem_id="quality")
     refused["preset"] = _beside()
     lack = gr.HTML("", js_on_load=CLICKS, elem_id="lack", elem_classes="beside", apply_default_css=False)
     return quality, lack

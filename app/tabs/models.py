@@ -69,13 +69,13 @@ def layout() -> ModelsTab:
         with gr.Row(elem_id="models-more", equal_height=False):
             with gr.Column(min_width=280):
                 folder = gr.Textbox(label="Folder of another program", placeholder="ComfyUI/models", max_lines=1)
-                adopt = gr.Button("Adopt its files", size="sm")
                 adopting = gr.HTML("", elem_id="adopting", elem_classes="beside", apply_default_css=False)
+                adopt = gr.Button("Adopt its files", size="sm")
             with gr.Column(min_width=280):
                 repo = gr.Textbox(label="Repository of your own", placeholder="owner/name", max_lines=1)
                 like = gr.Dropdown(likes(), value="", label="Defaults")
-                add = gr.Button("Add repository", size="sm")
                 adding = gr.HTML("", elem_id="adding", elem_classes="beside", apply_default_css=False)
+                add = gr.Button("Add repository", size="sm")
             with gr.Column(min_width=280):
                 token = gr.Textbox(label="Token for private repositories", type="password", max_lines=1)
                 hold = gr.Button("Hold until the studio stops", size="sm")

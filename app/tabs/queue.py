@@ -20,6 +20,7 @@ from app.queue import Row
 from app.stage import STAGES, thumb
 from app.studio import Studio
 from app.tabs.wiring import CLICKS, Ticket, quiet, select, sending
+from engine import presets
 from engine.job import Subject
 from engine.messages import StudioError
 
@@ -86,9 +87,10 @@ def _card(row: Row, waiting: int) -> str:
     names = [subject.name for subject in job.subjects] if job else []
     prompt = markup.prompt_text(job.prompt, names) if job else "A document this studio cannot read"
     faces = "".join(_face(place, subject) for place, subject in enumerate(job.subjects)) if job else ""
+    preset = presets.find(job.preset) if job else None
     facts = (
-        f"seed {job.seed} · {job.width} x {job.height} · {job.num_frames} frames · "
-        f"{job.sampling.num_inference_steps or '?'} steps"
+        f"{escape(preset.title if preset else job.preset)} · seed {job.seed} · {job.width} x {job.height} · "
+        f"{job.num_frames} frames · {job.sampling.num_inference_steps or '?'} steps"
         if job
         else ""
     )
@@ -107,6 +109,8 @@ def _face(place: int, subject: Subject) -> str:
 
 
 def _state(row: Row) -> str:
+    if row.cancel:
+        return "Cancelling"
     if row.state == "running" and row.progress:
         progress = row.progress
         said = STAGES.get(str(progress.get("stage")), "Being made")
@@ -140,9 +144,9 @@ def _buttons(row: Row, waiting: int) -> str:
         buttons.append(act("Run again", "again", kind="primary", title=f"Run job {row.id} again", row=row.id))
     if row.job is not None:
         buttons.append(act("Duplicate", "duplicate", title=f"Duplicate job {row.id}", row=row.id))
-    if row.state == "running":
+    if row.state == "running" and not row.cancel:
         buttons.append(act("Cancel", "cancel", title=f"Cancel job {row.id}", row=row.id))
-    else:
+    elif row.state != "running":
         buttons.append(act("Remove", "remove", title=f"Remove job {row.id}", row=row.id))
     return "".join(buttons)
 

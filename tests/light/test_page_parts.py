@@ -13,6 +13,7 @@ from app import estimate, markup, stage
 from app.form import Cast, Form, Slot, free_name, renamed
 from app.queue import Queue, Row
 from app.subjects import Subjects
+from app.tabs import queue as queue_tab
 from engine import presets
 from engine.job import GenerateJob, Picture
 from engine.messages import Progress, Saved, StudioError
@@ -234,3 +235,22 @@ def test_a_saved_subject_comes_back_without_the_file_it_came_from(cast: Cast, tm
 def test_a_name_that_is_nobodys_is_refused_in_words(tmp_path: Path, name: str) -> None:
     with pytest.raises(StudioError):
         Subjects(tmp_path).load(name)
+
+
+def test_a_clip_that_is_asked_to_stop_says_so_until_its_worker_hears_it(job: GenerateJob, tmp_path: Path) -> None:
+    queue = Queue(tmp_path / "queue.db")
+    id = queue.add(job)
+    queue.take("worker")
+    queue.report(id, Progress("sample", 3, 30, eta_s=900))
+    queue.cancel(id)
+    [row] = queue.rows()
+    shown = stage.render([row])
+    assert "Cancelling" in shown and "left" not in shown and 'data-act="cancel"' not in shown
+    listed = queue_tab.render_rows([row])
+    assert "Cancelling" in listed and 'data-act="cancel"' not in listed
+
+
+def test_stage_and_queue_name_the_model_of_a_job(job: GenerateJob, tmp_path: Path) -> None:
+    queue = Queue(tmp_path / "queue.db")
+    queue.add(job)
+    assert "Toybox" in stage.render(queue.rows()) and "Toybox" in queue_tab.render_rows(queue.rows())

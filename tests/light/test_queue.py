@@ -104,7 +104,7 @@ def test_cancelling_a_waiting_row_ends_it_and_a_running_one_is_asked(queue: Queu
     queue.cancel(running)
     queue.cancel(waiting)
     assert (queue.get(running).state, queue.get(waiting).state) == ("running", "cancelled")
-    assert queue.cancel_requested(running)
+    assert queue.cancel_requested(running) and queue.get(running).cancel
     queue.cancelled(running)
     assert queue.get(running).state == "cancelled"
 
