@@ -267,7 +267,8 @@ def rephrased(error: ValidationError) -> StudioError:
     where = [str(part) for part in first["loc"]]
     field = where[0] if where else ""
     label = ".".join(where) or "document"
-    value = str(first.get("input"))[:60]
+    given = first.get("input")
+    value = f"{given:,}"[:60] if isinstance(given, int | float) else repr(str(given)[:60])
     context = first.get("ctx", {})
     kind = first["type"]
     if kind == "extra_forbidden":
@@ -293,7 +294,19 @@ def rephrased(error: ValidationError) -> StudioError:
     limits = [f"{word} {context[key]}" for key, word in _LIMITS.items() if key in context]
     reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     why = f"It has to be {' and '.join(limits)}." if limits else f"{reason[:1].upper()}{reason[1:]}."
-    return StudioError(f"{label} is {value!r}.", why, "Change it to a value that fits.", field=field)
+    return StudioError(f"{_SAID.get(label, label)} is {value}.", why, "Change it to a value that fits.", field=field)
 
 
+# Fields that have another name in the page.
+_SAID = {
+    "num_frames": "The number of frames",
+    "width": "The width",
+    "height": "The height",
+    "seed": "The seed",
+    "sampling.num_inference_steps": "The number of steps",
+    "sampling.shift": "The shift",
+    "sampling.guidance_scale": "The guidance scale",
+    "sampling.subject_scale": "The subject scale",
+    "sampling.text_scale": "The text scale",
+}
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}

@@ -74,7 +74,7 @@ REFUSED = {
     "a document that is not JSON": ("generate broken.json", "not valid JSON"),
     "a document of a newer studio": ("generate newer.json", "version 99"),
     "a document with an unknown key": ("generate unknown.json", "'colour'"),
-    "a document with a huge number": ("generate huge.json", "num_frames"),
+    "a document with a huge number": ("generate huge.json", "The number of frames is"),
     "a text called mp4": ("generate text.mp4", "text.mp4"),
     "a folder as a document": ("generate .", "There is no file"),
     "an out that is no mp4": ("generate good.json --out clip.avi", "--out clip.mp4"),
