@@ -96,18 +96,43 @@ def _of_state(state: Any) -> Iterator[tuple[Any, str]]:
 def _copied(block: nn.Module, device: torch.device) -> nn.Module:
     """A block of its own with the same weights, on the device.
 
-    optimum-quanto's tensors are remade: they cannot be deep-copied, and their own `.to` may turn fp8 weights into a
-    kernel's form that is compiled first, with tensors of another layout inside.
+    Every weight is remade. Left to themselves, bitsandbytes' tensors copy all that they are views of, a whole block's
+    file for each of them (3 GB a block of UMT5-XXL); optimum-quanto's cannot be deep-copied, and their own `.to` may
+    turn fp8 weights into a kernel's form that is compiled first.
     """
     remade: dict[int, Any] = {}
-    parameter: Any
     for parameter in block.parameters():
-        if hasattr(parameter, "__tensor_flatten__"):
-            names, layout = parameter.__tensor_flatten__()
-            inner = {name: getattr(parameter, name).to(device, copy=True) for name in names}
-            whole = type(parameter).__tensor_unflatten__(inner, layout, parameter.size(), parameter.stride())
-            remade[id(parameter)] = nn.Parameter(whole, requires_grad=False)
-    return copy.deepcopy(block, remade).to(device)
+        _remake(parameter, device, remade)
+    for buffer in block.buffers():
+        remade[id(buffer)] = buffer.to(device, copy=True)
+    return copy.deepcopy(block, remade)
+
+
+def _remake(parameter: Any, device: torch.device, remade: dict[int, Any]) -> None:
+    """The same parameter on the device, and what its layer refers to beside it, under the old ones' ids."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        made = remade[id(state)] = _state_copied(state, device)
+        told = {name: getattr(parameter, name) for name in ("blocksize", "quant_type", "bnb_quantized")}
+        remade[id(parameter)] = type(parameter)(parameter.data.to(device, copy=True), quant_state=made, **told)
+        return
+    if hasattr(parameter, "__tensor_flatten__"):
+        names, layout = parameter.__tensor_flatten__()
+        inner = {name: getattr(parameter, name).to(device, copy=True) for name in names}
+        whole = type(parameter).__tensor_unflatten__(inner, layout, parameter.size(), parameter.stride())
+    else:
+        whole = parameter.data.to(device, copy=True)
+    remade[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+
+
+def _state_copied(state: Any, device: torch.device) -> Any:
+    made = copy.copy(state)
+    for owner, name in _of_state(state):
+        if owner is state:
+            setattr(made, name, getattr(state, name).to(device, copy=True))
+    if state.state2 is not None:
+        made.state2 = _state_copied(state.state2, device)
+    return made
 
 
 def _find(model: nn.Module, name: str) -> nn.ModuleList | None:

@@ -140,6 +140,20 @@ def test_a_disk_that_is_full_is_an_error_and_the_model_stays_whole(tmp_path: Pat
     assert torch.equal(predict(model), expected)
 
 
+@pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
+def test_a_copy_of_a_block_in_a_file_holds_its_weights_and_not_the_file_for_each_of_them(
+    kind: str, tmp_path: Path
+) -> None:
+    model = tiny.transformer()
+    block = (model if kind == "full" else quantized(model, kind)).blocks[0]
+    into_a_file(block, tmp_path)
+    copied = offload._copied(block, CPU)
+    tensors = [getattr(*spot) for spot in weights_of(copied)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    assert sum(storages.values()) == sum(each.numel() * each.element_size() for each in tensors)
+    assert all(torch.equal(a, getattr(*b)) for a, b in zip(tensors, weights_of(block), strict=True))
+
+
 def test_one_block_of_each_kind_is_copied_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     made, copied = [], offload._copied
     monkeypatch.setattr(offload, "_copied", lambda *given: made.append(1) or copied(*given))
