@@ -27,6 +27,7 @@ from engine import counts, lora_files
 from engine.counts import MB, Load, Precision, Weights
 from engine.job import GenerateJob
 from engine.messages import StudioError
+from engine.platform_calls import NO_WINDOW
 from engine.presets import Preset, models_dir
 
 GB = 10**9
@@ -94,7 +95,7 @@ def _nvidia(*, whole: bool) -> tuple[str, int] | None:
     try:
         said = subprocess.run(
             asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True,
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            creationflags=NO_WINDOW,
         ).stdout  # fmt: skip
         name, free, total = (part.strip() for part in said.splitlines()[0].split(","))
         return name, round((float(total) if whole else float(free)) * 2**20)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from engine.messages import StudioError
+from engine.platform_calls import NO_WINDOW
 from engine.transfer import alone, bytes_of
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -86,7 +87,7 @@ def convert_pth(path: Path, target: Path, say: Callable[[int], None] = lambda co
     child = subprocess.Popen(
         [*command, str(path.resolve()), str(target.resolve())], cwd=ROOT, encoding="utf-8", errors="replace",
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        creationflags=NO_WINDOW,
     )  # fmt: skip
     with child:
         try:

@@ -26,6 +26,8 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from engine.platform_calls import NO_WINDOW
+
 CHUNK = 1 << 20  # most bytes read at once
 TRIES = 6  # failures in a row without a new byte, before giving up
 SOON_S = 0.2  # after a line that dropped, but had brought something
@@ -228,7 +230,7 @@ def by_library(
         with (folder / "said").open("w+", encoding="utf-8") as said:
             child = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=said, stderr=said,
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+                creationflags=NO_WINDOW,
             )  # fmt: skip
             try:
                 while (code := child.poll()) is None:

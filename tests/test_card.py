@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from numpy.typing import NDArray
 from optimum.quanto import WeightQBytesTensor
 
@@ -27,21 +25,14 @@ from engine.offload import visiting
 from engine.subject_tower import References
 from tests.pretend_card import CARD, CPU, on_card, pretended
 from tests.test_lora_clips import write_lora
-from tests.test_public_models import SIDE, WAN, job, preset
+from tests.test_public_models import job, preset, write_kinds
 
 SAMPLING = {"num_inference_steps": 4, "shift": 5.0, "guidance_scale": 4.0, "subject_scale": 3.0, "text_scale": 5.0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    root = tiny.write_tiny(tmp_path_factory.mktemp("card"))
-    torch.manual_seed(3)
-    WanTransformer3DModel(**WAN).save_pretrained(root / "plain")
-    side = WanVACETransformer3DModel(**SIDE)
-    for block in side.vace_blocks:
-        torch.nn.init.normal_(block.proj_out.weight, std=0.2)
-    side.save_pretrained(root / "side")
+    root = write_kinds(tmp_path_factory.mktemp("card"))
     write_lora(root / "style.safetensors", seed=5)
     return root
 

@@ -39,8 +39,13 @@ GUIDED = Sampling(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_kinds(tmp_path_factory.mktemp("public"))
+
+
+def write_kinds(root: Path) -> Path:
+    """Tiny components, and plain Wan and VACE beside the transformer with identity blocks."""
     torch.set_num_threads(1)
-    root = tiny.write_tiny(tmp_path_factory.mktemp("public"))
+    tiny.write_tiny(root)
     torch.manual_seed(3)
     WanTransformer3DModel(**WAN).save_pretrained(root / "plain")
     side = WanVACETransformer3DModel(**SIDE)
