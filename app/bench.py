@@ -36,8 +36,8 @@ import psutil
 from engine import presets
 from engine.job import GenerateJob, make_job, write_job
 from engine.messages import Message, Preview, Progress, Saved, StudioError
+from engine.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs" / "measurements.md"
 SAMPLES = ROOT / "assets" / "samples"
 WAN = {"1.3B": (12, 8960, 30), "14B": (40, 13824, 40)}  # heads, FFN width, layers

@@ -25,13 +25,14 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
-from app.bench import ROOT, Figure, sample_job
+from app.bench import Figure, sample_job
 from app.full_size import wan
 from engine import counts, decode, kernels, memory, offload, presets, quantize
 from engine.load import VISITING
 from engine.machine import Profile
 from engine.memory import CONTEXT, GB, SLACK, Hardware
 from engine.messages import StudioError
+from engine.paths import ROOT
 from engine.presets import Preset, Shape
 from engine.subject_tower import References
 

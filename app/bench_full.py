@@ -22,12 +22,13 @@ from typing import Any
 
 import psutil
 
-from app.bench import ROOT, SAMPLES, Figure
+from app.bench import SAMPLES, Figure
 from app.full_size import write_files
 from engine import memory, presets
 from engine.job import Sampling, make_job
 from engine.memory import GB
 from engine.messages import Message, Progress
+from engine.paths import ROOT
 
 Said = list[tuple[dict[str, Any], int]]  # a line, and the peak of memory before it, in bytes
 STAGES = {  # of a run, and the phases of a plan that lie in each

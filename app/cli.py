@@ -19,11 +19,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from engine.paths import ROOT, models_dir
+
 if TYPE_CHECKING:
     from app.settings import Settings
     from engine.machine import Machine
 
-ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
 ABOUT = "Put several people and things into one video and keep each of them recognisable."
 VERBS = """\
@@ -216,7 +217,6 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
     """
     given = studio_parser().parse_args(arguments)
     from app import settings
-    from engine import presets
 
     auth = settings.read_auth(environment.get("IDCRAFTER_AUTH", "") if given.auth is None else given.auth)
     settings.check_password(auth, listen=given.listen, share=given.share)
@@ -232,7 +232,7 @@ def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Set
         inbrowser=settings.has_screen(environment, sys.platform) if given.inbrowser is None else given.inbrowser,
         theme=given.theme,
         outputs=outputs,
-        models_dir=(given.models_dir or presets.models_dir()).expanduser().resolve(),
+        models_dir=(given.models_dir or models_dir()).expanduser().resolve(),
         data=outputs / ".studio",
         devices=devices,
         machine=machine,

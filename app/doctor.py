@@ -23,10 +23,11 @@ from typing import Any, Literal
 import psutil
 
 from app.plan import typical
-from app.settings import ROOT, check_port
+from app.settings import check_port
 from engine import machine, presets
 from engine import memory as planner
 from engine.messages import StudioError
+from engine.paths import ROOT
 
 GB = 1e9
 NEEDS_MEMORY, NEEDS_DISK = 3 * GB, 1 * GB  # toybox on the processor, and room for clips

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from app.settings import ROOT
+from engine.paths import ROOT
 
 SOURCE, LOCK = ROOT / "requirements.in", ROOT / "requirements.txt"
 PYTHONS = ("3.11", "3.12", "3.13")

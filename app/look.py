@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from engine.presets import ROOT
+from engine.paths import ROOT
 from engine.report import COLOURS
 
 STUDIO = ROOT / "assets" / "studio"

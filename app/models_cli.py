@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from app.markup import duration, files, size
 from engine.messages import StudioError
+from engine.paths import models_dir
 
 if TYPE_CHECKING:  # for real only once HF_HUB_OFFLINE is set, which the library reads when it is imported
     from app.models import Speed
@@ -309,10 +310,9 @@ def _licences(preset: Preset, *, judges: bool) -> list[str]:
 
 def _say_what_is_yours(preset: Preset, hub: Hub) -> None:
     from app import models
-    from engine import presets
 
     for part in models.state(preset, hub).own:
-        place = presets.models_dir() / str(getattr(preset.components, part))
+        place = models_dir() / str(getattr(preset.components, part))
         _tell(f"Its {part} is a checkpoint of yours: put it into {place}.")
 
 

@@ -17,8 +17,7 @@ from pydantic import Field
 from engine import machine
 from engine.job import Document
 from engine.messages import StudioError
-
-ROOT = Path(__file__).resolve().parent.parent
+from engine.paths import ROOT
 
 
 class Settings(Document):

@@ -23,7 +23,7 @@ from app.subjects import Subjects
 from engine import lora_files, pictures, presets
 from engine.job import GenerateJob, Picture
 from engine.messages import StudioError
-from engine.presets import ROOT
+from engine.paths import ROOT
 
 ASSETS = ROOT / "assets"
 SAMPLES = ASSETS / "samples"

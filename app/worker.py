@@ -33,11 +33,11 @@ from app.queue import Queue, Row
 from engine import machine, video
 from engine.job import GenerateJob
 from engine.messages import Cancelled, Failed, Message, Preview, Progress, Saved, StudioError
+from engine.paths import ROOT
 from engine.platform_calls import NO_WINDOW, try_lock, wait_for_end
 
 Engine = Callable[[GenerateJob, Callable[[Message], None]], Saved]
 
-ROOT = Path(__file__).resolve().parent.parent
 LOOK_S = 0.2  # between two looks at an empty queue; a look costs .3 ms and writes nothing
 REPORT_S = 0.25  # at most four progress reports a second reach the disk; a new stage always does
 GRACE_S = 2.0  # what a run has for cleaning up when the page has gone

@@ -35,8 +35,9 @@ from engine.faces import FaceFiles
 from engine.judges import Judges
 from engine.memory import Fit, Hardware, Plan
 from engine.messages import StudioError
+from engine.paths import models_dir
 from engine.platform_calls import give_memory_back
-from engine.presets import Preset, models_dir
+from engine.presets import Preset
 from engine.quantize import Precision, num_bytes
 
 Part = Literal[

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from engine import presets
 from engine.job import GenerateJob, Lora
 from engine.messages import StudioError
+from engine.paths import models_dir
 
 SUFFIX = ".safetensors"
 SHOWN_HASH = 12  # digits of a hash that a person compares
@@ -24,7 +24,7 @@ MOST_NAMES = 2000  # a folder with more is somebody's whole archive, and no list
 
 def folder() -> Path:
     """Where LoRA files lie, in subfolders as their owner likes."""
-    return presets.models_dir() / "loras"
+    return models_dir() / "loras"
 
 
 def names() -> list[str]:

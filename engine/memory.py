@@ -27,8 +27,9 @@ from engine import counts, lora_files
 from engine.counts import MB, Load, Precision, Weights
 from engine.job import GenerateJob
 from engine.messages import StudioError
+from engine.paths import models_dir
 from engine.platform_calls import NO_WINDOW
-from engine.presets import Preset, models_dir
+from engine.presets import Preset
 
 GB = 10**9
 Where = Literal[

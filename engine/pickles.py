@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from engine.messages import StudioError
+from engine.paths import ROOT
 from engine.platform_calls import NO_WINDOW
 from engine.transfer import alone, bytes_of
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 DIGITS = 32  # of its own sha256 that the name of such a file shows; all 64 would be too long a path for Windows
 LOOK_S = 0.1  # how often the child is looked at
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class NotWeights(StudioError):

@@ -8,18 +8,17 @@ Knows nothing of torch; a preset is data, never code.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from engine import paths
 from engine.job import Document, GenerateJob, Sampling, rephrased
 from engine.messages import StudioError
 
 OPTIONAL = ("faces", "detector", "detector_tokenizer", "segmenter", "embedder")  # a clip is made without them, too
-ROOT = Path(__file__).resolve().parent.parent
-PRESETS = ROOT / "presets"
+PRESETS = paths.ROOT / "presets"
 
 
 class Size(Document):
@@ -225,9 +224,9 @@ class Preset(Document):
         if isinstance(named, HubFiles):
             return _in_cache(named)
         if isinstance(named, tuple):
-            return models_dir() / "gathered" / part
-        found = (root / named for root in (ROOT, models_dir()) if (root / named).exists())
-        return next(found, ROOT / named)
+            return paths.models_dir() / "gathered" / part
+        found = (root / named for root in (paths.ROOT, paths.models_dir()) if (root / named).exists())
+        return next(found, paths.ROOT / named)
 
     def downloads(self, *, optional: bool = True, every: bool = False) -> dict[str, tuple[HubFiles, ...]]:
         """What of this preset lies on the Hub, by the name of the part.
@@ -261,14 +260,9 @@ def _in_cache(files: HubFiles) -> Path:
     return hub.Hub().place(files.repo, files.path, files.revision)
 
 
-def models_dir() -> Path:
-    """Where a creator keeps models that are not part of the repository; `--models-dir` sets it for every process."""
-    return Path(os.environ.get("IDCRAFTER_MODELS") or ROOT / "models")
-
-
 def own_presets() -> Path:
     """Where presets lie that a creator has added."""
-    return models_dir() / "presets"
+    return paths.models_dir() / "presets"
 
 
 def names() -> list[str]:
@@ -345,7 +339,7 @@ def check_files(preset: Preset) -> None:
         raise StudioError(
             what=f"The preset {preset.name} names {named}, which is not there.",
             why=f"Its {part.replace('_', ' ')} has not been put into place.",
-            next_step=f"Choose another preset, or put a checkpoint of yours into {models_dir() / named}.",
+            next_step=f"Choose another preset, or put a checkpoint of yours into {paths.models_dir() / named}.",
             field="preset",
         )
 

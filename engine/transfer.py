@@ -26,13 +26,13 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from engine.paths import ROOT
 from engine.platform_calls import NO_WINDOW
 
 CHUNK = 1 << 20  # most bytes read at once
 TRIES = 6  # failures in a row without a new byte, before giving up
 SOON_S = 0.2  # after a line that dropped, but had brought something
 LOOK_S = 0.3  # how often somebody else's progress is looked at
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_toybox(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Presets find their files in `tiny_root` for this test."""
-    from engine import presets
+    from engine import paths
 
-    monkeypatch.setattr(presets, "ROOT", tiny_root)
+    monkeypatch.setattr(paths, "ROOT", tiny_root)
     return tiny_root

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import decode, encode, presets, tiny, video
+from engine import decode, encode, paths, presets, tiny, video
 from engine.job import GenerateJob, Subject, make_job
 from engine.load import Warm
 from engine.messages import StudioError
@@ -168,9 +168,7 @@ def test_a_clip_decoded_in_tiles_looks_like_the_clip_decoded_whole(monkeypatch):
     toybox = presets.load("toybox")
     warm = Warm(torch.device("cpu"))
     vae = warm.part("vae", toybox)
-    clip = torch.from_numpy(
-        video.read_frames(presets.ROOT / "assets/sanity.mp4", display_scale=toybox.display_scale)[:5]
-    )
+    clip = torch.from_numpy(video.read_frames(paths.ROOT / "assets/sanity.mp4", display_scale=toybox.display_scale)[:5])
     latents = encode.clip_latents(clip[None], vae)
     whole = list(decode.frames(latents, vae))
     monkeypatch.setattr(decode, "TILE", 40)

@@ -19,9 +19,9 @@ from engine.job import GenerateJob, make_job, read_job
 ENGINE = """
 from functools import partial
 from pathlib import Path
-from engine import presets
+from engine import paths
 from engine.run import Warm, run as make
-presets.ROOT = Path({root!r})
+paths.ROOT = Path({root!r})
 run = partial(make, warm=Warm())
 """
 

@@ -37,11 +37,12 @@ from engine.encode import clip_latents, render
 from engine.job import GenerateJob, Subject, make_job
 from engine.judges import MOMENTS, SEEN, Judges, cut_out, finder, to_unit
 from engine.messages import StudioError
+from engine.paths import ROOT
 from train import world, world_captions
 from train.checkpoint import duration
 from train.sheet import frames_of, job_of, verbs_for
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets" / "judges"
+ASSETS = ROOT / "assets" / "judges"
 CANDIDATES = 16  # pictures of one kind, the own one among them
 # OpenS2V's eight categories in miniature: name -> how many jobs, and how many subjects.
 CATEGORIES = {

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.paths import ROOT
 from engine.presets import Preset
 from train.data import Format
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets" / "toybox"
+ASSETS = ROOT / "assets" / "toybox"
 STATE = Path.home() / ".cache" / "idcrafter-studio" / "toybox"
 
 

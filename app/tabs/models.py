@@ -24,6 +24,7 @@ from app.tabs.wiring import CLICKS, quiet
 from engine import presets
 from engine.hub import Hub
 from engine.messages import StudioError
+from engine.paths import models_dir
 
 SELF = "as its own files tell"
 
@@ -170,7 +171,7 @@ def _card(found: models.State, pull: Pull | None, hub: Hub, free: int, asked: bo
     facts = [f"<span>Licence <b>{escape(preset.licence)}</b></span>", link, _sizes(found, free, busy)]
     own = "".join(
         f'<p class="about">Its {part.replace("_", " ")} is a checkpoint of yours, in '
-        f"{escape(str(presets.models_dir() / str(getattr(preset.components, part))))}.</p>"
+        f"{escape(str(models_dir() / str(getattr(preset.components, part))))}.</p>"
         for part in found.own
     )
     word = pull.stage if pull is not None and (busy or pull.stage == "paused") else found.word

@@ -21,10 +21,9 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from app.queue import Queue, Row
-from engine import presets
+from engine.paths import ROOT
 
 T = TypeVar("T")
-ROOT = presets.ROOT
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from app import estimate, look
-from engine import presets
+from engine import paths
 from tests.journeys.conftest import Server, open_page, wait_for
 from tests.journeys.test_queue_and_gallery import tab
 
@@ -107,7 +107,7 @@ def test_the_page_installs_as_an_app_with_name_and_icon(page: Page, server: Serv
 def test_only_clips_and_assets_are_served(server: Server, path: str) -> None:
     answer = httpx.get(f"{server.url}gradio_api/file={(server.home / path).as_posix()}")
     assert answer.status_code in (403, 404)
-    source = httpx.get(f"{server.url}gradio_api/file={(presets.ROOT / 'launch.py').as_posix()}")
+    source = httpx.get(f"{server.url}gradio_api/file={(paths.ROOT / 'launch.py').as_posix()}")
     assert source.status_code in (403, 404)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import presets
+from engine import paths, presets
 from engine.job import MIGRATIONS, VERSION, GenerateJob, make_job, mentions, read_job, write_job
 from engine.messages import Failed, Progress, Saved, StudioError, as_dict
 
@@ -122,7 +122,7 @@ def test_every_preset_says_everything_its_sampling_needs(name: str) -> None:
 def test_a_model_folder_is_looked_up_in_the_repository_and_then_in_the_models_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presets, "ROOT", tmp_path / "repository")
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "repository")
     monkeypatch.setenv("IDCRAFTER_MODELS", str(tmp_path / "models"))
     preset = presets.load("toybox")
     with pytest.raises(StudioError, match="which is not there"):

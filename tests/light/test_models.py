@@ -22,11 +22,11 @@ from engine import hub as hub_module
 from engine import presets
 from engine.hub import Hub
 from engine.messages import StudioError
+from engine.paths import ROOT
 from engine.presets import HubFiles, Preset
 from tests.hub_server import COMMIT, Fault, HubServer
 from tests.light.test_hub import leftovers, quiet
 
-ROOT = presets.ROOT
 RNG = np.random.default_rng(11)
 TRANSFORMER, ENCODER = RNG.bytes(2_000_000), RNG.bytes(400_000)
 CONFIG = json.loads((ROOT / "assets" / "toybox" / "transformer" / "config.json").read_text(encoding="utf-8"))
