@@ -200,9 +200,8 @@ def test_the_stamp_covers_the_lock_and_the_version_of_torch():
 
 def test_help_is_shown_before_anything_is_installed(tmp_path: Path):
     (tmp_path / "launch.py").write_bytes((ROOT / "launch.py").read_bytes())
-    (tmp_path / "app").mkdir()
-    for name in ("__init__.py", "cli.py"):
-        (tmp_path / "app" / name).write_bytes((ROOT / "app" / name).read_bytes())
+    for package in ("app", "engine"):
+        shutil.copytree(ROOT / package, tmp_path / package)
     for arguments in (["--help"], ["generate", "--help"], ["doctor", "-h"]):
         command = [sys.executable, "-I", "-S", str(tmp_path / "launch.py"), *arguments]
         answer = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
