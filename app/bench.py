@@ -234,7 +234,8 @@ class Stopwatch:
 
 def loop(preset: str) -> Iterator[Figure]:
     """Fifty steps in a warm worker: what is not the model's own work."""
-    from engine.run import Warm, run
+    from engine.load import Warm
+    from engine.run import run
 
     warm = Warm()
     with tempfile.TemporaryDirectory() as folder:
@@ -273,7 +274,8 @@ def _frames_of(saved: Saved, preset: str) -> bytes:
 def report(preset: str) -> Iterator[Figure]:
     """What judging a clip adds to a warm one, at the preset's own steps."""
     from engine.identity import Reporter
-    from engine.run import Warm, run
+    from engine.load import Warm
+    from engine.run import run
 
     warm, judge, spent = Warm(), Reporter._judge, 0.0
 
@@ -308,13 +310,13 @@ def judges(preset: str) -> Iterator[Figure]:
     """What both sets of judges are worth on held-out drawings, and which planted faults they notice."""
     promised = {"own of 16": 0.92, "locator IoU": 0.8, "verb": 0.95, "place": 0.98}
     for name in ("test", "reward"):
-        found = _json_of("train.judges", "measure", name)
+        found = _json_of("train.toybox.judges", "measure", name)
         for question, least in promised.items():
             key = f"judges-{name}-{question.replace(' ', '-').lower()}"
             value = found[question]
             yield Figure(key, f"{name} judges, drawings: {question}", f"{value:.3f}", f"≥ {least:g}", value >= least)
         yield Figure(f"judges-{name}-critic", f"{name} critic: drawn or generated", f"{found['critic']:.3f}")
-        noticed = _json_of("train.faults", name)
+        noticed = _json_of("train.toybox.judge_sanity", name)
         told = ", ".join(f"{fault} {share:.2f}" for fault, share in noticed.items())
         least = min(noticed.values())
         yield Figure(f"judges-{name}-faults", f"{name} judges, planted faults noticed", told, "≥ .95", least >= 0.95)
@@ -323,7 +325,7 @@ def judges(preset: str) -> Iterator[Figure]:
 def caches(preset: str) -> Iterator[Figure]:
     """Steps left out, over twelve held-out jobs of two subjects at the preset's own steps and at fifty."""
     for steps in (presets.load(preset).sampling.num_inference_steps or 30, 50):
-        found = _json_of("train.left_out", preset, "--jobs", "12", "--steps", str(steps))
+        found = _json_of("train.toybox.calibrate", preset, "--jobs", "12", "--steps", str(steps))
         for word, fewer in (("off", 1.0), ("careful", 1.5), ("fast", 2.25)):
             row = found[word]
             saved = row["steps"] / row["computed"]
@@ -356,7 +358,7 @@ def identity(preset: str) -> Iterator[Figure]:
         ("references swapped", "own picture first of 16"): 0.8,
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-X", "utf8", "-m", "train.evaluate", preset, "--full", "--controls", "6"]
+        command = [sys.executable, "-X", "utf8", "-m", "train.toybox.benchmark", preset, "--full", "--controls", "6"]
         subprocess.run([*command, "--out", folder], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
         found = json.loads((Path(folder) / "table.json").read_text(encoding="utf-8"))
     rows, agreed = found["rows"], found["agreement"]

@@ -71,7 +71,7 @@ def _wan() -> Any:
 
 
 def _usual() -> Any:
-    from engine import load
+    from engine.load import load
 
     return load.usual_dtype("transformer", load.device())
 
@@ -92,7 +92,8 @@ def _watched(how: str, file: Path, precision: str) -> tuple[int, dict[str, Any]]
 def _child(how: str, file: Path, precision: Any) -> dict[str, Any]:
     import torch
 
-    from engine import load, quantize
+    from engine import quantize
+    from engine.load import load
 
     began = time.monotonic()
     if how == "ours":
@@ -143,8 +144,8 @@ def clips(preset: str, count: int = 12) -> Iterator[Figure]:
     import numpy as np
 
     from engine import presets, run, video
-    from train.left_out import psnr
-    from train.sheet import held_out_job
+    from train.evaluation.step_cache import psnr
+    from train.toybox.contact_sheet import held_out_job
 
     jobs = [held_out_job(number, preset=preset) for number in range(count)]
     scale, made = presets.load(preset).display_scale, {}
@@ -188,13 +189,13 @@ def one_forward_errors(
     """
     from engine import conditioning, encode, pictures, presets, quantize, run, sampling
     from engine.load import Warm, load
-    from train import evaluate
+    from train.toybox import benchmark
 
     warm, preset = Warm(), presets.load(name)
     full, vae = warm.part("transformer", preset), warm.part("vae", preset)
     seen: list[tuple[Any, list[tuple[Any, float, Any]]]] = []
     for category, number, subjects in jobs:
-        job, _ = presets.resolve(evaluate.case(name, category, number, subjects).job)
+        job, _ = presets.resolve(benchmark.case(name, category, number, subjects).job)
         job = pictures.pack(job, preset)
         encoded = encode.job_states(job, preset, warm)
         way = conditioning.prepare(preset.conditioning, full, encoded)

@@ -366,7 +366,7 @@ def bench(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """The toybox benchmark, in a process of its own."""
-    return subprocess.call([sys.executable, "-X", "utf8", "-m", "train.evaluate", *arguments], cwd=ROOT)
+    return subprocess.call([sys.executable, "-X", "utf8", "-m", "train.toybox.benchmark", *arguments], cwd=ROOT)
 
 
 def test(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 In:  frames and reference pictures, float in [0, 1], of the judges' size.
 Out: shares of pixels, embeddings, class scores. A folder holds a set of judges.
-Knows nothing of models, jobs, or of what is done with a judgement (`train.evaluate`); `Drawn` answers for subjects
+Knows nothing of models, jobs, or of what is done with a judgement (`train.toybox`); `Drawn` answers for subjects
 in an identity report.
 
 There are two sets, `reward` and `test`, of different seed, width and training identities. Whatever selects or trains

@@ -17,10 +17,12 @@ from PIL import Image
 
 from engine import identity, presets, video
 from engine.judges import CROP, Drawn, Judges, cut_out, finder, geometry, locate, to_unit
-from train import evaluate, faults, others, sheet, world
-from train import judges as teacher
-from train.judges import Both
-from train.toybox import ASSETS
+from train.evaluation import statistics
+from train.evaluation.clips import as_png
+from train.toybox import benchmark, contact_sheet, judge_sanity, out_of_domain, world
+from train.toybox import judges as teacher
+from train.toybox.judges import Both
+from train.toybox.recipe import ASSETS
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "judges" / "reward"
 
@@ -201,27 +203,27 @@ def shipped() -> Judges:
 
 def test_planted_faults_lower_the_score(shipped: Judges) -> None:
     vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae").float().eval()
-    shares = faults.noticed(shipped, vae, count=8)
+    shares = judge_sanity.noticed(shipped, vae, count=8)
     assert set(shares) == {"swapped", "missing", "merged", "recoloured", "frozen", "flickering"}
     assert min(shares.values()) >= 0.75 and sum(shares.values()) / len(shares) >= 0.9
 
 
 def test_a_fault_changes_what_it_says_and_nothing_else() -> None:
-    of = faults.scene_of(0)
+    of = judge_sanity.scene_of(0)
     clean = world.render(of.scene, num_frames=9)
     elsewhere = clean.owner != 2
-    assert np.array_equal(faults.recoloured(of, clean)[elsewhere], clean.frames[elsewhere])
-    frozen = faults.frozen(of, clean)
+    assert np.array_equal(judge_sanity.recoloured(of, clean)[elsewhere], clean.frames[elsewhere])
+    frozen = judge_sanity.frozen(of, clean)
     assert np.array_equal(frozen[0], frozen[-1]) and not np.array_equal(clean.frames[0], clean.frames[-1])
-    flickering = faults.flickering(of, clean)
+    flickering = judge_sanity.flickering(of, clean)
     assert np.array_equal(flickering[::2], clean.frames[::2]) and not np.array_equal(flickering[1], clean.frames[1])
-    assert not (faults.missing(of, clean) == clean.frames).all()
+    assert not (judge_sanity.missing(of, clean) == clean.frames).all()
 
 
 def test_the_shipped_critic_tells_the_shipped_clip_from_drawings(shipped: Judges) -> None:
     vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae").float().eval()
     clips = [world.render(world.make_scene(number, split="heldout"), num_frames=1).frames for number in range(12)]
-    drawings = evaluate.round_trip(np.concatenate(clips)[:9], vae)
+    drawings = benchmark.round_trip(np.concatenate(clips)[:9], vae)
     made = video.read_frames(ASSETS.parent / "sanity.mp4", display_scale=presets.load("toybox").display_scale)
     of_drawings, of_made = (float(shipped.drawn(to_unit(torch.from_numpy(each))).mean()) for each in (drawings, made))
     assert of_made < 0.5 < of_drawings
@@ -238,73 +240,75 @@ def test_a_subject_is_nearer_to_its_own_picture_than_to_others_of_its_kind(shipp
 
 
 def test_the_benchmark_holds_as_many_jobs_of_each_kind_as_opens2vs_and_every_third_is_a_third() -> None:
-    jobs = evaluate.cases()
+    jobs = benchmark.cases()
     assert len(jobs) == 180 and len({each.id for each in jobs}) == 180
     assert sum(len(each.scene.subjects) == 1 for each in jobs) == 90
-    assert len(evaluate.cases(every=3)) == 60
+    assert len(benchmark.cases(every=3)) == 60
     for each in jobs:
         assert all(world.split_of(subject.seed) == "heldout" for subject in each.scene.subjects)
         words = set(each.job.prompt.split()) | {s.noun for s in each.job.subjects}
         assert not words & world.ATTRIBUTE_WORDS
-    assert evaluate.cases()[7].job == jobs[7].job
+    assert benchmark.cases()[7].job == jobs[7].job
 
 
 def test_candidates_are_of_the_subjects_kind_and_never_itself() -> None:
-    case = evaluate.case("toybox", "twocreatures", 0, 2)
+    case = benchmark.case("toybox", "twocreatures", 0, 2)
     own = case.scene.subjects[0]
-    others = evaluate._others(case.id, 0, own)
-    assert len(others) == evaluate.CANDIDATES - 1
+    out_of_domain = benchmark._others(case.id, 0, own)
+    assert len(out_of_domain) == benchmark.CANDIDATES - 1
     own_picture = to_unit(torch.from_numpy(world.reference_picture(own, 0)[0]))
-    assert min(float((other - own_picture).abs().mean()) for other in others) > 0.005
+    assert min(float((other - own_picture).abs().mean()) for other in out_of_domain) > 0.005
 
 
 def test_every_candidate_is_looked_for_in_the_same_way(shipped: Judges) -> None:
     """Which of them is the own one is nowhere told: in another order each has the figure it had."""
-    case = evaluate.case("toybox", "twocreatures", 2, 2)
+    case = benchmark.case("toybox", "twocreatures", 2, 2)
     frames = to_unit(torch.from_numpy(world.render(case.scene, num_frames=5).frames))
-    pictures = [to_unit(torch.from_numpy(evaluate._decoded(subject)[None])) for subject in case.job.subjects]
-    candidates = torch.cat([pictures[1], evaluate._others(case.id, 1, case.scene.subjects[1])[:4]])
+    pictures = [to_unit(torch.from_numpy(benchmark._decoded(subject)[None])) for subject in case.job.subjects]
+    candidates = torch.cat([pictures[1], benchmark._others(case.id, 1, case.scene.subjects[1])[:4]])
     find = finder(shipped, frames)
-    found = evaluate._alike(shipped, frames, find, pictures, 1, candidates)
+    found = benchmark._alike(shipped, frames, find, pictures, 1, candidates)
     assert found[0] == max(found) > 0.5
-    turned = evaluate._alike(shipped, frames, find, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
+    turned = benchmark._alike(shipped, frames, find, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
     assert turned[::-1] == pytest.approx(found, abs=1e-5)
     white = torch.ones_like(frames)
-    assert evaluate._alike(shipped, white, finder(shipped, white), pictures, 1, candidates) == [0.0] * 5
+    assert benchmark._alike(shipped, white, finder(shipped, white), pictures, 1, candidates) == [0.0] * 5
 
 
 def test_withheld_references_leave_words_alone_and_swapped_ones_keep_them() -> None:
-    case = evaluate.case("toybox", "samekind", 1, 2)
-    alone = evaluate.withheld(case, attributes=False).instead
+    case = benchmark.case("toybox", "samekind", 1, 2)
+    alone = benchmark.withheld(case, attributes=False).instead
     assert alone is not None and alone.subjects == () and "subject 1, a" in alone.prompt and "@" not in alone.prompt
-    told = evaluate.withheld(case, attributes=True).instead
+    told = benchmark.withheld(case, attributes=True).instead
     assert told is not None and set(told.prompt.replace(",", " ").split()) & world.ATTRIBUTE_WORDS
-    turned = evaluate.swapped(case)
+    turned = benchmark.swapped(case)
     assert turned.job.prompt == case.job.prompt and turned.scene.subjects == case.scene.subjects[::-1]
     assert turned.job.subjects[0].pictures == case.job.subjects[1].pictures
 
 
 def test_an_interval_holds_its_mean_and_narrows_with_more_jobs() -> None:
     few, many = [[0.0], [1.0]] * 5, [[0.0], [1.0]] * 500
-    mean, low, high = evaluate.interval(few)
+    mean, low, high = statistics.interval(few)
     assert low < mean == 0.5 < high
-    _, nearer_low, nearer_high = evaluate.interval(many)
+    _, nearer_low, nearer_high = statistics.interval(many)
     assert nearer_high - nearer_low < (high - low) / 3
-    assert evaluate.interval([[], []]) is None
+    assert statistics.interval([[], []]) is None
 
 
 def test_orders_agree_when_ranks_do_whatever_the_figures_are() -> None:
     values = [0.1, 0.5, 0.2, 0.9, 0.4]
-    assert evaluate.spearman(values, [math.exp(8 * v) for v in values]) == pytest.approx(1)
-    assert evaluate.spearman(values, [-v for v in values]) == pytest.approx(-1)
-    assert evaluate.spearman([1, 1, 2, 3], [1, 2, 2, 3]) == pytest.approx(5 / 6)  # equals share the mean of their ranks
-    assert evaluate.spearman([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(0.8)
-    assert evaluate.spearman(values, [0.3] * 5) == 0
+    assert statistics.spearman(values, [math.exp(8 * v) for v in values]) == pytest.approx(1)
+    assert statistics.spearman(values, [-v for v in values]) == pytest.approx(-1)
+    assert statistics.spearman([1, 1, 2, 3], [1, 2, 2, 3]) == pytest.approx(
+        5 / 6
+    )  # equals share the mean of their ranks
+    assert statistics.spearman([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(0.8)
+    assert statistics.spearman(values, [0.3] * 5) == 0
 
 
 def test_two_sets_are_asked_about_the_same_clips(shipped: Judges, tmp_path: Path) -> None:
     preset = presets.load("toybox")
-    jobs = [evaluate.case("toybox", "onething", number, 1) for number in range(3)]
+    jobs = [benchmark.case("toybox", "onething", number, 1) for number in range(3)]
     frames = [world.render(each.scene, num_frames=9).frames for each in jobs]
     for each, clip in zip(jobs, frames, strict=True):
         size, scale = (64, 64), preset.display_scale
@@ -312,29 +316,29 @@ def test_two_sets_are_asked_about_the_same_clips(shipped: Judges, tmp_path: Path
         with video.ClipWriter(path, fps=8, size=size, display_scale=scale, document="{}") as writer:
             for frame in clip:
                 writer.write(frame)
-    found = [evaluate.judge(each, clip, shipped) for each, clip in zip(jobs, frames, strict=True)]
-    assert evaluate.agreement(jobs, found, tmp_path, shipped) >= 0.5  # mp4 changes little
-    assert evaluate.agreement(jobs, [*reversed(found)], tmp_path, shipped) < 0.5
+    found = [benchmark.judge(each, clip, shipped) for each, clip in zip(jobs, frames, strict=True)]
+    assert benchmark.agreement(jobs, found, tmp_path, shipped) >= 0.5  # mp4 changes little
+    assert benchmark.agreement(jobs, [*reversed(found)], tmp_path, shipped) < 0.5
 
 
 def test_ground_truth_is_recognised_by_the_benchmark(shipped: Judges) -> None:
-    jobs = [evaluate.case("toybox", "creaturething", number, 2) for number in range(4)]
-    rows = evaluate.table({"drawn": evaluate.drawn(jobs, shipped, presets.load("toybox"))})
+    jobs = [benchmark.case("toybox", "creaturething", number, 2) for number in range(4)]
+    rows = benchmark.table({"drawn": benchmark.drawn(jobs, shipped, presets.load("toybox"))})
     assert rows["drawn"]["own picture first of 16"][0] >= 0.75
     assert rows["drawn"]["place"][0] >= 0.75
-    assert "| drawn |" in evaluate.as_text(rows)
+    assert "| drawn |" in statistics.as_text(rows)
 
 
 @pytest.mark.parametrize("subjects", [1, 2, 3, 4])
 def test_a_sheet_has_jobs_for_every_number_of_subjects(subjects: int) -> None:
     for number in range(6):
-        job = sheet.held_out_job(number, subjects=subjects)
-        assert len(job.subjects) == subjects and job == sheet.held_out_job(number, subjects=subjects)
+        job = contact_sheet.held_out_job(number, subjects=subjects)
+        assert len(job.subjects) == subjects and job == contact_sheet.held_out_job(number, subjects=subjects)
 
 
 def test_a_png_holds_the_picture() -> None:
     picture = np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)
-    with Image.open(io.BytesIO(base64.b64decode(sheet.as_png(picture)))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(as_png(picture)))) as image:
         assert np.array_equal(np.asarray(image), picture)
 
 
@@ -354,21 +358,21 @@ def drawn_shape(turn: float, scale: float, colour: tuple[int, int, int]) -> tupl
 
 
 def test_traits_do_not_care_how_large_or_turned_a_subject_is_and_tell_colours_and_shapes_apart() -> None:
-    still = others.traits(*drawn_shape(0, 1, (200, 40, 40)))
-    turned = others.traits(*drawn_shape(0.7, 0.8, (200, 40, 40)))
-    blue = others.traits(*drawn_shape(0, 1, (40, 40, 200)))
+    still = out_of_domain.traits(*drawn_shape(0, 1, (200, 40, 40)))
+    turned = out_of_domain.traits(*drawn_shape(0.7, 0.8, (200, 40, 40)))
+    blue = out_of_domain.traits(*drawn_shape(0, 1, (40, 40, 200)))
     picture, mask = drawn_shape(0, 1, (200, 40, 40))
     square = np.zeros_like(mask)
     square[40:90, 40:90] = True
-    boxed = others.traits(np.where(square[..., None], [[[200, 40, 40]]], 255).astype(np.uint8), square)
-    assert others.distance(still, still) == pytest.approx(0, abs=1e-6)
-    assert others.distance(still, turned) < 0.1 < others.distance(still, boxed)
-    assert others.distance(still, blue) > 0.4
-    assert others.traits(picture, mask)[0].sum() == pytest.approx(1)
+    boxed = out_of_domain.traits(np.where(square[..., None], [[[200, 40, 40]]], 255).astype(np.uint8), square)
+    assert out_of_domain.distance(still, still) == pytest.approx(0, abs=1e-6)
+    assert out_of_domain.distance(still, turned) < 0.1 < out_of_domain.distance(still, boxed)
+    assert out_of_domain.distance(still, blue) > 0.4
+    assert out_of_domain.traits(picture, mask)[0].sum() == pytest.approx(1)
 
 
 def test_a_subject_that_cannot_be_seen_finds_nothing_and_one_that_is_copied_finds_itself() -> None:
-    known = [others.traits(*drawn_shape(0.3 * i, 0.6 + 0.03 * i, (10 * i, 255 - 12 * i, 90))) for i in range(18)]
-    assert not others.retrieved(4, None, known)
-    assert all(others.retrieved(i, known[i], known) for i in range(18))
-    assert not others.retrieved(4, known[9], [*known[:4], known[17], *known[5:]])
+    known = [out_of_domain.traits(*drawn_shape(0.3 * i, 0.6 + 0.03 * i, (10 * i, 255 - 12 * i, 90))) for i in range(18)]
+    assert not out_of_domain.retrieved(4, None, known)
+    assert all(out_of_domain.retrieved(i, known[i], known) for i in range(18))
+    assert not out_of_domain.retrieved(4, known[9], [*known[:4], known[17], *known[5:]])

@@ -10,8 +10,9 @@ import pytest
 
 from app import bench
 from engine import presets
-from train import left_out
-from train.sheet import held_out_job
+from train.evaluation import step_cache
+from train.toybox import calibrate
+from train.toybox.contact_sheet import held_out_job
 
 
 @pytest.fixture
@@ -25,14 +26,14 @@ def own_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_forwards_are_counted_frames_compared_and_the_preset_learns_it(tiny_toybox: Path, own_presets: Path):
     job = held_out_job(0)
-    job = left_out.with_steps(job.model_copy(update={"num_frames": 5}), 8)
-    found = left_out.measure("toybox", [job])
+    job = calibrate.with_steps(job.model_copy(update={"num_frames": 5}), 8)
+    found = step_cache.measure("toybox", [job])
     assert (found["off"]["computed"], found["off"]["psnr"], found["off"]["change"]) == (8, 99, 0)
     assert 4 <= found["fast"]["computed"] <= found["careful"]["computed"] <= 8
     assert found["fast"]["psnr"] <= found["careful"]["psnr"] <= 99
 
     before = presets.load("toybox")
-    left_out.write("toybox", found, 1)
+    step_cache.write("toybox", found, 1)
     after = presets.load("toybox")
     assert after.caching.fast.share == pytest.approx(found["fast"]["computed"] / 8, abs=1e-3)
     assert "(1 jobs)" in after.caching.fast.costs and after.caching.fast.tolerance == before.caching.fast.tolerance
@@ -41,8 +42,8 @@ def test_forwards_are_counted_frames_compared_and_the_preset_learns_it(tiny_toyb
 
 def test_equal_clips_are_99_db_alike_and_one_level_apart_48():
     clip = np.full((2, 4, 4, 3), 100, np.uint8)
-    assert left_out.psnr(clip, clip) == 99
-    assert left_out.psnr(clip, clip + 1) == pytest.approx(48.13, abs=0.01)
+    assert step_cache.psnr(clip, clip) == 99
+    assert step_cache.psnr(clip, clip + 1) == pytest.approx(48.13, abs=0.01)
 
 
 def test_the_bench_holds_the_words_to_what_they_promise(monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from train import text, toybox, world
+from train.toybox import recipe, text, world
 
 
 def test_a_caption_lets_one_know_who_does_what_to_whom() -> None:
@@ -17,7 +17,7 @@ def test_a_caption_lets_one_know_who_does_what_to_whom() -> None:
     assert text.Quiz.WHOLE["camera"][told["camera"]] == "pan left"
     told = text.answers(facts, "subject 2 chases subject 1 to the left")
     assert told["way"] == [1, 1] and told["kind"] == [0, 0] and told["camera"] == 0
-    tokenizer = text.load_tokenizer(toybox.ASSETS / "tokenizer")
+    tokenizer = text.load_tokenizer(recipe.ASSETS / "tokenizer")
     words = tokenizer("subject 2 chases subject 1 to the left", return_tensors="pt")["input_ids"]
     numbers = text.asked(words, tokenizer)
     assert numbers[numbers > 0].tolist() == [2, 1]
@@ -39,8 +39,8 @@ def test_a_path_is_where_each_subject_is_seen_at_each_moment() -> None:
 @torch.no_grad()
 def test_the_shipped_reader_of_captions_says_at_each_number_who_acts_and_how() -> None:
     """A linear look at the word's state is enough: fitted on some captions, right on others."""
-    tokenizer = text.load_tokenizer(toybox.ASSETS / "tokenizer")
-    encoder = text.UMT5EncoderModel.from_pretrained(toybox.ASSETS / "text_encoder", dtype=torch.float32).eval()
+    tokenizer = text.load_tokenizer(recipe.ASSETS / "tokenizer")
+    encoder = text.UMT5EncoderModel.from_pretrained(recipe.ASSETS / "text_encoder", dtype=torch.float32).eval()
     rng = np.random.default_rng(7)
     states, parts, verbs = [], [], []
     for _ in range(600):

@@ -17,14 +17,21 @@ from torch import Tensor
 
 from engine import presets
 from engine.model import IdentityAttention, IdentityWanTransformer3DModel
-from engine.subject_tower import LayerIdentity
-from train import binding, checkpoint, data, quick, sft, toybox, vae, world
+from engine.subject_tower import LayerIdentity, References
+from train import cpu_attention
+from train.data.batch import Batch, Blank, cut_from_clip
+from train.data.cache import Cache
+from train.runs import checkpoint
+from train.sft import attention_losses, loss, models, trainer
+from train.sft.config import SftConfig, read_run
+from train.sft.loss import COARSE, at_moments, conditions, kind_at, loss_at, weighted_error
+from train.toybox import recipe, scenes, vae, world
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
     "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
 }  # fmt: skip
-BLANK = data.Blank(text=torch.zeros(1, 5, 8), white=torch.full((4,), 3.0))
+BLANK = Blank(text=torch.zeros(1, 5, 8), white=torch.full((4,), 3.0))
 IDENTITY = {**WAN, "identity_layers": 1, "max_subjects": 4, "vlm_dim": 6}
 
 
@@ -56,7 +63,7 @@ def cache(tmp_path: Path) -> Path:
 
 def run_folder(folder: Path, cache: Path, **values: object) -> Path:
     folder.mkdir()
-    config = sft.SftConfig(cache=str(cache), **{"kind": "identity", "architecture": IDENTITY, "steps": 8, **values})
+    config = SftConfig(cache=str(cache), **{"kind": "identity", "architecture": IDENTITY, "steps": 8, **values})
     (folder / "run.json").write_text(config.model_dump_json(), encoding="utf-8")
     return folder
 
@@ -107,9 +114,9 @@ def test_the_shipped_codec_draws_even_colour_without_a_hatch() -> None:
 
 def test_a_run_that_is_cut_and_goes_on_ends_with_the_same_weights(tmp_path: Path, cache: Path) -> None:
     whole, cut = run_folder(tmp_path / "whole", cache), run_folder(tmp_path / "cut", cache)
-    assert sft.train(whole, seconds=60)
-    assert not sft.train(cut, seconds=60, updates=3)
-    assert sft.train(cut, seconds=60)
+    assert trainer.train(whole, seconds=60)
+    assert not trainer.train(cut, seconds=60, updates=3)
+    assert trainer.train(cut, seconds=60)
     first, second = weights(whole), weights(cut)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -125,25 +132,25 @@ def test_two_processes_make_one_run_and_agree_on_its_weights(tmp_path: Path, cac
     saved = checkpoint.load(run)
     assert saved is not None and saved[0] == 4
     alone = run_folder(tmp_path / "alone", cache, steps=4)
-    sft.train(alone, seconds=60)
+    trainer.train(alone, seconds=60)
     first, second = weights(run), weights(alone)
     assert any(not torch.equal(first[key], second[key]) for key in first)  # the other one's batches count too
 
 
 def test_stills_clips_and_sparse_clips_have_their_shares_and_are_spread_evenly() -> None:
-    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, clip_share=0.75, sparse_share=2 / 3)
-    kinds = [sft.kind_at(step, config) for step in range(400)]
+    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, clip_share=0.75, sparse_share=2 / 3)
+    kinds = [kind_at(step, config) for step in range(400)]
     assert (kinds.count("still"), kinds.count("clip"), kinds.count("sparse")) == (100, 100, 200)
     assert all(sorted(kinds[i : i + 4]) == sorted(kinds[:4]) for i in range(0, 400, 4))
 
 
 def test_some_frames_of_a_clip_keep_their_moments() -> None:
     torch.manual_seed(0)
-    model = sft.new_model(sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1)).eval()
+    model = models.new_model(SftConfig(kind="base", cache="", architecture=WAN, steps=1)).eval()
     moments, frames = torch.tensor([0, 2, 4]), 5
     chosen = torch.randn(1, model.config.in_channels, 3, 4, 4)
     wide = model.rope(torch.zeros(1, 1, frames, 4, 4))
-    with sft.at_moments(model, moments, frames):
+    with at_moments(model, moments, frames):
         told = model.rope(chosen)
     tokens = len(told[0][0]) // 3
     for ours, all_of in zip(told, wide, strict=True):
@@ -154,33 +161,33 @@ def test_some_frames_of_a_clip_keep_their_moments() -> None:
 
 
 def test_a_model_goes_on_with_positions_that_it_has_not_had(tmp_path: Path) -> None:
-    first = sft.SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
-    sft.new_model(first).save_pretrained(tmp_path)
+    first = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
+    models.new_model(first).save_pretrained(tmp_path)
     grown = first.model_copy(update={"start": str(tmp_path), "architecture": {**IDENTITY, "video_positions": True}})
-    model = sft.new_model(grown)
-    assert 0 < float(model.video_position_embedding.proj.weight.detach().std()) < 2 * sft.TOLD
-    for name, value in sft.new_model(first.model_copy(update={"start": str(tmp_path)})).state_dict().items():
+    model = models.new_model(grown)
+    assert 0 < float(model.video_position_embedding.proj.weight.detach().std()) < 2 * models.TOLD
+    for name, value in models.new_model(first.model_copy(update={"start": str(tmp_path)})).state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    rates = {id(p): group["peak"] for group in sft.new_optimizer(model, grown).param_groups for p in group["params"]}
-    assert rates[id(model.video_position_embedding.proj.weight)] == sft.ZERO_START * grown.learning_rate
+    rates = {id(p): group["peak"] for group in models.new_optimizer(model, grown).param_groups for p in group["params"]}
+    assert rates[id(model.video_position_embedding.proj.weight)] == models.ZERO_START * grown.learning_rate
     torch.nn.init.normal_(model.video_position_embedding.proj.weight)
     moments, chosen = torch.tensor([0, 1, 4]), torch.randn(1, 4, 3, 4, 4)
     whole = model.video_position_embedding(torch.zeros(1, 4, 5, 4, 4)).unflatten(1, (5, -1))
-    with sft.at_moments(model, moments, 5):
+    with at_moments(model, moments, 5):
         assert torch.equal(model.video_position_embedding(chosen), whole[:, moments].flatten(1, 2))
-    sft.new_model(sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1)).save_pretrained(tmp_path / "plain")
+    models.new_model(SftConfig(kind="base", cache="", architecture=WAN, steps=1)).save_pretrained(tmp_path / "plain")
     for start in ("", str(tmp_path / "plain")):  # a run of its own, and one upon a plain base
-        assert sft.new_model(grown.model_copy(update={"start": start})).video_position_embedding.proj.weight.any()
-    worn = sft.new_model(grown.model_copy(update={"architecture": {**IDENTITY, "slot_keys": True}}))
+        assert models.new_model(grown.model_copy(update={"start": start})).video_position_embedding.proj.weight.any()
+    worn = models.new_model(grown.model_copy(update={"architecture": {**IDENTITY, "slot_keys": True}}))
     assert float(worn.subject_blocks[0].slot_key.weight.detach().std()) > 0.1
     other = grown.model_copy(update={"architecture": {**IDENTITY, "num_layers": 3}})
     with pytest.raises(ValueError, match="another architecture"):
-        sft.new_model(other)
+        models.new_model(other)
 
 
 def test_a_sparse_clip_holds_both_of_its_ends(cache: Path) -> None:
     """Positions are relative: from frames in the middle alone no model can tell when they are."""
-    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=0, sparse_frames=3)
+    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=0, sparse_frames=3)
     latents = torch.arange(7.0).view(1, 1, 7, 1, 1).expand(2, 4, 7, 4, 4).clone()
     seen = []
 
@@ -192,19 +199,19 @@ def test_a_sparse_clip_holds_both_of_its_ends(cache: Path) -> None:
             return (noisy,)
 
     whole = shard("clip", 1, 0)
-    batch = data.Batch(**{**{key: t[:2].float() for key, t in whole.items()}, "latents": latents,
+    batch = Batch(**{**{key: t[:2].float() for key, t in whole.items()}, "latents": latents,
                           "owner": torch.zeros(2, 7, 4, 4)})  # fmt: skip
     moments = []
-    real = sft.at_moments
+    real = at_moments
 
     def told(model: object, chosen: Tensor, frames: int):
         moments.append((chosen.tolist(), frames))
         return real(model, chosen, frames)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "at_moments", told)
+        patch.setattr(loss, "at_moments", told)
         for step in range(12):
-            sft.loss_at(Ear(), batch, config, BLANK, place=(step,), sparse=True)
+            loss_at(Ear(), batch, config, BLANK, place=(step,), sparse=True)
     assert set(seen) == {3}
     assert all(chosen[0] == 0 and chosen[-1] == 6 and frames == 7 for chosen, frames in moments)
     assert len({chosen[1] for chosen, _ in moments}) > 1
@@ -214,17 +221,17 @@ def test_more_weight_on_motion_counts_what_moves_together_and_neither_stillness_
     missed, even = torch.randn(2, 3, 5, 8, 8), torch.ones(2, 1, 5, 8, 8)
     weight = 1 + torch.rand(2, 1, 5, 8, 8)
     torch.testing.assert_close(
-        sft.weighted_error(missed, weight, 0.0), (missed.square() * weight).sum() / (weight.sum() * 3)
+        weighted_error(missed, weight, 0.0), (missed.square() * weight).sum() / (weight.sum() * 3)
     )
     still = missed.mean(2, keepdim=True).expand_as(missed)
     checks = torch.tensor([1.0, -1.0]).repeat(4)
     detail = (missed.mean((-2, -1), keepdim=True) * checks).expand_as(missed)
     for unmoved in (still, detail):
-        torch.testing.assert_close(sft.weighted_error(unmoved, even, 5.0), sft.weighted_error(unmoved, even, 0.0))
+        torch.testing.assert_close(weighted_error(unmoved, even, 5.0), weighted_error(unmoved, even, 0.0))
     together = (missed - still).mean((-2, -1), keepdim=True).expand_as(missed)
-    plain = sft.weighted_error(together, even, 0.0)
-    torch.testing.assert_close(sft.weighted_error(together, even, 5.0), (1 + 5 * sft.COARSE**2) * plain)
-    assert sft.weighted_error(torch.zeros_like(missed), weight, 5.0) == 0
+    plain = weighted_error(together, even, 0.0)
+    torch.testing.assert_close(weighted_error(together, even, 5.0), (1 + 5 * COARSE**2) * plain)
+    assert weighted_error(torch.zeros_like(missed), weight, 5.0) == 0
 
 
 def test_motion_inside_a_known_region_alone_counts() -> None:
@@ -233,18 +240,18 @@ def test_motion_inside_a_known_region_alone_counts() -> None:
     weight[:, :, 1:, :, 1:3] = 1  # it moves with its subject
     missed = torch.randn(1, 2, 3, 4, 4)
     elsewhere = torch.where(weight > 0, missed, torch.randn_like(missed))
-    assert torch.equal(sft.weighted_error(missed, weight, 2.0), sft.weighted_error(elsewhere, weight, 2.0))
+    assert torch.equal(weighted_error(missed, weight, 2.0), weighted_error(elsewhere, weight, 2.0))
 
 
 def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:
-    config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=60, known_region=0)
-    model, dealt = sft.new_model(config), data.Cache(cache)
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=60, known_region=0)
+    model, dealt = models.new_model(config), Cache(cache)
     dealt.refresh()
     batch = dealt.draw("still", 6, np.random.default_rng(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        loss, parts = sft.loss_at(model, batch, config, BLANK, place=(0,))
+        loss, parts = loss_at(model, batch, config, BLANK, place=(0,))
         losses.append(parts["error"])
         loss.backward()
         optimizer.step()
@@ -263,8 +270,8 @@ def test_the_binding_loss_falls_when_each_place_looks_at_whoever_is_there() -> N
     subjects = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).unsqueeze(0)
 
     def loss(key: Tensor, owner: Tensor, near: Tensor = subjects) -> float:
-        seen = binding.Seen(pictures=[(attention, z, LayerIdentity(key, key, None, None))])
-        return binding.binding_loss(seen, owner, near).item()
+        seen = attention_losses.Seen(pictures=[(attention, z, LayerIdentity(key, key, None, None))])
+        return attention_losses.binding_loss(seen, owner, near).item()
 
     swapped = keys[:, [2, 3, 0, 1, 4]]
     assert loss(keys, owner) < 0.5 * loss(swapped, owner)
@@ -285,7 +292,7 @@ def test_the_reading_loss_falls_when_each_place_reads_the_word_that_numbers_whoe
     owner = torch.tensor([[1, 2, 0, 1]])
 
     def loss(z: Tensor, owner: Tensor, numbers: Tensor = numbers) -> float:
-        return binding.reading_loss(binding.Seen(words=[(reader, z, words)]), owner, numbers).item()
+        return attention_losses.reading_loss(attention_losses.Seen(words=[(reader, z, words)]), owner, numbers).item()
 
     reads = 3 * torch.eye(8)[[0, 1, 7, 0]].unsqueeze(0)
     assert loss(reads, owner) < 0.5 * loss(reads, torch.tensor([[2, 1, 0, 2]]))
@@ -308,7 +315,7 @@ def test_the_naming_loss_asks_for_the_slot_and_not_for_what_a_picture_looks_like
     z = 3 * torch.eye(8)[[0, 1, 5, 6]].unsqueeze(0)
 
     def loss(z: Tensor, owner: Tensor, count: int = 2) -> float:
-        return binding.naming_loss(binding.Seen(slots=[(attention, z, worn)]), owner, count).item()
+        return attention_losses.naming_loss(attention_losses.Seen(slots=[(attention, z, worn)]), owner, count).item()
 
     assert loss(z, owner) < 0.5 * loss(z, torch.tensor([[2, 1, 0, -1]]))
     assert loss(z, owner) < loss(z, owner, count=4)  # more to be taken for
@@ -320,27 +327,27 @@ def test_the_naming_loss_asks_for_the_slot_and_not_for_what_a_picture_looks_like
 
 
 def test_keys_that_wear_no_slots_are_not_asked_for_them(cache: Path) -> None:
-    dealt = data.Cache(cache)
+    dealt = Cache(cache)
     dealt.refresh()
     batch = dealt.draw("clip", 4, np.random.default_rng(0))
     assert batch.references.shape[1] == 2
     batch.owner[:, :, 2:, 2:] = 2
     for worn in (False, True):
         architecture = {**IDENTITY, "slot_keys": worn}
-        config = sft.SftConfig(kind="identity", cache=str(cache), architecture=architecture, steps=1, drop_both=0)
-        parts = sft.loss_at(sft.new_model(config), batch, config, BLANK, place=(0,))[1]
+        config = SftConfig(kind="identity", cache=str(cache), architecture=architecture, steps=1, drop_both=0)
+        parts = loss_at(models.new_model(config), batch, config, BLANK, place=(0,))[1]
         assert (parts["names"] > 0) == worn
 
 
 def test_whose_caption_was_dropped_is_asked_to_read_nothing(cache: Path) -> None:
-    config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, drop_subjects=0)
-    model, dealt = sft.new_model(config), data.Cache(cache)
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, drop_subjects=0)
+    model, dealt = models.new_model(config), Cache(cache)
     dealt.refresh()
     batch = dealt.draw("still", 4, np.random.default_rng(0))
     silent = config.model_copy(update={"drop_text": 1.0, "drop_both": 0.0})
     told = config.model_copy(update={"drop_text": 0.0, "drop_both": 0.0})
-    assert sft.loss_at(model, batch, silent, BLANK, place=(0,))[1]["reads"] == 0
-    assert sft.loss_at(model, batch, told, BLANK, place=(0,))[1]["reads"] > 0
+    assert loss_at(model, batch, silent, BLANK, place=(0,))[1]["reads"] == 0
+    assert loss_at(model, batch, told, BLANK, place=(0,))[1]["reads"] > 0
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -356,25 +363,25 @@ def test_the_counterpart_of_a_place_is_the_same_part_of_a_larger_mirrored_or_mov
     references[0, 0, 0, :, 3:5, 3:5] = 1.0
     larger = part.repeat_interleave(2, 1).repeat_interleave(2, 2)
     references[0, 1, 0, :, 3:7, 1:5] = larger.flip(-1) if mirrored else larger
-    near = binding.counterparts(latents, owner, references, white, patch=1)
+    near = attention_losses.counterparts(latents, owner, references, white, patch=1)
     assert near.shape == (1, 2 * 64, 2 * 64)
     held = owner.flatten() > 0
     assert not near[0, ~held].any() and not near[0, :, :64].any()  # nobody else's place, and not the other subject
     shown = references[0, 1, 0].flatten(1)[:, near[0, held, 64:].argmax(-1)]
     assert torch.equal(shown, latents.flatten(2)[0][:, held])
     references[0, 1] += 1.0  # no white rim: the whole picture counts
-    assert bool((binding.counterparts(latents, owner, references, white, patch=1)[0, held, 64:] == 1).all())
+    assert bool((attention_losses.counterparts(latents, owner, references, white, patch=1)[0, held, 64:] == 1).all())
 
 
 def test_identity_blocks_start_from_the_base_as_it_is(tmp_path: Path, cache: Path) -> None:
     base = run_folder(tmp_path / "base", cache, kind="base", architecture=WAN, steps=3)
-    sft.train(base, seconds=60)
-    config = sft.SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(base))
-    plain, upon = sft.new_model(sft.read_run(base)).eval(), sft.new_model(config).eval()
-    sft.load_average(plain, base)
-    batch = data.Batch(**{key: t.float() if t.is_floating_point() else t for key, t in shard("still", 2, 5).items()})
+    trainer.train(base, seconds=60)
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(base))
+    plain, upon = models.new_model(read_run(base)).eval(), models.new_model(config).eval()
+    models.load_average(plain, base)
+    batch = Batch(**{key: t.float() if t.is_floating_point() else t for key, t in shard("still", 2, 5).items()})
     inputs = (batch.latents, torch.full((6,), 500.0), batch.text)
-    references = sft.References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
+    references = References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
     with torch.no_grad():
         assert torch.equal(plain(*inputs).sample, upon(*inputs, references=references).sample)
 
@@ -383,31 +390,29 @@ def test_an_exported_model_holds_the_averages_in_half_precision_and_training_goe
     tmp_path: Path, cache: Path
 ) -> None:
     run = run_folder(tmp_path / "run", cache)
-    sft.train(run, seconds=60)
-    sft.export(run, tmp_path / "model")
+    trainer.train(run, seconds=60)
+    models.export(run, tmp_path / "model")
     model = IdentityWanTransformer3DModel.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
     saved = checkpoint.load(run)
     assert saved is not None
     for key, tensor in saved[1]["ema"].items():
         assert torch.equal(model.get_parameter(key), tensor.half().float()), key
-    config = sft.SftConfig(
-        kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(tmp_path / "model")
-    )
-    onward = sft.new_model(config)
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(tmp_path / "model"))
+    onward = models.new_model(config)
     assert all(torch.equal(onward.get_parameter(key), model.get_parameter(key)) for key in saved[1]["ema"])
 
 
 def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None:
-    config = sft.SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
+    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
     count = 4000
-    batch = data.Batch(
+    batch = Batch(
         latents=torch.zeros(count, 1, 1, 1, 1), owner=torch.zeros(count, 1, 1, 1), text=torch.ones(count, 1, 1),
         numbers=torch.zeros(count, 1),
         references=torch.zeros(count, 2, 1, 1, 1, 1), vlm=torch.zeros(count, 3, 1),
         vlm_mask=torch.ones(count, 3, dtype=torch.bool),
     )  # fmt: skip
-    nothing = data.Blank(text=torch.zeros(1, 1, 1), white=torch.zeros(1))
-    text, references = sft.conditions(batch, config, nothing, torch.Generator().manual_seed(0))
+    nothing = Blank(text=torch.zeros(1, 1, 1), white=torch.zeros(1))
+    text, references = conditions(batch, config, nothing, torch.Generator().manual_seed(0))
     no_text, no_subjects = text.flatten() == 0, ~references.mask.flatten(1).any(1)
     shares = [(no_text & ~no_subjects), (no_subjects & ~no_text), (no_text & no_subjects)]
     assert all(abs(share.float().mean().item() - 0.1) < 0.02 for share in shares)
@@ -416,14 +421,14 @@ def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None
 
 
 def test_noise_levels_that_share_their_subjects_cost_what_they_cost_apart(cache: Path) -> None:
-    config = sft.SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1, noises=3, drop_both=0)
-    model, dealt = sft.new_model(config), data.Cache(cache)
+    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1, noises=3, drop_both=0)
+    model, dealt = models.new_model(config), Cache(cache)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     dealt.refresh()
     batch = dealt.draw("still", 4, np.random.default_rng(0))
-    references = sft.References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
-    thrice = sft.References(*(None if t is None else t.repeat_interleave(3, 0) for t in vars(references).values()))
+    references = References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
+    thrice = References(*(None if t is None else t.repeat_interleave(3, 0) for t in vars(references).values()))
     inputs = [t.repeat_interleave(3, 0) for t in (batch.latents, torch.full((4,), 300.0), batch.text)]
     with torch.no_grad():
         shared = model(*inputs, identity=model.encode_identity(references).repeat_interleave(3)).sample
@@ -438,20 +443,20 @@ def test_quick_attention_is_attention(masked: bool) -> None:
     if mask is not None:
         mask[..., 0] = True
     theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    torch.testing.assert_close(quick.attention(query, key, value, mask), theirs)
+    torch.testing.assert_close(cpu_attention.attention(query, key, value, mask), theirs)
     with pytest.raises(ValueError, match="is_causal"):
-        quick.attention(query, key, value, is_causal=True)
+        cpu_attention.attention(query, key, value, is_causal=True)
 
 
 def test_what_is_quick_ends_with_the_pass_and_takes_products_in_half_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    with quick.quick():
-        assert torch.nn.functional.scaled_dot_product_attention is quick.attention
+    with cpu_attention.quick():
+        assert torch.nn.functional.scaled_dot_product_attention is cpu_attention.attention
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     assert torch.nn.functional.scaled_dot_product_attention is before
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    with quick.quick():
+    with cpu_attention.quick():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
@@ -461,8 +466,8 @@ def test_in_pair_references_show_each_subject_as_the_clip_has_it_on_white_paper(
     tensors["owner"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     tensors["owner"][:, :, 4, 4:6], tensors["owner"][:, :, 4, 3] = 1, 2
     tensors["references"] = torch.zeros(6, 2, 2, 4, 8, 8)
-    batch = data.Batch(**tensors)
-    cut = data.cut_from_clip(batch, BLANK.white, np.random.default_rng(1))
+    batch = Batch(**tensors)
+    cut = cut_from_clip(batch, BLANK.white, np.random.default_rng(1))
     assert cut.shape == batch.references.shape and torch.equal(cut[:, :, 0], cut[:, :, 1])
     drawn = (cut[:, :, 0] != 3).any(2)
     assert drawn.sum((2, 3)).tolist() == [[2, 1]] * 6
@@ -472,15 +477,15 @@ def test_in_pair_references_show_each_subject_as_the_clip_has_it_on_white_paper(
 
 
 def test_in_pair_references_are_for_the_first_half_of_a_run() -> None:
-    config = sft.SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=100, in_pair=1.0, noises=1)
+    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=100, in_pair=1.0, noises=1)
     tensors = shard("still", 2, 0)
-    batch = data.Batch(**{key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
+    batch = Batch(**{key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
 
     def seen_at(step: int) -> Tensor:
-        model = sft.new_model(config)
+        model = models.new_model(config)
         shown: list[Tensor] = []
         model.encode_identity = lambda references: shown.append(references.latents)  # type: ignore[method-assign]
-        sft.loss_at(model, batch, config, BLANK, place=(step,))
+        loss_at(model, batch, config, BLANK, place=(step,))
         return shown[0]
 
     assert not any(torch.equal(a, b) for a, b in zip(seen_at(0), batch.references, strict=True))
@@ -496,13 +501,13 @@ class Ear(torch.nn.Module):
 
 
 def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
-    config = sft.SftConfig(kind="base", cache="", architecture=WAN, steps=1, clip_noises=1, known_region=1.0)
+    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, clip_noises=1, known_region=1.0)
     tensors = shard("clip", 2, 0)
     tensors["owner"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     tensors["owner"][:, :, :2, :2] = 1
     tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
-    batch, ear = data.Batch(**tensors), Ear()
-    before, _ = sft.loss_at(ear, batch, config, BLANK, place=(0,))
+    batch, ear = Batch(**tensors), Ear()
+    before, _ = loss_at(ear, batch, config, BLANK, place=(0,))
     inside = torch.zeros(6, 3, 8, 8, dtype=torch.bool)
     inside[:, :, :4, :4] = True  # the subject's patch and one more on every side
     asked = ear.timestep.unflatten(1, (3, 4, 4)).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -511,11 +516,11 @@ def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
     assert torch.equal(ear.latents[outside], batch.latents[outside])
     assert not torch.equal(ear.latents[~outside], batch.latents[~outside])
     tensors["latents"] = torch.where(outside, batch.latents + 3, batch.latents)
-    assert torch.equal(sft.loss_at(ear, data.Batch(**tensors), config, BLANK, place=(0,))[0], before)
+    assert torch.equal(loss_at(ear, Batch(**tensors), config, BLANK, place=(0,))[0], before)
 
 
 def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:
-    dealt = data.Cache(cache)
+    dealt = Cache(cache)
     assert dealt.refresh() == 4
     assert dealt.refresh() == 4
     rng = np.random.default_rng(0)
@@ -528,7 +533,7 @@ def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:
 
 def test_a_latent_cell_belongs_to_whoever_fills_most_of_it() -> None:
     clip = world.render(world.make_scene(5, num_subjects=2), num_frames=17)
-    owner = data._owner_of_latents(clip.owner, frames=5, cells=16)
+    owner = scenes._owner_of_latents(clip.owner, frames=5, cells=16)
     assert owner.shape == (5, 16, 16)
     for i in range(5):
         pixels = clip.owner[4 * i]
@@ -551,28 +556,28 @@ def test_a_saved_state_replaces_the_one_before_only_when_it_is_whole(tmp_path: P
 
 
 def test_a_larger_size_has_ten_million_parameters_and_the_frozen_parts_of_the_small_one(tmp_path: Path) -> None:
-    size = toybox.SIZES["s"]
-    config = sft.read_run(toybox.run_of(tmp_path, "identity", size, tmp_path / "base", **toybox.IDENTITY))
+    size = recipe.SIZES["s"]
+    config = read_run(recipe.run_of(tmp_path, "identity", size, tmp_path / "base", **recipe.IDENTITY))
     with torch.device("meta"):
         model = IdentityWanTransformer3DModel(**config.architecture)
     assert 9e6 < sum(parameter.numel() for parameter in model.parameters()) < 11e6
-    large, small = toybox.preset_of(size), presets.load("toybox")
+    large, small = recipe.preset_of(size), presets.load("toybox")
     assert (large.name, large.sizes[0].width, large.num_frames) == ("toybox-s", 128, 17)
     assert large.components.transformer != small.components.transformer
     assert large.components.vae == small.components.vae and large.components.judges == small.components.judges
     assert presets.check_frames(large.num_frames, large) == 17
     for stage in ("text", "adopt"):
         with pytest.raises(SystemExit):
-            toybox.main([stage, "--size", "s", "--state", str(tmp_path)])
+            recipe.main([stage, "--size", "s", "--state", str(tmp_path)])
 
 
 def test_a_cache_holds_clips_of_the_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "SHARD", {"still": 2, "clip": 2})
-    encoders = data.Encoders.load(toybox.ASSETS)
-    number = next(n for n in range(100) if data.shape_of_shard(n) == ("clip", 2, 1))
-    large = data.make_shard(number, encoders, toybox.SIZES["s"].form)
+    monkeypatch.setattr(scenes, "SHARD", {"still": 2, "clip": 2})
+    encoders = scenes.Encoders.load(recipe.ASSETS)
+    number = next(n for n in range(100) if scenes.shape_of_shard(n) == ("clip", 2, 1))
+    large = scenes.make_shard(number, encoders, recipe.SIZES["s"].form)
     assert large["latents"].shape == (2, 16, 17, 32, 32)
     assert large["references"].shape == (2, 2, 1, 16, 32, 32) and large["owner"].shape == (2, 17, 32, 32)
-    small = data.make_shard(number, encoders)
+    small = scenes.make_shard(number, encoders)
     assert small["latents"].shape == (2, 16, 9, 16, 16)
     assert torch.equal(small["text"], large["text"])  # the same scenes

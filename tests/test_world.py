@@ -1,13 +1,15 @@
 """The toybox world, without torch: seeds, masks, captions, references, room in the frame."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from train import world
-from train.world_parts import PATTERNS, far_apart
+from train.toybox import world
+from train.toybox.world.drawing import PATTERNS, far_apart
 
 pytest.importorskip("cv2")
 
@@ -206,5 +208,5 @@ def test_verbs_that_need_more_room_are_refused_in_crowds():
 
 
 def test_importing_the_world_needs_neither_torch_nor_cv2():
-    code = "import sys, train.world; assert not {'torch', 'cv2'} & set(sys.modules)"
+    code = "import sys, train.toybox.world; assert not {'torch', 'cv2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,1 @@
+"""Samples as tensors: batches, and the cache they are drawn from. Knows nothing of worlds, models or losses."""

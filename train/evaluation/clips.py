@@ -1,0 +1,36 @@
+"""Clips made for measuring: a job becomes its native frames, frames become a picture inside a document.
+
+In:  jobs and a model pool.
+Out: uint8 frames; base64 PNG.
+Knows nothing of what is measured, or of the toybox.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from engine import presets, run, video
+from engine.job import GenerateJob
+from engine.messages import Message
+
+
+def as_png(picture: np.ndarray) -> str:
+    """uint8 (H, W, 3) as base64 PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def frames_of(job: GenerateJob, clip: Path, warm: run.Warm) -> np.ndarray:
+    """Make a job's clip into a file and give its native frames, uint8 (F, H, W, 3)."""
+    run.run(job, _quiet, outputs=clip.parent, clip=clip, warm=warm)
+    return video.read_frames(clip, display_scale=presets.load(job.preset).display_scale)
+
+
+def _quiet(message: Message) -> None:
+    """Whoever makes many clips has a progress of their own."""

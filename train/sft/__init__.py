@@ -1,0 +1,1 @@
+"""Supervised fine-tuning by rectified flow. Knows nothing of where samples come from."""

@@ -1,0 +1,109 @@
+"""The model of a run: made, grown from another, given to an optimizer, exported.
+
+In:  a run's config, and the model folder or run it starts from.
+Out: a transformer, its AdamW with the learning-rate schedule, or a model folder in half precision.
+Knows nothing of data or losses.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from torch import nn
+
+from engine.model import IdentityWanTransformer3DModel
+from train.runs import checkpoint
+from train.sft.config import SftConfig, read_run
+
+BETAS = (0.9, 0.99)  # of AdamW
+
+TOLD = 0.1  # size of the weights of positions that a model starts with
+
+ZERO_START = 4.0  # times the rate, for what starts at zero
+
+
+def new_model(config: SftConfig) -> WanTransformer3DModel:
+    """Random weights, or the averaged weights of the run it starts from with untrained identity blocks."""
+    torch.manual_seed(config.seed)
+    kind = IdentityWanTransformer3DModel if config.kind == "identity" else WanTransformer3DModel
+    if not config.start:
+        model = kind(**config.architecture)
+        return _told(model) if isinstance(model, IdentityWanTransformer3DModel) else model
+    source = _started(Path(config.start))
+    if isinstance(source, kind):
+        return _grown(source, config.architecture)
+    extra = {key: value for key, value in config.architecture.items() if key not in source.config}
+    return _told(IdentityWanTransformer3DModel.from_plain_wan(source, **extra))
+
+
+def _told(model: Any) -> Any:
+    """Positions are heard at once: started at zero, as in a model that has to equal Wan, they had hardly moved after
+    600 updates."""
+    if model.video_position_embedding is not None:
+        nn.init.normal_(model.video_position_embedding.proj.weight, std=TOLD)
+    return model
+
+
+def _grown(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTransformer3DModel:
+    """The model itself, or with what its architecture has not had so far, as that starts."""
+    held = {key: value for key, value in source.config.items() if not key.startswith("_")}
+    if {**held, **architecture} == held:
+        return source
+    grown = type(source)(**{**held, **architecture})
+    _told(grown)
+    missing, unexpected = grown.load_state_dict(source.state_dict(), strict=False)
+    own = ("video_position_embedding.", ".slot_key.")
+    strangers = [key for key in missing if not any(each in key for each in own)] + unexpected
+    if strangers:
+        raise ValueError(f"the model to start from has another architecture, the first key is {strangers[0]}")
+    return grown
+
+
+def _started(start: Path) -> WanTransformer3DModel:
+    """The model of a folder, or a run's model with its averaged weights."""
+    if (start / "config.json").exists():
+        name = json.loads((start / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        kind = (
+            IdentityWanTransformer3DModel if name == IdentityWanTransformer3DModel.__name__ else WanTransformer3DModel
+        )
+        return kind.from_pretrained(start, torch_dtype=torch.float32)
+    model = new_model(read_run(start))
+    load_average(model, start)
+    return model
+
+
+def load_average(model: nn.Module, run: Path) -> int:
+    """Put a run's averaged weights into a model; returns their step."""
+    saved = checkpoint.load(run)
+    if saved is None:
+        raise FileNotFoundError(f"nothing has been trained in {run}")
+    step, groups, _ = saved
+    model.load_state_dict(groups["ema"], strict=False)
+    return step
+
+
+def new_optimizer(model: nn.Module, config: SftConfig) -> torch.optim.AdamW:
+    """AdamW; what starts at zero moves faster, as B of a low-rank pair does (LoRA+, arXiv 2402.12354)."""
+    rates: dict[float, list[nn.Parameter]] = {1.0: [], ZERO_START: []}
+    for name, parameter in model.named_parameters():
+        zero = name.endswith((".identity.to_out.weight", "video_position_embedding.proj.weight"))
+        rates[ZERO_START if zero else 1.0].append(parameter)
+    groups = [{"params": own, "peak": rate * config.learning_rate} for rate, own in rates.items() if own]
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=config.weight_decay, fused=True)
+
+
+def schedule(step: int, config: SftConfig) -> float:
+    """Share of the peak rates: warm-up over 100 updates, flat, linear to zero over the last of them."""
+    return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (config.fall * config.steps)))
+
+
+def export(run: Path, folder: Path) -> None:
+    """Write the averaged weights as a model folder in half precision, shards of at most 15 MB."""
+    config = read_run(run)
+    model = new_model(config)
+    load_average(model, run)
+    model.half().save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")

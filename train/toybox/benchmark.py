@@ -1,0 +1,412 @@
+"""The toybox benchmark: a hundred and eighty held-out jobs, made and judged, and one table with intervals.
+
+In:  a preset, a number of jobs, a set of judges.
+Out: a table; with a folder, the jobs in OpenS2V's layout, clips named by id, and every figure as JSON.
+Knows nothing of training. Published figures come from the `test` judges, which nothing selects by.
+
+    python launch.py evaluate toybox             # every third job, no withheld or swapped references
+    python launch.py evaluate toybox --full --out results
+
+A subject counts as recognised when the clip shows more of its own picture than of any of fifteen others of its kind,
+each looked for in turn. The same jobs are made again with references withheld, and two-subject ones with references
+swapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from PIL import Image
+from torch import Tensor
+
+from engine import decode, presets, run, video
+from engine.encode import clip_latents, render
+from engine.job import GenerateJob, Subject, make_job
+from engine.judges import MOMENTS, SEEN, Judges, cut_out, finder, to_unit
+from engine.messages import StudioError
+from engine.paths import ROOT
+from train.evaluation.clips import frames_of
+from train.evaluation.statistics import Interval, as_text, interval, spearman
+from train.runs.metrics import duration
+from train.toybox import world
+from train.toybox.contact_sheet import job_of, verbs_for
+from train.toybox.world import captions
+
+ASSETS = ROOT / "assets" / "judges"
+CANDIDATES = 16  # pictures of one kind, the own one among them
+# OpenS2V's eight categories in miniature: name -> how many jobs, and how many subjects.
+CATEGORIES = {
+    "onecreature": (30, 1),
+    "onething": (30, 1),
+    "onepatchwork": (30, 1),
+    "twocreatures": (30, 2),
+    "creaturething": (15, 2),
+    "samekind": (15, 2),
+    "three": (15, 3),
+    "four": (15, 4),
+}
+REDUCED = 3  # without --full, every third job
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job with what is true about it; `instead` is what is made where that differs from what is asked about."""
+
+    id: str
+    scene: world.Scene
+    job: GenerateJob
+    instead: GenerateJob | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judges found in one clip; shares of 1, None where a question does not apply."""
+
+    id: str
+    subjects: int
+    recognised: tuple[bool, ...]
+    likeness: tuple[float, ...]
+    presence: tuple[float, ...]
+    count: bool
+    verb: bool
+    direction: bool | None
+    place: bool
+    copied: float
+    acted: float
+    """How sure the judge is of the right verb."""
+    drawn: float | None = None
+    """How sure the critic is that the frames were drawn; None where the set has none."""
+
+    @property
+    def score(self) -> float:
+        """One number for a clip: its weakest likeness, and how sure the judge is that the right thing happens."""
+        return (min(self.likeness) + self.acted) / 2
+
+
+# --- the jobs --------------------------------------------------------------------------------------------------------
+
+
+def cases(preset: str = "toybox", *, every: int = 1) -> list[Case]:
+    """The benchmark's jobs in order; `every` takes each n-th of every category."""
+    made = []
+    for category, (count, subjects) in CATEGORIES.items():
+        made += [case(preset, category, number, subjects) for number in range(0, count, every)]
+    return made
+
+
+def case(preset: str, category: str, number: int, subjects: int) -> Case:
+    """One job: held-out identities of the category's kinds, a prompt as a person would write it, no attributes."""
+    rng = np.random.default_rng((81, list(CATEGORIES).index(category), number))
+    cast = tuple(_identity(rng, kind) for kind in _kinds(rng, category, subjects))
+    scene = world.make_scene(
+        int(rng.integers(2**30)), subjects=cast, verb=str(rng.choice(verbs_for(subjects))), split="heldout"
+    )
+    pictures = [world.reference_picture(subject, number)[0] for subject in cast]
+    return Case(f"{category}_{number + 1}", scene, job_of(preset, scene, pictures, seed=number))
+
+
+def _kinds(rng: np.random.Generator, category: str, subjects: int) -> list[str]:
+    creature, thing = (lambda: str(rng.choice(world.CREATURES))), (lambda: str(rng.choice(world.THINGS)))
+    if category == "onepatchwork":
+        return [world.PATCHWORK]
+    if category in ("onething", "onecreature"):
+        return [thing() if category == "onething" else creature()]
+    if category == "samekind":
+        return [str(rng.choice(world.KINDS))] * 2
+    if category == "twocreatures":
+        return [creature(), creature()]
+    return [creature() if place % 2 == 0 else thing() for place in range(subjects)]
+
+
+def _identity(rng: np.random.Generator, kind: str) -> world.ToySubject:
+    return world.make_subject(world.subject_seed(int(rng.integers(world.IDENTITIES)), "heldout"), kind)
+
+
+def withheld(case: Case, *, attributes: bool) -> Case:
+    """The same job from words alone, as the model was taught to read them; with attributes said, or without."""
+    rng = np.random.default_rng([84, *case.id.encode()])
+    subjects = [
+        subject.model_copy(update={"noun": captions.described(shown, rng) if attributes else subject.noun})
+        for subject, shown in zip(case.job.subjects, case.scene.subjects, strict=True)
+    ]
+    words = render(case.job.prompt, subjects, "slot")
+    return replace(case, instead=make_job(preset=case.job.preset, prompt=words, seed=case.job.seed))
+
+
+def swapped(case: Case) -> Case:
+    """A two-subject job whose pictures have changed places, and with them who is asked about; the words stay."""
+    first, second = case.job.subjects
+    pair: tuple[Subject, ...] = (
+        first.model_copy(update={"pictures": second.pictures}),
+        second.model_copy(update={"pictures": first.pictures}),
+    )
+    scene = replace(case.scene, subjects=case.scene.subjects[::-1])
+    return replace(case, job=case.job.model_copy(update={"subjects": pair}), scene=scene)
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
+    """What a clip shows of its job: uint8 (F, H, W, 3) native frames."""
+    scene = case.scene
+    pictures = [to_unit(torch.from_numpy(_decoded(subject)[None])) for subject in case.job.subjects]
+    seen = to_unit(torch.from_numpy(frames))
+    find = finder(judges, seen)
+    owner = find(pictures).argmax(1)
+    masks = torch.stack([owner == slot for slot in range(1, len(pictures) + 1)], 1).float()  # (F, N, H, W)
+    there = masks.mean((2, 3)) >= SEEN
+    recognised, likeness, copied = [], [], []
+    for slot, subject in enumerate(scene.subjects):
+        shown = there[:, slot]
+        if bool(shown.any()):
+            copied.append(_copied(cut_out(seen[shown], masks[shown, slot]), subject, pictures[slot]))
+        candidates = torch.cat([pictures[slot], _others(case.id, slot, subject)])
+        found = _alike(judges, seen, find, pictures, slot, candidates)
+        recognised.append(found[0] > max(found[1:]))
+        likeness.append(found[0])
+    presence = there.float().mean(0).tolist()
+    action = scene.actions[0]
+    acted, verb, direction = _acted(judges, seen, masks, action)
+    place = judges.places[int(judges.place(seen).mean(0).argmax())] == scene.background
+    count = all(share >= 0.5 for share in presence)
+    means = float(np.mean(copied)) if copied else 0.0
+    return Verdict(
+        case.id,
+        len(pictures),
+        tuple(recognised),
+        tuple(likeness),
+        tuple(presence),
+        count,
+        verb,
+        direction,
+        place,
+        means,
+        acted,
+        float(judges.drawn(seen).mean()) if judges.critic is not None else None,
+    )
+
+
+def _alike(
+    judges: Judges,
+    frames: Tensor,
+    find: Callable[[Sequence[Tensor]], Tensor],
+    pictures: Sequence[Tensor],
+    slot: int,
+    candidates: Tensor,
+) -> list[float]:
+    """How much a clip shows of each candidate (P, 3, H, W) for one slot: cosine of its cut-outs, 0 where it is not.
+
+    Every candidate is looked for with its own picture, beside the other slots' pictures, so that none has the advantage
+    that what is cut out was chosen by it.
+    """
+    known, found = judges.embedder(cut_out(candidates)), []
+    for candidate, vector in zip(candidates, known, strict=True):
+        instead = [*pictures[:slot], candidate[None], *pictures[slot + 1 :]]
+        mask = (find(instead).argmax(1) == slot + 1).float()  # (F, H, W)
+        there = mask.mean((1, 2)) >= SEEN
+        cuts = judges.embedder(cut_out(frames[there], mask[there])) if bool(there.any()) else vector.new_zeros(0, 1)
+        found.append(float((cuts @ vector).clamp(min=0).sum()) / len(frames) if len(cuts) else 0.0)
+    return found
+
+
+def _decoded(subject: Subject) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(subject.pictures[0].png))) as image:
+        return np.array(image.convert("RGB"))
+
+
+def _others(id: str, slot: int, subject: world.ToySubject) -> Tensor:
+    """Pictures of other held-out identities of the same kind."""
+    rng = np.random.default_rng([83, slot, *id.encode()])
+    others = [_identity(rng, subject.kind) for _ in range(CANDIDATES - 1)]
+    pictures = [world.reference_picture(other, int(rng.integers(2**20)))[0] for other in others]
+    return to_unit(torch.from_numpy(np.stack(pictures)))
+
+
+def _copied(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -> float:
+    """How much nearer the cut-outs come to the very picture that was given than to others of the same subject.
+
+    Mean square distances of cut-outs that fill their square; 0 when the pose is free, above it when it is copied.
+    """
+    others = [world.reference_picture(subject, 900 + number)[0] for number in range(4)]
+    given, rest = cut_out(picture), cut_out(to_unit(torch.from_numpy(np.stack(others))))
+    to_given = (cuts - given).square().mean((1, 2, 3))
+    to_rest = (cuts.unsqueeze(1) - rest).square().mean((2, 3, 4)).mean(1)
+    return float((to_rest - to_given).mean())
+
+
+def _acted(judges: Judges, frames: Tensor, masks: Tensor, action: world.Action) -> tuple[float, bool, bool | None]:
+    """How sure the judge is of the action's verb; whether it sees the verb and, where there is one, the direction."""
+    chosen = torch.linspace(0, len(frames) - 1, MOMENTS).round().long()
+    actor = masks[chosen, action.slots[0] - 1]
+    other = masks[chosen, action.slots[1] - 1] if len(action.slots) > 1 else torch.zeros_like(actor)
+    verbs, ways = judges.action(frames[chosen][None], actor[None], other[None])
+    asked, shares = judges.verbs.index(action.verb), judges.verb_shares(verbs)[0]
+    direction = judges.directions[int(ways[0].argmax())] == action.direction if action.direction else None
+    return float(shares[asked]), int(shares.argmax()) == asked, direction
+
+
+def round_trip(frames: np.ndarray, vae: AutoencoderKLWan) -> np.ndarray:
+    """uint8 (F, H, W, 3) -> the same through the VAE."""
+    with torch.no_grad():
+        latents = clip_latents(torch.from_numpy(frames)[None], vae)
+        return np.concatenate([np.stack(group) for group in decode.frames(latents, vae)])
+
+
+def agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder: Path, other: Judges) -> float:
+    """Spearman's correlation of the verdicts' scores with another set's on the same clips, -1 to 1."""
+    scale = presets.load(cases[0].job.preset).display_scale
+    clips = [video.read_frames(folder / f"{each.id}.mp4", display_scale=scale) for each in cases]
+    theirs = [judge(each, frames, other).score for each, frames in zip(cases, clips, strict=True)]
+    return spearman([verdict.score for verdict in verdicts], theirs)
+
+
+# --- making ----------------------------------------------------------------------------------------------------------
+
+
+def made(cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str], None], name: str) -> list[Verdict]:
+    """Make every clip into a folder and judge it, with progress and time left."""
+    warm, verdicts, began = run.Warm(), [], time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, each in enumerate(cases, start=1):
+        frames = frames_of(each.instead or each.job, folder / f"{each.id}.mp4", warm)
+        verdicts.append(judge(each, frames, judges))
+        left = (time.monotonic() - began) / number * (len(cases) - number)
+        say(f"{name}: {number} of {len(cases)}, about {duration(left)} left")
+    return verdicts
+
+
+def drawn(cases: Sequence[Case], judges: Judges, preset: presets.Preset) -> list[Verdict]:
+    """The same questions asked of ground truth after the VAE: the most that the judges can find."""
+    vae = run.Warm().part("vae", preset)
+    clips = [world.render(each.scene, num_frames=preset.num_frames).frames for each in cases]
+    return [judge(each, round_trip(frames, vae), judges) for each, frames in zip(cases, clips, strict=True)]
+
+
+QUESTIONS: dict[str, Callable[[Verdict], list[float]]] = {
+    "own picture first of 16": lambda v: [float(x) for x in v.recognised],
+    "likeness": lambda v: list(v.likeness),
+    "weakest likeness": lambda v: [min(v.likeness)],
+    "seen": lambda v: list(v.presence),
+    "everyone there": lambda v: [float(v.count)],
+    "verb": lambda v: [float(v.verb)],
+    "direction": lambda v: [] if v.direction is None else [float(v.direction)],
+    "place": lambda v: [float(v.place)],
+    "pose copied": lambda v: [v.copied],
+    "taken for drawn": lambda v: [] if v.drawn is None else [v.drawn],
+}
+
+
+def table(verdicts: dict[str, list[Verdict]]) -> dict[str, dict[str, Interval | None]]:
+    """Row -> question -> mean, low, high; a row for all jobs and one for each number of subjects."""
+    rows = {}
+    for name, found in verdicts.items():
+        rows[name] = {question: interval([ask(v) for v in found]) for question, ask in QUESTIONS.items()}
+        for count in sorted({v.subjects for v in found}):
+            own = [v for v in found if v.subjects == count]
+            rows[f"{name}, {count} subject{'s' if count > 1 else ''}"] = {
+                question: interval([ask(v) for v in own]) for question, ask in QUESTIONS.items()
+            }
+    return rows
+
+
+def judges_of(name: str) -> Judges:
+    """A set of judges as it ships.
+
+    Raises:
+        StudioError: it does not ship yet.
+    """
+    if not (ASSETS / name / "config.json").is_file():
+        raise StudioError(
+            f"The {name} judges are not here.",
+            "They are taught on drawings, and this clone comes without them.",
+            f"Teach them with `python -m train.toybox.judges {name}`, or ask others with --judges.",
+        )
+    return Judges.load(ASSETS / name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make, judge, print the table; 1 with a sentence when that cannot be done."""
+    parser = argparse.ArgumentParser(prog="python launch.py evaluate", description="Measure identity on held-out jobs.")
+    parser.add_argument("preset", nargs="?", default="toybox")
+    parser.add_argument("--full", action="store_true", help="all 180 jobs, and withheld and swapped references")
+    parser.add_argument("--out", type=Path, help="folder for jobs, clips, reports and the table; kept")
+    parser.add_argument("--judges", default="test", choices=["test", "reward"], help="which set judges")
+    parser.add_argument("--every", type=int, help="each n-th job of every category; 3, with --full 1")
+    parser.add_argument("--controls", type=int, default=1, help="withheld and swapped references in each n-th of those")
+    options = parser.parse_args(argv)
+    every = options.every or (1 if options.full else REDUCED)
+    judges, jobs = judges_of(options.judges), cases(options.preset, every=every)
+    controls = cases(options.preset, every=every * options.controls)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.out or Path(scratch)
+        verdicts = {"made": made(jobs, judges, folder / "clips", _say, "clips")}
+        if options.full:
+            pairs = [each for each in controls if len(each.scene.subjects) == 2]
+            again = {
+                "references withheld": [withheld(each, attributes=False) for each in controls],
+                "attributes said, references withheld": [withheld(each, attributes=True) for each in controls],
+                "references swapped": [swapped(each) for each in pairs],
+            }
+            for name, others in again.items():
+                verdicts[name] = made(others, judges, folder / name.replace(", ", "-").replace(" ", "-"), _say, name)
+        verdicts["ground truth"] = drawn(jobs, judges, presets.load(options.preset))
+        rows = table(verdicts)
+        print(as_text(rows))  # noqa: T201
+        other = judges_of("reward" if judges.name == "test" else "test")
+        agreed = agreement(jobs, verdicts["made"], folder / "clips", other)
+        print(f"\nThe {other.name} judges put these clips in the same order: Spearman {agreed:.2f}.")  # noqa: T201
+        if options.out:
+            _write(options.out, jobs, verdicts, {"judges": judges.name, "agreement": agreed, "rows": rows})
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _write(
+    folder: Path,
+    jobs: Sequence[Case],
+    verdicts: dict[str, list[Verdict]],
+    figures: dict[str, Any],
+) -> None:
+    """Jobs in OpenS2V's layout, pictures beside them, and all figures."""
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    listed = {}
+    for each in jobs:
+        paths = []
+        for subject in each.job.subjects:
+            path = pictures / f"{each.id}_{subject.name}.png"
+            path.write_bytes(base64.b64decode(subject.pictures[0].png))
+            paths.append(path.relative_to(folder).as_posix())
+        kinds = [subject.kind for subject in each.scene.subjects]
+        listed[each.id] = {"img_paths": paths, "prompt": each.job.prompt, "class_label": kinds}
+    (folder / "jobs.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
+    found = {name: [vars(verdict) for verdict in all_of] for name, all_of in verdicts.items()}
+    whole = {"world": world.VERSION, **figures, "verdicts": found}
+    (folder / "table.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except StudioError as error:
+        _say(str(error))
+        sys.exit(1)

@@ -1,0 +1,167 @@
+"""Toybox scenes encoded ahead of training: latents, text states and VLM states, written as shards.
+
+In:  the drawn world and the frozen VAE, UMT5 and Qwen2.5-VL of a folder.
+Out: shards `<folder>/<kind>-<number>.safetensors`, each of one shape, which `train.data.cache` reads.
+Knows nothing of losses or optimizers.
+
+Shapes: N subjects, V pictures of each, C latent channels, F latent frames, h x w latent pixels, L text tokens,
+T VLM tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
+
+from engine import encode
+from train.distributed import Team
+from train.runs.metrics import Meter
+from train.toybox import world
+from train.toybox.text import asked, load_tokenizer
+from train.toybox.vae import stills
+
+SHARD = {"still": 256, "clip": 96}
+
+CLIP_SHARE = 4  # every fourth shard holds clips
+
+MIXED = 240  # later ones all do
+
+FIRST_SCENE = 2_000_000  # earlier ones taught the readers of words
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen parts that turn pictures and words into tensors."""
+
+    vae: AutoencoderKLWan
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: UMT5EncoderModel
+    vlm_tokenizer: PreTrainedTokenizerBase
+    vlm: Qwen2_5_VLForConditionalGeneration
+
+    @classmethod
+    def load(cls, folder: Path) -> Encoders:
+        """Read them from a folder in the layout of assets/toybox, in fp32."""
+        return cls(
+            AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval(),
+            load_tokenizer(folder / "tokenizer"),
+            UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval(),
+            load_tokenizer(folder / "vlm_tokenizer"),
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "vlm", dtype=torch.float32).eval(),
+        )
+
+
+@dataclass(frozen=True)
+class Format:
+    """What clips a cache holds: square frames of so many pixels, so many of them."""
+
+    pixels: int = 64
+    num_frames: int = 9
+
+
+def shape_of_shard(number: int) -> tuple[str, int, int]:
+    """Kind, subjects and pictures of each: cut so that two subjects with one picture are most common."""
+    rng = np.random.default_rng((41, number))
+    kind = "clip" if number % CLIP_SHARE == CLIP_SHARE - 1 or number >= MIXED else "still"
+    subjects = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.42, 0.18, 0.1]))
+    pictures = 2 if subjects < 3 and rng.random() < 0.2 else 1
+    return kind, subjects, pictures
+
+
+def _references(scene: world.Scene, pictures: int, rng: np.random.Generator, pixels: int) -> list[list[np.ndarray]]:
+    """Cross-pair references: other pose, size and light than the scene's, mostly cut out on white."""
+
+    def one(subject: world.ToySubject) -> np.ndarray:
+        back = "white" if rng.random() < 0.88 else "scene"
+        return world.reference_picture(subject, int(rng.integers(2**28)), size=pixels, background=back)[0]
+
+    return [[one(subject) for _ in range(pictures)] for subject in scene.subjects]
+
+
+def _owner_of_latents(owner: np.ndarray, frames: int, cells: int) -> Tensor:
+    """(F', H, W) pixel owners -> (F, h, w): whoever fills most of a latent cell's last frame, background only if alone.
+
+    Latent frame 0 is pixel frame 0; with time compressed k times, latent frame i covers pixel frames up to ki.
+    """
+    side = owner.shape[-1] // cells
+    last = owner[:: max(1, (len(owner) - 1) // max(1, frames - 1))] if frames > 1 else owner
+    blocks = last.reshape(frames, cells, side, cells, side).transpose(0, 1, 3, 2, 4).reshape(frames, cells, cells, -1)
+    counts = np.stack([(blocks == slot).sum(-1) for slot in range(1, world.MAX_SUBJECTS + 1)])
+    return torch.from_numpy(np.where(counts.max(0) > 0, counts.argmax(0) + 1, 0).astype(np.uint8))
+
+
+@torch.no_grad()
+def make_shard(number: int, encoders: Encoders, form: Format = Format()) -> dict[str, Tensor]:
+    """Draw and encode one shard; the same number gives the same shard."""
+    kind, subjects, pictures = shape_of_shard(number)
+    rng = np.random.default_rng((43, number))
+    clips, captions, references = [], [], []
+    for i in range(SHARD[kind]):
+        scene = world.make_scene(FIRST_SCENE + number * 1000 + i, num_subjects=subjects)
+        clips.append(world.render(scene, form.pixels, num_frames=form.num_frames if kind == "clip" else 1))
+        captions.append(clips[-1].caption)
+        references.append(_references(scene, pictures, rng, form.pixels))
+    vae = encoders.vae
+    with stills(vae):
+        flat = [p for row in references for subject in row for p in subject]
+        pages = [encode.picture_latents(flat[i : i + 32], vae) for i in range(0, len(flat), 32)]
+        step = 4 if kind == "clip" else 32
+        frames = [
+            torch.from_numpy(np.stack([c.frames for c in clips[i : i + step]])) for i in range(0, len(clips), step)
+        ]
+        latents = torch.cat([encode.clip_latents(part, vae) for part in frames])
+    shape = (len(clips), subjects, pictures)
+    cells = latents.shape[-1]
+    text = encode.text_states(captions, encoders.tokenizer, encoders.text_encoder)
+    seen = [
+        encode.vlm_states(captions[i : i + 32], references[i : i + 32], encoders.vlm_tokenizer, encoders.vlm)
+        for i in range(0, len(clips), 32)
+    ]
+    longest = max(states.shape[1] for states, _ in seen)
+    vlm = [torch.nn.functional.pad(states, (0, 0, 0, longest - states.shape[1])) for states, _ in seen]
+    mask = [torch.nn.functional.pad(there, (0, longest - there.shape[1])) for _, there in seen]
+    return {
+        "latents": latents.half(),
+        "owner": torch.stack([_owner_of_latents(c.owner, latents.shape[2], cells) for c in clips]),
+        "text": text.half(),
+        "numbers": _numbers(captions, text.shape[1], encoders.tokenizer),
+        "references": torch.cat(pages).unflatten(0, shape).half(),
+        "vlm": torch.cat(vlm).half(),
+        "vlm_mask": torch.cat(mask),
+    }
+
+
+def _numbers(captions: list[str], length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(B, L): which subject each word of a caption numbers."""
+    words = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return asked(words["input_ids"], tokenizer).to(torch.uint8)
+
+
+def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float, form: Format = Format()) -> bool:
+    """Write shards that are not there yet, up to `shards`; True once all are. A team shares them out."""
+    team = Team()
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = range(team.rank, shards, team.size)
+    have = sum(any(folder.glob(f"*-{number:05d}.safetensors")) for number in mine)
+    meter, until = Meter("cache", len(mine), folder, start=have), time.monotonic() + seconds
+    for number in mine:
+        kind = shape_of_shard(number)[0]
+        path = folder / f"{kind}-{number:05d}.safetensors"
+        if path.exists():
+            continue
+        if time.monotonic() > until:
+            return False
+        fresh = path.with_suffix(".new")
+        save_file({key: tensor.contiguous() for key, tensor in make_shard(number, encoders, form).items()}, fresh)
+        fresh.replace(path)
+        have += 1
+        meter.tick(have, {})
+    return True
