@@ -280,7 +280,7 @@ def cards(_: str) -> Iterator[Figure]:
         yield Figure("card-fits", what, "open: no card here", "within 10 %")
     else:
         total = torch.cuda.get_device_properties(0).total_memory
-        here = memory.hardware("all")
+        here = memory.probe_hardware("all")
         yield from fits(Hardware("cuda", torch.cuda.get_device_name(0), total, here.ram, here.disk))
         yield from _decodes()
 

@@ -201,7 +201,7 @@ def one_forward_errors(
         way = conditioning.prepare(preset.conditioning, full, encoded)
         passed: list[tuple[Any, float, Any]] = []
         sampling.denoise(
-            run._noise(job, preset, full, vae, way.lead),
+            run.starting_latents(job, preset, full, vae, way.lead),
             _noting(way.predict, passed),
             sampling.SOLVERS["euler"](10, job.sampling.shift or 1.0),
             lambda step: None,

@@ -167,7 +167,7 @@ def models() -> Iterator[Finding]:
             yield Finding("ok", "model", f"{name} is here")
     if absent:
         yield Finding("ok", "model", f"{', '.join(absent)}: `python launch.py models pull NAME` fetches one")
-    yield fitting(planner.hardware(machine.of().profile))
+    yield fitting(planner.probe_hardware(machine.of().profile))
 
 
 def fitting(here: planner.Hardware) -> Finding:

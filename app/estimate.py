@@ -75,7 +75,7 @@ def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: P
 @lru_cache(maxsize=1)
 def _machine(now: float) -> memory.Hardware:
     """This machine as it was a moment ago: asking the card's tool at every keystroke would be felt."""
-    return memory.hardware(machine.of().profile)
+    return memory.probe_hardware(machine.of().profile)
 
 
 def _took(row: Row, preset: Preset) -> float | None:

@@ -67,7 +67,7 @@ def typical(preset: Preset, *, subjects: int | None = None, **values: Any) -> Ge
 
 def _machine(given: argparse.Namespace) -> Hardware:
     """This machine, or one with a card of so many GB; its other memory is this machine's unless said."""
-    here = memory.hardware(given.profile)
+    here = memory.probe_hardware(given.profile)
     ram = round(given.ram * GB) if given.ram else here.ram
     if given.vram is None:
         return Hardware(here.device, here.name, ram if here.shared else here.vram, ram, here.disk)

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -26,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from engine.conditioning import Encoded
 from engine.job import MENTION, GenerateJob, Subject
 from engine.load import Warm, fingerprint
-from engine.pictures import at_own_size, on_canvas, prepare_subject
+from engine.pictures import Pixels, at_own_size, on_canvas, prepare_subject
 from engine.presets import Preset
 from engine.subject_tower import References
 
@@ -34,8 +33,6 @@ MAX_TEXT_TOKENS = 512  # Wan's; a tokenizer with a smaller `model_max_length` lo
 # What Bernini's prompts begin with: `SYSTEM_PROMPTS` of bernini/prompt_enhancer.py, bytedance/Bernini 8c805a5.
 BERNINI = "You are a helpful assistant specialized in {}-to-video generation."
 PICTURE_TOKENS = 64  # most tokens of one picture in the VLM; more cost attention in every step and say little
-
-Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 
 
 # --- how a mention is written for the model -------------------------------------------------------------------------
@@ -58,7 +55,7 @@ def render(prompt: str, subjects: Sequence[Subject], mention: Literal["slot", "n
     pieces, end = [], 0
     for match in MENTION.finditer(prompt):
         name = match[1].lower()
-        noun = spoken(subjects[numbers[name] - 1])
+        noun = noun_phrase(subjects[numbers[name] - 1])
         known = noun if with_article(noun) == noun else f"the {noun}"
         first = name not in said
         said.add(name)
@@ -78,7 +75,7 @@ def render(prompt: str, subjects: Sequence[Subject], mention: Literal["slot", "n
     return " ".join(("".join(pieces) + prompt[end:]).split())
 
 
-def written(job: GenerateJob, preset: Preset) -> str:
+def render_job(job: GenerateJob, preset: Preset) -> str:
     """The job's prompt as its preset's encoders read it."""
     prompt = render(job.prompt, job.subjects, preset.mention)
     if preset.conditioning != "sources":
@@ -86,7 +83,7 @@ def written(job: GenerateJob, preset: Preset) -> str:
     return BERNINI.format("subject" if any(subject.weight > 0 for subject in job.subjects) else "text") + prompt
 
 
-def spoken(subject: Subject) -> str:
+def noun_phrase(subject: Subject) -> str:
     """What a subject is, in words: its noun, or its name."""
     return subject.noun.strip() or subject.name.replace("_", " ")
 
@@ -142,7 +139,7 @@ def vlm_turn(prompt: str, picture_tokens: Sequence[Sequence[int]]) -> str:
 @torch.no_grad()
 def vlm_states(
     prompts: Sequence[str],
-    pictures: Sequence[Sequence[Sequence[Picture]]],
+    pictures: Sequence[Sequence[Sequence[Pixels]]],
     tokenizer: PreTrainedTokenizerBase,
     vlm: Qwen2_5_VLForConditionalGeneration,
 ) -> tuple[Tensor, Tensor]:
@@ -162,7 +159,7 @@ def vlm_states(
 
 def vlm_inputs(
     prompts: Sequence[str],
-    pictures: Sequence[Sequence[Sequence[Picture]]],
+    pictures: Sequence[Sequence[Sequence[Pixels]]],
     tokenizer: PreTrainedTokenizerBase,
     vlm: Qwen2_5_VLForConditionalGeneration,
 ) -> dict[str, Tensor]:
@@ -210,7 +207,7 @@ def picture_processor(vlm: Qwen2_5_VLForConditionalGeneration) -> Qwen2VLImagePr
 
 
 @torch.no_grad()
-def picture_latents(pictures: Sequence[Picture], vae: AutoencoderKLWan) -> Tensor:
+def picture_latents(pictures: Sequence[Pixels], vae: AutoencoderKLWan) -> Tensor:
     """Normalised latents of P still pictures of one size: (P, C, h, w), fp32. Each is a video of one frame."""
     frames = torch.from_numpy(np.stack(pictures)).to(vae.device).permute(0, 3, 1, 2).unsqueeze(2)
     return _encoded(frames, vae).squeeze(2)
@@ -223,16 +220,16 @@ def clip_latents(frames_BFHW3: Tensor, vae: AutoencoderKLWan) -> Tensor:
 
 
 def _encoded(levels_B3FHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
-    posterior: Any = vae.encode(to_unit(levels_B3FHW).to(vae.dtype), return_dict=False)[0]
-    return normalised(posterior.mode().float(), vae)
+    posterior: Any = vae.encode(to_vae_range(levels_B3FHW).to(vae.dtype), return_dict=False)[0]
+    return normalize(posterior.mode().float(), vae)
 
 
-def to_unit(pixels: Tensor) -> Tensor:
+def to_vae_range(pixels: Tensor) -> Tensor:
     """uint8 levels -> [-1, 1], the range of the VAE."""
     return pixels.float() / 127.5 - 1
 
 
-def normalised(latents: Tensor, vae: AutoencoderKLWan) -> Tensor:
+def normalize(latents: Tensor, vae: AutoencoderKLWan) -> Tensor:
     """The VAE's latents -> about zero mean and unit spread, by the statistics in its config; (P, C, F, h, w)."""
     mean, std = latent_statistics(vae, latents)
     return (latents - mean) / std
@@ -261,7 +258,7 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
     Raises:
         StudioError: a picture or an encoder cannot be read.
     """
-    prompt = written(job, preset)
+    prompt = render_job(job, preset)
     text, negative = (_text(words, preset, warm) for words in (prompt, job.negative_prompt or ""))
     # A weight of 0 leaves a subject out everywhere, also where the VLM would see it.
     shown = [prepare_subject(s, size=preset.reference_size) if s.weight > 0 else [] for s in job.subjects]
@@ -292,7 +289,7 @@ def _text(text: str, preset: Preset, warm: Warm) -> Tensor:
 
 
 def _vlm(
-    prompt: str, shown: Sequence[Sequence[Picture]], preset: Preset, warm: Warm
+    prompt: str, shown: Sequence[Sequence[Pixels]], preset: Preset, warm: Warm
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     if not preset.components.vlm:
         return None, None
@@ -306,12 +303,12 @@ def _vlm(
     return warm.remembered(key, made)
 
 
-def _references(shown: Sequence[Sequence[Picture]], weights: Sequence[float], preset: Preset, warm: Warm) -> References:
+def _references(shown: Sequence[Sequence[Pixels]], weights: Sequence[float], preset: Preset, warm: Warm) -> References:
     """The pictures of all subjects as one padded batch of one clip."""
     most = max(len(subject) for subject in shown)
     vae_files = fingerprint(preset.place("vae"))
 
-    def latents(picture: Picture) -> Tensor:
+    def latents(picture: Pixels) -> Tensor:
         return warm.remembered(("picture", vae_files, _hash(picture)), lambda: _still(picture, preset, warm)[0])
 
     rows = [[latents(picture) for picture in subject] for subject in shown]
@@ -325,9 +322,7 @@ def _references(shown: Sequence[Sequence[Picture]], weights: Sequence[float], pr
     )
 
 
-def _reference_frames(
-    job: GenerateJob, shown: Sequence[Sequence[Picture]], preset: Preset, warm: Warm
-) -> Tensor | None:
+def _reference_frames(job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, warm: Warm) -> Tensor | None:
     """Every picture at the clip's size on white, each a latent frame: (1, C, N, h, w); None without any.
 
     A subject's weight, 1 as trained, scales its latents, since zeros are what a model of this kind takes for nobody.
@@ -336,7 +331,7 @@ def _reference_frames(
     return torch.stack(latents, dim=2) if latents else None
 
 
-def _sources(job: GenerateJob, shown: Sequence[Sequence[Picture]], preset: Preset, warm: Warm) -> tuple[Tensor, ...]:
+def _sources(job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, warm: Warm) -> tuple[Tensor, ...]:
     """Every picture at its own size, each (1, C, 1, h, w).
 
     A subject's weight scales its latents here, too: a paler picture. Nothing else of the kind was trained.
@@ -347,8 +342,8 @@ def _sources(job: GenerateJob, shown: Sequence[Sequence[Picture]], preset: Prese
 
 def _pages(
     job: GenerateJob,
-    shown: Sequence[Sequence[Picture]],
-    page_of: Callable[[Picture], Picture],
+    shown: Sequence[Sequence[Pixels]],
+    page_of: Callable[[Pixels], Pixels],
     preset: Preset,
     warm: Warm,
 ) -> Iterator[Tensor]:
@@ -361,7 +356,7 @@ def _pages(
             yield subject.weight * made
 
 
-def _still(page: Picture, preset: Preset, warm: Warm) -> Tensor:
+def _still(page: Pixels, preset: Preset, warm: Warm) -> Tensor:
     with warm.at_work("vae", preset) as vae:
         return picture_latents([page], vae)
 
@@ -378,7 +373,7 @@ def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -
     def empty() -> Tensor:
         with warm.at_work("vae", preset) as vae, torch.no_grad():
             grey = torch.zeros(shape, device=vae.device, dtype=vae.dtype)
-            return normalised(vae.encode(grey, return_dict=False)[0].mode().float(), vae)
+            return normalize(vae.encode(grey, return_dict=False)[0].mode().float(), vae)
 
     video = warm.remembered(("grey", fingerprint(preset.place("vae")), shape), empty)
     cells: Any = warm.part("vae", preset).config.scale_factor_spatial
@@ -391,5 +386,5 @@ def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -
     return torch.cat([torch.cat([kept, nothing], 1), clip], 2)
 
 
-def _hash(picture: Picture) -> str:
+def _hash(picture: Pixels) -> str:
     return hashlib.sha256(str(picture.shape).encode() + picture.tobytes()).hexdigest()

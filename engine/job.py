@@ -294,11 +294,13 @@ def rephrased(error: ValidationError) -> StudioError:
     limits = [f"{word} {context[key]}" for key, word in _LIMITS.items() if key in context]
     reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     why = f"It has to be {' and '.join(limits)}." if limits else f"{reason[:1].upper()}{reason[1:]}."
-    return StudioError(f"{_SAID.get(label, label)} is {value}.", why, "Change it to a value that fits.", field=field)
+    return StudioError(
+        f"{FIELD_LABELS.get(label, label)} is {value}.", why, "Change it to a value that fits.", field=field
+    )
 
 
 # Fields that have another name in the page.
-_SAID = {
+FIELD_LABELS = {
     "num_frames": "The number of frames",
     "width": "The width",
     "height": "The height",

@@ -31,8 +31,6 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5
 from transformers.utils.logging import disable_progress_bar
 
 from engine import kernels, machine, memory, offload, parallel, weights
-from engine.faces import FaceFiles
-from engine.judges import Judges
 from engine.memory import Fit, Hardware, Plan
 from engine.messages import StudioError
 from engine.paths import models_dir
@@ -101,6 +99,7 @@ def load(
     keep: torch.device | Path | None = None,
     expect: Mapping[str, int] | None = None,
     merge: Path | None = None,
+    build: Callable[[Path], Any] | None = None,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Any:
     """One part of a model.
@@ -117,6 +116,7 @@ def load(
             this folder, which each of them goes to before the next one is read.
         expect: "dim" and "layers" that a transformer has to have, "dim" of a text encoder's states.
         merge: a LoRA that becomes a part of the transformer's weights.
+        build: makes the part from its place, where it is of a class that this module does not know (an evaluator's).
         tell: hears the share of a transformer or an encoder that is loaded, up to 1.
 
     Raises:
@@ -124,8 +124,6 @@ def load(
     """
     _check(part, place, where, precision)
     try:
-        if part == "faces":
-            return FaceFiles(place)
         if part.endswith("tokenizer"):
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         where = CPU if part in JUDGES else where
@@ -133,7 +131,9 @@ def load(
         asked: Any = {"precision": precision, "where": lies, "expect": expect, "tell": tell}
         if isinstance(keep, Path):
             asked["settle"] = partial(offload.into_a_file, folder=keep)
-        if part == "transformer":
+        if build is not None:
+            model = build(place)
+        elif part == "transformer":
             model = weights.transformer(place, dtype, merge=merge, **asked)
         elif part in _ENCODERS:
             model = weights.encoder(_ENCODERS[part], place, dtype, **asked)
@@ -146,6 +146,8 @@ def load(
             raise  # the files are whole; whoever planned this clip plans anew
         reason = str(error).strip().splitlines()
         raise _damaged(part, place, reason[0][:200] if reason else type(error).__name__) from error
+    if not isinstance(model, nn.Module):
+        return model  # face networks live in OpenCV
     model = model.to(lies).eval().requires_grad_(False)
     if part == "transformer":
         kernels.set_up(cast(ModelMixin, model), machine.of(), where, visiting=keep is not None)
@@ -175,10 +177,6 @@ def _diffusers(kind: Any, folder: Path, dtype: torch.dtype, part: Part) -> nn.Mo
     )
     _refuse_gaps(part, folder, info)
     return model
-
-
-def _judges(folder: Path, dtype: torch.dtype) -> nn.Module:
-    return Judges.load(folder)
 
 
 def _detector(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -215,7 +213,6 @@ def _transformers(kind: Any, folder: Path, dtype: torch.dtype, part: Part) -> nn
 _ENCODERS: dict[Part, Any] = {"text_encoder": UMT5EncoderModel, "vlm": Qwen2_5_VLForConditionalGeneration}
 _LOADERS: dict[Part, Callable[[Path, torch.dtype], nn.Module]] = {
     "vae": _vae,
-    "judges": _judges,
     "detector": _detector,
     "segmenter": _segmenter,
     "embedder": _embedder,
@@ -268,7 +265,7 @@ class Warm:
 
     def hardware(self) -> Hardware:
         """What there is to work with; what this worker holds already is counted as free, since it may let go of it."""
-        found = memory.hardware("all")
+        found = memory.probe_hardware("all")
         ram = found.ram + sum(size for kind in ("cpu", "mps") for size in self._held(kind).values())
         if self.device.type in CARDS:
             card: Any = CARDS[self.device.type]
@@ -315,8 +312,8 @@ class Warm:
         """Let go of every part."""
         self._drop(self._parts)
 
-    def part(self, part: Part, preset: Preset) -> Any:
-        """A part of this preset as the plan has it, from memory when it is the same as last time.
+    def part(self, part: Part, preset: Preset, *, build: Callable[[Path], Any] | None = None) -> Any:
+        """A part of this preset as the plan has it, from memory when it is the same as last time; `build` as in `load`.
 
         Raises:
             StudioError: its files are missing or damaged.
@@ -336,7 +333,7 @@ class Warm:
             del kept  # the old one leaves before the new one comes: two large models may not fit
             _let_go(self.device, [part])
         self._give_way(part)
-        asked: Any = {"expect": _expected(part, place, preset), "merge": merge}
+        asked: Any = {"expect": _expected(part, place, preset), "merge": merge, "build": build}
         loaded = load(part, place, self.device, precision, keep=keep, tell=partial(self._tell, part), **asked)
         self._parts[part] = (mark, loaded)
         return loaded

@@ -73,7 +73,7 @@ BASE_RAM = 500 * MB  # the worker with its libraries
 DRIVER_RAM = 1_100 * MB  # of the machine's own memory, what a card's driver and its libraries take
 
 
-def hardware(profile: str) -> Hardware:
+def probe_hardware(profile: str) -> Hardware:
     """What there is here, as it is now; asks NVIDIA's own tool, and imports nothing heavy."""
     here = psutil.virtual_memory()
     disk = shutil.disk_usage(next(folder for folder in (models_dir(), *models_dir().parents) if folder.exists())).free

@@ -87,18 +87,18 @@ def run(
     """
     began = time.monotonic()
     warm = warm or Warm()
-    warm.telling(_Loading(say))
+    warm.telling(LoadingProgress(say))
     job, preset = presets.resolve(job)
     presets.check_files(preset)
     job = lora_files.hashed(pictures.pack(job, preset))
-    target = clip or _free_name(outputs, job)
-    _check_writable(target.parent)
+    target = clip or free_name(outputs, job)
+    check_writable(target.parent)
     here = warm.hardware()
     plan = memory.fitted(job, preset, here) if preset.shape is not None else None
-    with _Previews(outputs / PREVIEWS / target.stem) as previews:
+    with Previews(outputs / PREVIEWS / target.stem) as previews:
         saved, lacked = None, ""
         try:
-            saved = _made(job, preset, plan, say, target, warm, previews)
+            saved = make_clip(job, preset, plan, say, target, warm, previews)
         except memory.Lack as lack:
             lacked = lack.what
         # Not inside the handler: an error holds the frames it came through, and they the model that was too large.
@@ -108,20 +108,20 @@ def run(
             warm.empty()
             less = memory.plan(job, preset, here.shrunk()) if preset.shape is not None else None
             try:
-                saved = _made(job, preset, less, say, target, warm, previews)
+                saved = make_clip(job, preset, less, say, target, warm, previews)
             except memory.Lack as again:
                 raise memory.explanation(again, job, preset, here) from again
     return replace(saved, seconds=time.monotonic() - began)
 
 
-def _made(
+def make_clip(
     job: GenerateJob,
     preset: presets.Preset,
     plan: memory.Plan | None,
     say: Callable[[Message], None],
     target: Path,
     warm: Warm,
-    previews: _Previews,
+    previews: Previews,
 ) -> Saved:
     """The clip, made as the plan says.
 
@@ -132,14 +132,14 @@ def _made(
     if plan is not None:
         job = job.model_copy(update={"precision": plan.parts["transformer"].precision})
     with memory.told_apart():
-        kept = _Latents(target, job, preset)
+        kept = KeptLatents(target, job, preset)
         drawn = kept.read(warm.device)
         if drawn is None:
-            drawn = _drawn(job, preset, say, warm, previews)
+            drawn = sample_latents(job, preset, say, warm, previews)
             kept.write(*drawn)
         latents, notes = drawn
         try:
-            saved = _filmed(latents, job, preset, plan is not None and plan.tiled, say, target, warm)
+            saved = decode_and_write(latents, job, preset, plan is not None and plan.tiled, say, target, warm)
         except Cancelled:
             kept.forget()
             raise
@@ -147,8 +147,8 @@ def _made(
     return replace(saved, notes=notes)
 
 
-def _drawn(
-    job: GenerateJob, preset: presets.Preset, say: Callable[[Message], None], warm: Warm, previews: _Previews
+def sample_latents(
+    job: GenerateJob, preset: presets.Preset, say: Callable[[Message], None], warm: Warm, previews: Previews
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The clip's latents (1, C, F, h, w), and what was not done as a creator may have expected."""
     say(Progress("encode", 0, 1))
@@ -163,9 +163,9 @@ def _drawn(
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
         lead = conditions.lead
 
-        solver = _solver(job)
-        predict = caching.chosen(job.sampling.cache, preset.caching, _asked(job, conditions, solver), solver)
-        pace = _Pace()
+        solver = new_solver(job)
+        predict = caching.chosen(job.sampling.cache, preset.caching, guided_prediction(job, conditions, solver), solver)
+        pace = Pace()
 
         def on_step(step: sampling.Step) -> None:
             say(Progress("sample", step.index + 1, step.total, eta_s=pace.left(step.index + 1, step.total)))
@@ -174,20 +174,20 @@ def _drawn(
                 say(Preview(step.index + 1, step.total, picture))
             pace.go_on()
 
-        noise = _noise(job, preset, transformer, vae, lead)
+        noise = starting_latents(job, preset, transformer, vae, lead)
         say(Progress("sample", 0, job.sampling.num_inference_steps or 0))
         latents = sampling.denoise(noise, predict, solver, on_step)[:, :, lead:]
-    return latents, (*(file.sentence for file in matched if file.left), *_unseen(job, preset))
+    return latents, (*(file.sentence for file in matched if file.left), *unused_pictures(job, preset))
 
 
-def _unseen(job: GenerateJob, preset: presets.Preset) -> tuple[str, ...]:
+def unused_pictures(job: GenerateJob, preset: presets.Preset) -> tuple[str, ...]:
     names = [f"@{subject.name}" for subject in job.subjects if subject.pictures]
     if preset.conditioning != "none" or not names:
         return ()
     return (f"{preset.title} reads words alone: the pictures of {' and '.join(names)} were not used.",)
 
 
-def _filmed(
+def decode_and_write(
     latents: Tensor,
     job: GenerateJob,
     preset: presets.Preset,
@@ -197,13 +197,13 @@ def _filmed(
     warm: Warm,
 ) -> Saved:
     """Decode, judge and write, frame by frame."""
-    reporter = _reporter(job, preset, warm)
+    reporter = new_reporter(job, preset, warm)
     document = write_job(lora_files.portable(pictures.portable(job)))
     size = (job.width or 0, job.height or 0)
     with video.ClipWriter(
         target, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
     ) as writer:
-        pace, total = _Pace(), latents.shape[2]
+        pace, total = Pace(), latents.shape[2]
         say(Progress("decode", 0, total))
         for number, group in enumerate(decode.frames(latents, warm.part("vae", preset), tiled=tiled), start=1):
             for frame in group:
@@ -217,16 +217,16 @@ def _filmed(
     report = reporter.finish() if reporter is not None else None
     return Saved(
         clip=writer.path,
-        document=_write_beside(writer.path, document),
+        document=write_beside(writer.path, document),
         poster=video.write_poster(writer.path),
         seconds=0.0,
         num_frames=writer.frames,
-        report=_write_report(reporter, report, writer.path),
+        report=write_report(reporter, report, writer.path),
         weakest=report.weakest if report is not None else None,
     )
 
 
-class _Latents:
+class KeptLatents:
     """What was sampled, beside the clip until it is decoded: a decode that fails costs no sampling.
 
     The file is named by what was sampled, so another try of the same job finds it, whatever its clip is called. If
@@ -253,7 +253,7 @@ class _Latents:
 
     def write(self, latents: Tensor, notes: tuple[str, ...]) -> None:
         """Keep them until `forget`."""
-        with _explained(self._path.parent):
+        with explain_os_errors(self._path.parent):
             self._path.write_bytes(save({"latents": latents.contiguous().cpu()}, {"notes": json.dumps(notes)}))
 
     def forget(self) -> None:
@@ -261,7 +261,7 @@ class _Latents:
         self._path.unlink(missing_ok=True)
 
 
-def _reporter(job: GenerateJob, preset: presets.Preset, warm: Warm) -> identity.Reporter | None:
+def new_reporter(job: GenerateJob, preset: presets.Preset, warm: Warm) -> identity.Reporter | None:
     """Who judges the clip while it is decoded; None where nobody is to be recognised, or no judge is there."""
     answers = witnesses.answers(job, preset, warm)
     if not answers:
@@ -271,10 +271,10 @@ def _reporter(job: GenerateJob, preset: presets.Preset, warm: Warm) -> identity.
     return identity.Reporter(answers, fps=preset.fps, num_frames=job.num_frames or 1, every=every)
 
 
-def _write_report(reporter: identity.Reporter | None, report: IdentityReport | None, clip: Path) -> Path | None:
+def write_report(reporter: identity.Reporter | None, report: IdentityReport | None, clip: Path) -> Path | None:
     """Report and outlined frames beside the clip; what an earlier clip of that name left there goes."""
     path = clip.with_suffix(REPORT)
-    with _explained(clip.parent):
+    with explain_os_errors(clip.parent):
         for old in (path, clip.with_suffix(STRIP)):
             old.unlink(missing_ok=True)
         if reporter is None or report is None:
@@ -284,13 +284,15 @@ def _write_report(reporter: identity.Reporter | None, report: IdentityReport | N
     return path
 
 
-def _solver(job: GenerateJob) -> sampling.Solver:
+def new_solver(job: GenerateJob) -> sampling.Solver:
     settings = job.sampling
     assert settings.scheduler and settings.num_inference_steps and settings.shift, "presets.resolve fills these in"
     return sampling.SOLVERS[settings.scheduler](settings.num_inference_steps, settings.shift)
 
 
-def _asked(job: GenerateJob, conditions: conditioning.Conditioning, solver: sampling.Solver) -> sampling.Predict:
+def guided_prediction(
+    job: GenerateJob, conditions: conditioning.Conditioning, solver: sampling.Solver
+) -> sampling.Predict:
     """The model's guided velocity, as the denoise loop asks for it."""
 
     def asked(latents: Tensor, time: float) -> Tensor:
@@ -300,7 +302,7 @@ def _asked(job: GenerateJob, conditions: conditioning.Conditioning, solver: samp
     return asked
 
 
-def _noise(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any, lead: int) -> Tensor:
+def starting_latents(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any, lead: int) -> Tensor:
     """Starting noise (1, C, lead + F, h, w), drawn on the CPU: every device then starts from the same."""
     frames, height, width = job.num_frames or 1, job.height or 0, job.width or 0
     config = vae.config
@@ -318,7 +320,7 @@ def _noise(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any,
 # --- names, folders, pace and previews ------------------------------------------------------------------------------
 
 
-def _free_name(outputs: Path, job: GenerateJob) -> Path:
+def free_name(outputs: Path, job: GenerateJob) -> Path:
     """`<YYYY-MM-DD>/<HHMMSS>-<what>-s<seed>.mp4`, with a number behind it if such a clip is there."""
     now = datetime.now()
     words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:40].strip("-") or "clip"
@@ -333,7 +335,7 @@ def _free_name(outputs: Path, job: GenerateJob) -> Path:
 
 def _claimed(folder: Path) -> bool:
     """Whether the previews' folder is new: two workers may begin the same job within a second."""
-    with _explained(folder.parent):
+    with explain_os_errors(folder.parent):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -341,27 +343,27 @@ def _claimed(folder: Path) -> bool:
     return True
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Find out now, not when the clip has been drawn, that it cannot be saved.
 
     Raises:
         StudioError: the folder cannot be made or written, or the disk is full.
     """
-    with _explained(folder):
+    with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as trial:
             trial.write(bytes(4096))
 
 
-def _write_beside(clip: Path, document: str) -> Path:
+def write_beside(clip: Path, document: str) -> Path:
     path = clip.with_suffix(".json")
-    with _explained(clip.parent):
+    with explain_os_errors(clip.parent):
         path.write_text(document, encoding="utf-8")
     return path
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explain_os_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -372,7 +374,7 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-class _Pace:
+class Pace:
     """How long the rest will take, by the last eight steps; the first ones warm up and are slower."""
 
     def __init__(self) -> None:
@@ -389,7 +391,7 @@ class _Pace:
         self._since = time.monotonic()
 
 
-class _Loading:
+class LoadingProgress:
     """Says how far a part is that takes longer than a moment to load; loading an encoder belongs to reading."""
 
     def __init__(self, say: Callable[[Message], None]) -> None:
@@ -408,7 +410,7 @@ class _Loading:
             self._say(Progress(stage, int(100 * share), 100, eta_s=left, note=f"loading the {part.replace('_', ' ')}"))
 
 
-class _Previews:
+class Previews:
     """Pictures of a clip in the making, in a folder that goes when the run ends."""
 
     def __init__(self, folder: Path) -> None:
@@ -416,7 +418,7 @@ class _Previews:
         self._count = 0
         self._next = 0.0  # the first one comes as soon as it may
 
-    def __enter__(self) -> _Previews:
+    def __enter__(self) -> Previews:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -434,7 +436,7 @@ class _Previews:
         path = self._folder / f"{self._count:02}.png"
         image = Image.fromarray(draw())
         image = image.resize((image.width * display_scale, image.height * display_scale), Image.Resampling.NEAREST)
-        with _explained(self._folder):
+        with explain_os_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             image.save(path)
         took = time.monotonic() - began

@@ -27,7 +27,7 @@ from engine import pictures
 from engine.faces import FaceFiles, Faces
 from engine.identity import Answer, Sight, Witness
 from engine.job import GenerateJob, Subject
-from engine.judges import Drawn, cut_out, to_unit
+from engine.judges import Drawn, Judges, cut_out, to_unit
 from engine.load import Warm
 from engine.presets import Preset
 
@@ -57,10 +57,10 @@ def answers(job: GenerateJob, preset: Preset, warm: Warm) -> tuple[Answer, ...]:
     if not asked:
         return ()
     if preset.components.judges:
-        return (answer(Drawn(warm.part("judges", preset), list(shown.values())), asked),)
+        return (answer(Drawn(warm.part("judges", preset, build=Judges.load), list(shown.values())), asked),)
     found, left = [], asked
     if preset.has("faces"):
-        faces: FaceFiles = warm.part("faces", preset)
+        faces: FaceFiles = warm.part("faces", preset, build=FaceFiles)
         known = {at: faces.known(shown[at]) for at, each in asked if each.role == "person"}
         people = [(at, each) for at, each in asked if len(known.get(at, ()))]
         left = [(at, each) for at, each in asked if not len(known.get(at, ()))]

@@ -15,7 +15,7 @@ from engine import presets, tiny, video
 from engine.job import GenerateJob, Lora, make_job, read_job
 from engine.load import Warm
 from engine.messages import Cancelled, Message, Progress, Saved, StudioError
-from engine.run import _Latents, run
+from engine.run import KeptLatents, run
 
 QUICK = ["--steps", "2", "--frames", "5"]
 
@@ -175,11 +175,11 @@ def test_latents_that_were_drawn_with_another_few_step_lora_are_not_taken_over(s
     parts = toybox.components.model_copy(update={"distill": "loras/style.safetensors"})
     quick, target = toybox.model_copy(update={"components": parts}), tmp_path / "clip.mp4"
     drawn = torch.ones(1, 2, 1, 2, 2), ("a note",)
-    _Latents(target, job(), quick).write(*drawn)
-    again = _Latents(target, job(), quick).read(torch.device("cpu"))
+    KeptLatents(target, job(), quick).write(*drawn)
+    again = KeptLatents(target, job(), quick).read(torch.device("cpu"))
     assert again is not None and torch.equal(again[0], drawn[0]) and again[1] == drawn[1]
     write_lora(shelf / "style.safetensors", seed=9)
-    assert _Latents(target, job(), quick).read(torch.device("cpu")) is None
+    assert KeptLatents(target, job(), quick).read(torch.device("cpu")) is None
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_leaving_out_nothing_is_the_clip_itself_and_leaving_out_much_does_not_ca
 
 
 def test_two_workers_that_begin_the_same_job_at_once_write_two_clips(tmp_path):
-    names = [engine_run._free_name(tmp_path, _job(tmp_path)) for _ in range(3)]
+    names = [engine_run.free_name(tmp_path, _job(tmp_path)) for _ in range(3)]
     assert len(set(names)) == 3
 
 

@@ -64,7 +64,7 @@ def final(transformer: Any, case: dict[str, Tensor], kind: Any = "projected") ->
     conditions = conditioning.prepare("sources", transformer, encoded_of(case))
     settings = Sampling(guidance=kind, subject_scale=4.5, text_scale=4.0)
     solver = sampling.wan_unipc(6, 5.0)
-    predict = run._asked(make_job(prompt="x", sampling=settings.model_dump()), conditions, solver)
+    predict = run.guided_prediction(make_job(prompt="x", sampling=settings.model_dump()), conditions, solver)
     return sampling.denoise(case["noise"], predict, solver, lambda step: None)
 
 
@@ -197,9 +197,9 @@ def test_a_mention_names_the_pictures_by_their_numbers_among_those_that_are_show
 def test_the_prompt_says_first_what_is_asked_for(preset: Preset) -> None:
     words = "You are a helpful assistant specialized in"
     somebody, nobody = job((40, 16)), make_job(prompt="a beach")
-    assert encode.written(somebody, preset) == f"{words} subject-to-video generation.the big ann from image0 meet"
-    assert encode.written(nobody, preset) == f"{words} text-to-video generation.a beach"
-    assert encode.written(nobody, preset.model_copy(update={"conditioning": "frames"})) == "a beach"
+    assert encode.render_job(somebody, preset) == f"{words} subject-to-video generation.the big ann from image0 meet"
+    assert encode.render_job(nobody, preset) == f"{words} text-to-video generation.a beach"
+    assert encode.render_job(nobody, preset.model_copy(update={"conditioning": "frames"})) == "a beach"
 
 
 def test_a_job_with_sources_becomes_a_clip_of_its_own_frames_alone(

@@ -147,7 +147,7 @@ def test_where_device_and_memory_are_one_what_is_held_on_either_counts_as_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = Hardware("mps", "Apple silicon", 8 * GB, 8 * GB, GB)
-    monkeypatch.setattr(memory, "hardware", lambda profile: free)
+    monkeypatch.setattr(memory, "probe_hardware", lambda profile: free)
     warm = Warm(torch.device("mps"))
     monkeypatch.setattr(warm, "_held", lambda kind: {"transformer": {"mps": 4 * GB, "cpu": GB}.get(kind, 0)})
     assert warm.hardware().ram == warm.hardware().vram == 13 * GB
