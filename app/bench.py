@@ -234,19 +234,19 @@ class Stopwatch:
 
 def loop(preset: str) -> Iterator[Figure]:
     """Fifty steps in a warm worker: what is not the model's own work."""
-    from engine.load import Warm
+    from engine.load import ModelPool
     from engine.run import run
 
-    warm = Warm()
+    pool = ModelPool()
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder)
-        run(sample_job(preset, sampling={"num_inference_steps": 2}), lambda _: None, outputs=outputs, warm=warm)
+        run(sample_job(preset, sampling={"num_inference_steps": 2}), lambda _: None, outputs=outputs, pool=pool)
         job = sample_job(preset, seed=8, sampling={"num_inference_steps": 50})
         # Other words than in the first run: prompt and pictures are encoded, as they are for a new clip.
         job = job.model_copy(update={"prompt": job.prompt.replace("beach", "meadow")})
-        with Stopwatch(warm.part("transformer", presets.load(preset))) as watch:
-            saved = run(job, watch, outputs=outputs, warm=warm)
-        same = run(job, lambda _: None, outputs=outputs, warm=warm)
+        with Stopwatch(pool.part("transformer", presets.load(preset))) as watch:
+            saved = run(job, watch, outputs=outputs, pool=pool)
+        same = run(job, lambda _: None, outputs=outputs, pool=pool)
         identical = _frames_of(saved, preset) == _frames_of(same, preset)
     ratio = watch.loop / watch.forward
     rest = saved.seconds - watch.loop - watch.preview - watch.decode
@@ -274,10 +274,10 @@ def _frames_of(saved: Saved, preset: str) -> bytes:
 def report(preset: str) -> Iterator[Figure]:
     """What judging a clip adds to a warm one, at the preset's own steps."""
     from engine.identity import Reporter
-    from engine.load import Warm
+    from engine.load import ModelPool
     from engine.run import run
 
-    warm, judge, spent = Warm(), Reporter._judge, 0.0
+    pool, judge, spent = ModelPool(), Reporter._judge, 0.0
 
     def timed(reporter: Reporter) -> None:
         nonlocal spent
@@ -286,10 +286,10 @@ def report(preset: str) -> Iterator[Figure]:
         spent += time.perf_counter() - began
 
     with tempfile.TemporaryDirectory() as folder:
-        run(sample_job(preset, sampling={"num_inference_steps": 2}), lambda _: None, outputs=Path(folder), warm=warm)
+        run(sample_job(preset, sampling={"num_inference_steps": 2}), lambda _: None, outputs=Path(folder), pool=pool)
         Reporter._judge = timed
         try:
-            saved = run(sample_job(preset, seed=8), lambda _: None, outputs=Path(folder), warm=warm)
+            saved = run(sample_job(preset, seed=8), lambda _: None, outputs=Path(folder), pool=pool)
         finally:
             Reporter._judge = judge
     share = spent / saved.seconds
@@ -411,10 +411,10 @@ def _decode_alone(count: int, name: str) -> int:
     import torch
 
     from engine import decode, video
-    from engine.load import Warm
+    from engine.load import ModelPool
 
     preset = presets.load(name)
-    vae = Warm().part("vae", preset)
+    vae = ModelPool().part("vae", preset)
     width, height = preset.sizes[0].width, preset.sizes[0].height
     config = vae.config
     shape = (height // config.scale_factor_spatial, width // config.scale_factor_spatial)
@@ -424,7 +424,7 @@ def _decode_alone(count: int, name: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
         with video.ClipWriter(clip, fps=preset.fps, size=(width, height), display_scale=preset.display_scale) as writer:
-            for group in decode.frames(latents, vae):
+            for group in decode.decode_frames(latents, vae):
                 for frame in group:
                     writer.write(frame)
                 peak = max(peak, this.memory_info().rss)

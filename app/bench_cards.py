@@ -258,7 +258,7 @@ def measure_decode(device: torch.device, *, width: int, height: int, tiled: bool
     scale: int = vae.config["scale_factor_spatial"]
     latents = torch.randn(1, vae.config["z_dim"], 3, height // scale, width // scale, device=device)
     began = time.perf_counter()
-    for _ in decode.frames(latents, vae, tiled=tiled):
+    for _ in decode.decode_frames(latents, vae, tiled=tiled):
         pass
     pixels = min(width * height, counts.DECODE_TILE**2) if tiled else width * height
     cuda = device.type == "cuda"
@@ -317,7 +317,7 @@ def fits(card: Hardware) -> Iterator[Figure]:
         for profile in get_args(Profile):
             if profile == "auto" or (profile != "all" and float(profile) * GB > card.vram):
                 continue
-            plan = memory.plan(job, preset, card.limited(profile))
+            plan = memory.make_plan(job, preset, card.limited(profile))
             if not plan.fits:
                 continue
             fit, vae = plan.parts["transformer"], plan.parts["vae"]

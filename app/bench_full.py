@@ -26,6 +26,7 @@ from app.bench import SAMPLES, Figure
 from app.full_size import write_files
 from engine import memory, presets
 from engine.job import Sampling, make_job
+from engine.load import ModelPool
 from engine.memory import GB
 from engine.messages import Message, Progress
 from engine.paths import ROOT
@@ -133,8 +134,8 @@ def main(preset: str, size: tuple[int, int], frames: int, folder: Path) -> None:
         num_frames=frames,
         sampling=Sampling(num_inference_steps=1),
     )
-    warm, (resolved, found) = run.Warm(), presets.resolve(job)
-    plan = memory.fitted(resolved, found, warm.hardware())
+    pool, (resolved, found) = ModelPool(), presets.resolve(job)
+    plan = memory.plan_or_raise(resolved, found, pool.hardware())
     ways = {part: f"{fit.precision} {fit.where}" for part, fit in plan.parts.items() if fit.device + fit.memory}
     shared = plan.machine.shared
     tell({"ways": ways, "phases": {each.name: each.vram + shared * each.ram for each in plan.phases}})
@@ -146,7 +147,7 @@ def main(preset: str, size: tuple[int, int], frames: int, folder: Path) -> None:
             tell({"ended": stage, "card": _card_peak()})
             stage = message.stage
 
-    run.run(job, say, outputs=folder, warm=warm)
+    run.run(job, say, outputs=folder, pool=pool)
     tell({"ended": stage, "card": _card_peak()})
 
 

@@ -21,6 +21,7 @@ from app import full_size
 from app.bench import Figure
 from app.bench_full import watched
 from engine import presets
+from engine.load import ModelPool
 from engine.messages import StudioError
 
 SPARE = 0.5e9  # what Python, torch and the libraries take themselves, and copies of a few rows
@@ -71,9 +72,9 @@ def _wan() -> Any:
 
 
 def _usual() -> Any:
-    from engine.load import load
+    from engine.load import load_part
 
-    return load.usual_dtype("transformer", load.device())
+    return load_part.usual_dtype("transformer", load_part.device())
 
 
 def _watched(how: str, file: Path, precision: str) -> tuple[int, dict[str, Any]]:
@@ -93,11 +94,11 @@ def _child(how: str, file: Path, precision: Any) -> dict[str, Any]:
     import torch
 
     from engine import quantize
-    from engine.load import load
+    from engine.load import load_part
 
     began = time.monotonic()
     if how == "ours":
-        model = load.load("transformer", file, load.device(), precision)
+        model = load_part.load("transformer", file, load_part.device(), precision)
     else:
         from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
         from optimum.quanto import freeze, qint8
@@ -151,14 +152,14 @@ def clips(preset: str, count: int = 12) -> Iterator[Figure]:
     scale, made = presets.load(preset).display_scale, {}
     with tempfile.TemporaryDirectory() as folder:
         for precision in (None, *LEAST):
-            warm = run.Warm()
+            pool = ModelPool()
             saved = [
                 run.run(
                     job.model_copy(update={"precision": precision}),
                     lambda message: None,
                     outputs=Path(folder),
                     clip=Path(folder) / f"{precision}-{number}.mp4",
-                    warm=warm,
+                    pool=pool,
                 )
                 for number, job in enumerate(jobs)
             ]
@@ -188,16 +189,16 @@ def one_forward_errors(
     The latents are those that the full model passes through on ten steps of the preset's own schedule.
     """
     from engine import conditioning, encode, pictures, presets, quantize, run, sampling
-    from engine.load import Warm, load
+    from engine.load import ModelPool, load_part
     from train.toybox import benchmark
 
-    warm, preset = Warm(), presets.load(name)
-    full, vae = warm.part("transformer", preset), warm.part("vae", preset)
+    pool, preset = ModelPool(), presets.load(name)
+    full, vae = pool.part("transformer", preset), pool.part("vae", preset)
     seen: list[tuple[Any, list[tuple[Any, float, Any]]]] = []
     for category, number, subjects in jobs:
         job, _ = presets.resolve(benchmark.case(name, category, number, subjects).job)
         job = pictures.pack(job, preset)
-        encoded = encode.job_states(job, preset, warm)
+        encoded = encode.job_states(job, preset, pool)
         way = conditioning.prepare(preset.conditioning, full, encoded)
         passed: list[tuple[Any, float, Any]] = []
         sampling.denoise(
@@ -209,7 +210,7 @@ def one_forward_errors(
         seen.append((encoded, [passed[step] for step in (0, 2, 4, 6, 8, 9)]))
     errors, sizes = {}, {"full": quantize.num_bytes(full)}
     for precision in precisions:
-        rounded = load("transformer", preset.place("transformer"), warm.device, precision)
+        rounded = load_part("transformer", preset.place("transformer"), pool.device, precision)
         apart = whole = 0.0
         for encoded, passed in seen:
             way = conditioning.prepare(preset.conditioning, rounded, encoded)

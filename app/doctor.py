@@ -173,7 +173,7 @@ def models() -> Iterator[Finding]:
 def fitting(here: planner.Hardware) -> Finding:
     """Which presets this machine could make a clip with, at their own size and length, with two subjects."""
     known = [preset for name in presets.names() if (preset := presets.load(name)).shape is not None]
-    fit = [p.name for p in known if planner.plan(typical(p), p, here).fits]
+    fit = [p.name for p in known if planner.make_plan(typical(p), p, here).fits]
     room = f"{(here.ram if here.shared else here.vram) / GB:.0f} GB free"
     room += ", and a good deal of patience for the large ones" if here.device == "cpu" else ""
     says = f"{here.name} ({room}) can hold {', '.join(fit) or 'none of the presets'}"

@@ -59,7 +59,7 @@ def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: P
     ratios = [took / _predicted(row.job, preset) for row in history if (took := _took(row, preset)) and row.job]
     correction = median(ratios[:HISTORY]) if ratios else 1.0
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    planned = memory.plan(job, preset, _machine(time.monotonic() // MACHINE_S)) if preset.shape else None
+    planned = memory.make_plan(job, preset, _machine(time.monotonic() // MACHINE_S)) if preset.shape else None
     written = _pixels(job) * (job.num_frames or 1) * preset.display_scale**2
     return Estimate(
         seconds=_predicted(job, preset) * correction,

@@ -35,11 +35,11 @@ def main(given: argparse.Namespace) -> int:
             "Add one, as presets/wan-1.3b.json has it.",
             field="preset",
         )
-    made = memory.plan(job, preset, here)
+    made = memory.make_plan(job, preset, here)
     sys.stdout.write("\n".join(report(job, preset, made, given.tflops)) + "\n")
     if made.fits:
         return 0
-    memory.fitted(job, preset, here)  # says what would
+    memory.plan_or_raise(job, preset, here)  # says what would
     return 1
 
 

@@ -358,9 +358,10 @@ def _load_engine(name: str, outputs: Path) -> Engine:
     if name:
         module, _, function = name.partition(":")
         return partial(getattr(importlib.import_module(module), function), outputs=outputs)
-    from engine.run import Warm, run
+    from engine.load import ModelPool
+    from engine.run import run
 
-    return partial(run, outputs=outputs, warm=Warm())
+    return partial(run, outputs=outputs, pool=ModelPool())
 
 
 def _leave_with_the_page(worker: Worker) -> None:

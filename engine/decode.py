@@ -26,7 +26,9 @@ from engine.messages import StudioError
 TILE, OVERLAP = 256, 64  # pixels: side of a tile, and what it shares with its neighbour
 
 
-def frames(latents_1CFhw: Tensor, vae: AutoencoderKLWan, *, tiled: bool = False) -> Iterator[list[NDArray[np.uint8]]]:
+def decode_frames(
+    latents_1CFhw: Tensor, vae: AutoencoderKLWan, *, tiled: bool = False
+) -> Iterator[list[NDArray[np.uint8]]]:
     """Decode a clip: for each latent frame the frames that came out of it (one for the first, then four).
 
     Wan's decoder is causal and carries what it needs of the past in a feature cache, so memory does not grow with the
@@ -140,7 +142,7 @@ def to_levels(decoded_3FHW: Tensor) -> NDArray[np.uint8]:
     return levels.permute(1, 2, 3, 0).cpu().numpy()
 
 
-def preview(x_0_1CFhw: Tensor, vae: AutoencoderKLWan) -> NDArray[np.uint8]:
+def decode_preview(x_0_1CFhw: Tensor, vae: AutoencoderKLWan) -> NDArray[np.uint8]:
     """The first, the middle and the last moment side by side, (H, n * W, 3), as the model sees the clip so far.
 
     Each latent frame is decoded as a still: a seventh of the clip's own decoding at 17 frames, less for longer ones,
@@ -148,4 +150,4 @@ def preview(x_0_1CFhw: Tensor, vae: AutoencoderKLWan) -> NDArray[np.uint8]:
     """
     last = x_0_1CFhw.shape[2] - 1
     moments = sorted({0, last // 2, last})
-    return np.concatenate([next(frames(x_0_1CFhw[:, :, i : i + 1], vae))[0] for i in moments], axis=1)
+    return np.concatenate([next(decode_frames(x_0_1CFhw[:, :, i : i + 1], vae))[0] for i in moments], axis=1)

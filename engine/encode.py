@@ -1,6 +1,6 @@
 """Prompt and pictures in the model's terms: UMT5 states, VLM states, reference latents.
 
-In:  text, prepared pictures (uint8 squares on white), and the loaded encoders; or a whole job and a warm worker.
+In:  text, prepared pictures (uint8 squares on white), and the loaded encoders; or a whole job and a model pool.
 Out: tensors on the encoder's device, fp32. Training calls the same functions on batches.
 Knows nothing of the transformer, of schedules or of clips.
 
@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from engine.conditioning import Encoded
 from engine.job import MENTION, GenerateJob, Subject
-from engine.load import Warm, fingerprint
+from engine.load import ModelPool, fingerprint
 from engine.pictures import Pixels, at_own_size, on_canvas, prepare_subject
 from engine.presets import Preset
 from engine.subject_tower import References
@@ -247,7 +247,7 @@ def latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tens
 # --- a whole job ----------------------------------------------------------------------------------------------------
 
 
-def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
+def job_states(job: GenerateJob, preset: Preset, pool: ModelPool) -> Encoded:
     """Everything a clip needs from its encoders, each thing encoded once and remembered by the hash of its content.
 
     Args:
@@ -259,37 +259,37 @@ def job_states(job: GenerateJob, preset: Preset, warm: Warm) -> Encoded:
         StudioError: a picture or an encoder cannot be read.
     """
     prompt = render_job(job, preset)
-    text, negative = (_text(words, preset, warm) for words in (prompt, job.negative_prompt or ""))
+    text, negative = (_text(words, preset, pool) for words in (prompt, job.negative_prompt or ""))
     # A weight of 0 leaves a subject out everywhere, also where the VLM would see it.
     shown = [prepare_subject(s, size=preset.reference_size) if s.weight > 0 else [] for s in job.subjects]
     with_identity = preset.conditioning.startswith("identity") and any(shown)
-    states, mask = _vlm(prompt, shown, preset, warm) if with_identity else (None, None)
-    warm.make_room()
+    states, mask = _vlm(prompt, shown, preset, pool) if with_identity else (None, None)
+    pool.make_room()
     if preset.conditioning == "sources":
-        return Encoded(text, negative, sources=_sources(job, shown, preset, warm))
+        return Encoded(text, negative, sources=_sources(job, shown, preset, pool))
     if preset.conditioning in ("frames", "side"):
-        frames = _reference_frames(job, shown, preset, warm)
-        side = _side(job, frames, preset, warm) if preset.conditioning == "side" else None
+        frames = _reference_frames(job, shown, preset, pool)
+        side = _side(job, frames, preset, pool) if preset.conditioning == "side" else None
         return Encoded(text, negative, frames=frames, side=side)
     if not with_identity:
         return Encoded(text, negative)  # without subjects the model is plain Wan, as it was in training
-    references = _references(shown, [subject.weight for subject in job.subjects], preset, warm)
-    frames = _reference_frames(job, shown, preset, warm) if preset.conditioning == "identity+frames" else None
+    references = _references(shown, [subject.weight for subject in job.subjects], preset, pool)
+    frames = _reference_frames(job, shown, preset, pool) if preset.conditioning == "identity+frames" else None
     return Encoded(text, negative, replace(references, vlm_states=states, vlm_mask=mask), frames)
 
 
-def _text(text: str, preset: Preset, warm: Warm) -> Tensor:
+def _text(text: str, preset: Preset, pool: ModelPool) -> Tensor:
     key = ("text", fingerprint(preset.place("text_encoder")), fingerprint(preset.place("tokenizer")), text)
 
     def made() -> Tensor:
-        with warm.at_work("text_encoder", preset) as encoder:
-            return text_states([text], warm.part("tokenizer", preset), encoder)
+        with pool.at_work("text_encoder", preset) as encoder:
+            return text_states([text], pool.part("tokenizer", preset), encoder)
 
-    return warm.remembered(key, made)
+    return pool.remembered(key, made)
 
 
 def _vlm(
-    prompt: str, shown: Sequence[Sequence[Pixels]], preset: Preset, warm: Warm
+    prompt: str, shown: Sequence[Sequence[Pixels]], preset: Preset, pool: ModelPool
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     if not preset.components.vlm:
         return None, None
@@ -297,19 +297,21 @@ def _vlm(
     key = ("vlm", fingerprint(preset.place("vlm")), fingerprint(preset.place("vlm_tokenizer")), prompt, hashes)
 
     def made() -> tuple[Tensor, Tensor]:
-        with warm.at_work("vlm", preset) as vlm:
-            return vlm_states([prompt], [shown], warm.part("vlm_tokenizer", preset), vlm)
+        with pool.at_work("vlm", preset) as vlm:
+            return vlm_states([prompt], [shown], pool.part("vlm_tokenizer", preset), vlm)
 
-    return warm.remembered(key, made)
+    return pool.remembered(key, made)
 
 
-def _references(shown: Sequence[Sequence[Pixels]], weights: Sequence[float], preset: Preset, warm: Warm) -> References:
+def _references(
+    shown: Sequence[Sequence[Pixels]], weights: Sequence[float], preset: Preset, pool: ModelPool
+) -> References:
     """The pictures of all subjects as one padded batch of one clip."""
     most = max(len(subject) for subject in shown)
     vae_files = fingerprint(preset.place("vae"))
 
     def latents(picture: Pixels) -> Tensor:
-        return warm.remembered(("picture", vae_files, _hash(picture)), lambda: _still(picture, preset, warm)[0])
+        return pool.remembered(("picture", vae_files, _hash(picture)), lambda: _still(picture, preset, pool)[0])
 
     rows = [[latents(picture) for picture in subject] for subject in shown]
     nothing = torch.zeros_like(next(row[0] for row in rows if row))
@@ -322,21 +324,25 @@ def _references(shown: Sequence[Sequence[Pixels]], weights: Sequence[float], pre
     )
 
 
-def _reference_frames(job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, warm: Warm) -> Tensor | None:
+def _reference_frames(
+    job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, pool: ModelPool
+) -> Tensor | None:
     """Every picture at the clip's size on white, each a latent frame: (1, C, N, h, w); None without any.
 
     A subject's weight, 1 as trained, scales its latents, since zeros are what a model of this kind takes for nobody.
     """
-    latents = list(_pages(job, shown, lambda own: on_canvas(own, job.width or 0, job.height or 0), preset, warm))
+    latents = list(_pages(job, shown, lambda own: on_canvas(own, job.width or 0, job.height or 0), preset, pool))
     return torch.stack(latents, dim=2) if latents else None
 
 
-def _sources(job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, warm: Warm) -> tuple[Tensor, ...]:
+def _sources(
+    job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, pool: ModelPool
+) -> tuple[Tensor, ...]:
     """Every picture at its own size, each (1, C, 1, h, w).
 
     A subject's weight scales its latents here, too: a paler picture. Nothing else of the kind was trained.
     """
-    pages = _pages(job, shown, lambda own: at_own_size(own, preset.size_multiple), preset, warm)
+    pages = _pages(job, shown, lambda own: at_own_size(own, preset.size_multiple), preset, pool)
     return tuple(latents.unsqueeze(2) for latents in pages)
 
 
@@ -345,23 +351,23 @@ def _pages(
     shown: Sequence[Sequence[Pixels]],
     page_of: Callable[[Pixels], Pixels],
     preset: Preset,
-    warm: Warm,
+    pool: ModelPool,
 ) -> Iterator[Tensor]:
     """Latents (1, C, h, w) of what is made of every picture, times its subject's weight."""
     vae_files = fingerprint(preset.place("vae"))
     for subject, own in zip(job.subjects, shown, strict=True):
         for page in map(page_of, own):
             key = ("frame", vae_files, _hash(page))
-            made = warm.remembered(key, lambda page=page: _still(page, preset, warm))
+            made = pool.remembered(key, lambda page=page: _still(page, preset, pool))
             yield subject.weight * made
 
 
-def _still(page: Pixels, preset: Preset, warm: Warm) -> Tensor:
-    with warm.at_work("vae", preset) as vae:
+def _still(page: Pixels, preset: Preset, pool: ModelPool) -> Tensor:
+    with pool.at_work("vae", preset) as vae:
         return picture_latents([page], vae)
 
 
-def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -> Tensor:
+def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, pool: ModelPool) -> Tensor:
     """What VACE's side branch reads where everything is to be made: an even grey video, and a mask that says "all".
 
     Pictures come first, the last one first of all, as kept content with a mask of zeros.
@@ -371,12 +377,12 @@ def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, warm: Warm) -
     shape = (1, 3, job.num_frames or 1, job.height or 0, job.width or 0)
 
     def empty() -> Tensor:
-        with warm.at_work("vae", preset) as vae, torch.no_grad():
+        with pool.at_work("vae", preset) as vae, torch.no_grad():
             grey = torch.zeros(shape, device=vae.device, dtype=vae.dtype)
             return normalize(vae.encode(grey, return_dict=False)[0].mode().float(), vae)
 
-    video = warm.remembered(("grey", fingerprint(preset.place("vae")), shape), empty)
-    cells: Any = warm.part("vae", preset).config.scale_factor_spatial
+    video = pool.remembered(("grey", fingerprint(preset.place("vae")), shape), empty)
+    cells: Any = pool.part("vae", preset).config.scale_factor_spatial
     mask = video.new_ones(1, cells**2, *video.shape[2:])
     clip = torch.cat([video, video, mask], 1)
     if frames is None:

@@ -1,7 +1,7 @@
 """People known by their faces: YuNet finds them, SFace compares them, both in OpenCV on the processor.
 
 In:  a folder with the two ONNX files, pictures and frames as uint8 RGB.
-Out: boxes and unit vectors; `Faces` answers for people in an identity report (`engine.identity.Witness`).
+Out: boxes and unit vectors; `Faces` answers for people in an identity report (`engine.identity.Evaluator`).
 Knows nothing of subjects, jobs or models.
 
 Shapes: F frames, N subjects, V pictures of each, R faces, H x W pixels, d numbers of a vector.
@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.identity import Sight
+from engine.identity import Detections
 
 CERTAIN = 0.7  # YuNet's score of a face
 MOST = 12  # faces of a frame
@@ -71,7 +71,7 @@ class Faces:
     def __init__(self, files: FaceFiles, known: Sequence[NDArray[np.float32]]) -> None:
         self._files, self._known = files, known
 
-    def look(self, frames: NDArray[np.uint8]) -> list[Sight]:
+    def look(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """(F, H, W, 3) -> the face boxes of each frame, and whom they look like."""
         sights = []
         for frame in frames:
@@ -81,5 +81,5 @@ class Faces:
                 region[max(0, top) : max(0, top + high), max(0, left) : max(0, left + wide)] = True
             alike = [(vectors @ own.T).max(1) for own in self._known] if len(boxes) else []
             shape = (0, len(self._known))
-            sights.append(Sight(regions, np.stack(alike, 1) if alike else np.empty(shape, np.float32)))
+            sights.append(Detections(regions, np.stack(alike, 1) if alike else np.empty(shape, np.float32)))
         return sights

@@ -24,7 +24,7 @@ AT_ONCE = 8  # frames judged together; no more are held than these and the few t
 SHOWN = 9  # frames of the strip
 
 
-class Sight(NamedTuple):
+class Detections(NamedTuple):
     """What a witness sees in one frame."""
 
     regions: NDArray[np.bool_]
@@ -33,21 +33,21 @@ class Sight(NamedTuple):
     """(R, N), cosine of each region with the likest picture of each subject."""
 
 
-class Witness(Protocol):
+class Evaluator(Protocol):
     """Somebody who knows some subjects by their pictures and can tell where in a frame they are."""
 
     title: str
     """What the report calls it; figures of two titles are never compared."""
 
-    def look(self, frames: NDArray[np.uint8]) -> list[Sight]:
+    def look(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """(F, H, W, 3) -> one sight for each frame."""
         ...
 
 
-class Answer(NamedTuple):
+class Assignment(NamedTuple):
     """A witness and whom it answers for."""
 
-    witness: Witness
+    witness: Evaluator
     subjects: tuple[tuple[str, int], ...]
     """Name of each of its N subjects, and their place among all subjects of the job (0 the first)."""
 
@@ -64,7 +64,7 @@ class Reporter:
     """
 
     def __init__(
-        self, answers: Sequence[Answer], *, fps: float, num_frames: int, every: int = 1, at_once: int = AT_ONCE
+        self, answers: Sequence[Assignment], *, fps: float, num_frames: int, every: int = 1, at_once: int = AT_ONCE
     ) -> None:
         self._answers, self._fps, self._every, self._at_once = answers, fps, every, at_once
         self._waiting: list[NDArray[np.uint8]] = []

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.identity import Sight
+from engine.identity import Detections
 
 SIZE = 64  # pixels; what the judges were trained at
 CROP = 40  # pixels; side of a cut-out subject
@@ -320,7 +320,7 @@ def _cut(picture: Tensor, held: Tensor, side: int) -> Tensor:
 
 
 class Drawn:
-    """The witness for drawings (`engine.identity.Witness`).
+    """The witness for drawings (`engine.identity.Evaluator`).
 
     Args:
         judges: whose eyes it has.
@@ -334,7 +334,7 @@ class Drawn:
         self._known = [judges.embedder(cut_out(own)) for own in self._pictures]
 
     @torch.no_grad()
-    def look(self, frames: NDArray[np.uint8]) -> list[Sight]:
+    def look(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """(F, H, W, 3) -> where the locator finds each subject, and whom each of those regions looks like."""
         units = to_unit(torch.from_numpy(frames))
         owner = locate(self._judges, units, self._pictures).argmax(1)
@@ -343,7 +343,7 @@ class Drawn:
             masks = torch.stack([held == slot for slot in range(1, len(self._known) + 1)])
             masks = masks[masks.float().mean((1, 2)) >= SEEN]
             alike = likenesses(self._judges, frame.expand(len(masks), -1, -1, -1), masks.float(), self._known)
-            sights.append(Sight(masks.numpy(), alike.numpy()))
+            sights.append(Detections(masks.numpy(), alike.numpy()))
         return sights
 
 

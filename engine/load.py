@@ -54,7 +54,7 @@ VISITING: dict[Part, tuple[tuple[str, ...], tuple[str, ...]]] = {
 CARDS = {"cuda": torch.cuda, "xpu": torch.xpu}  # devices with a memory of their own; both modules speak alike
 CPU = torch.device("cpu")
 KEEP_ENCODERS_BYTES = 2 * 2**30  # larger encoders leave memory before sampling starts
-REMEMBERED_BYTES = 512 * 2**20  # encoded prompts and pictures that a warm worker keeps
+REMEMBERED_BYTES = 512 * 2**20  # encoded prompts and pictures that a pool keeps
 
 disable_progress_bar()  # a bar per component says nothing; the run says how far it is
 
@@ -90,7 +90,7 @@ def usual_dtype(part: Part, where: torch.device) -> torch.dtype:
     return torch.bfloat16 if where.type in CARDS and part != "vae" else torch.float32
 
 
-def load(
+def load_part(
     part: Part,
     place: Path,
     where: torch.device,
@@ -142,7 +142,7 @@ def load(
     except StudioError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, cv2.error) as error:
-        if memory.lacking(error):
+        if memory.which_memory(error):
             raise  # the files are whole; whoever planned this clip plans anew
         reason = str(error).strip().splitlines()
         raise _damaged(part, place, reason[0][:200] if reason else type(error).__name__) from error
@@ -244,10 +244,10 @@ def _damaged(part: str, folder: Path, reason: str) -> StudioError:
     )
 
 
-# --- a warm worker --------------------------------------------------------------------------------------------------
+# --- what stays loaded between two clips ------------------------------------------------------------------------------
 
 
-class Warm:
+class ModelPool:
     """What a worker keeps between two clips: loaded parts, and what was encoded before.
 
     A part is loaded again when its files have changed on disk, so a checkpoint that training has just written is the
@@ -313,7 +313,10 @@ class Warm:
         self._drop(self._parts)
 
     def part(self, part: Part, preset: Preset, *, build: Callable[[Path], Any] | None = None) -> Any:
-        """A part of this preset as the plan has it, from memory when it is the same as last time; `build` as in `load`.
+        """A part of this preset as the plan has it, from memory when it is the same as last time.
+
+        Args:
+            build: as in `load_part`.
 
         Raises:
             StudioError: its files are missing or damaged.
@@ -334,7 +337,7 @@ class Warm:
             _let_go(self.device, [part])
         self._give_way(part)
         asked: Any = {"expect": _expected(part, place, preset), "merge": merge, "build": build}
-        loaded = load(part, place, self.device, precision, keep=keep, tell=partial(self._tell, part), **asked)
+        loaded = load_part(part, place, self.device, precision, keep=keep, tell=partial(self._tell, part), **asked)
         self._parts[part] = (mark, loaded)
         return loaded
 

@@ -186,7 +186,7 @@ class Plan:
 _JUDGES = ("judges", "detector", "segmenter", "embedder")  # of frames; on the processor, and kept between two clips
 
 
-def plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
+def make_plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
     """The first of all ways to make this clip that fits, from the most exact and quickest on; else the smallest one.
 
     Args:
@@ -290,16 +290,16 @@ def _plan(
 # --- when it does not fit ---------------------------------------------------------------------------------------------
 
 
-def fitted(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
-    """`plan`, where it fits.
+def plan_or_raise(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
+    """`make_plan`, where it fits.
 
     Raises:
         StudioError: it does not; the three cheapest changes that would, or what binds where none does.
     """
-    made = plan(job, preset, here)
+    made = make_plan(job, preset, here)
     if made.fits:
         return made
-    changes = [words for words, changed in cheaper(job, preset) if plan(changed, preset, here).fits][:3]
+    changes = [words for words, changed in cheaper(job, preset) if make_plan(changed, preset, here).fits][:3]
     raise StudioError(
         what=f"{preset.title} at {job.width} x {job.height} with {job.num_frames} frames does not fit this machine.",
         why=made.words(),
@@ -340,7 +340,7 @@ def _gb(count: float) -> str:
 # --- when it ran out all the same ------------------------------------------------------------------------------------
 
 
-class Lack(Exception):
+class OutOfMemory(Exception):
     """Memory ran out; `what` says which: "VRAM", "RAM", "pinned RAM" or "disk"."""
 
     def __init__(self, what: str) -> None:
@@ -349,8 +349,8 @@ class Lack(Exception):
 
 
 @contextmanager
-def told_apart() -> Iterator[None]:
-    """Turn a lack of memory inside the block into a `Lack`; everything else passes through unchanged.
+def classify_oom() -> Iterator[None]:
+    """Turn a lack of memory inside the block into a `OutOfMemory`; everything else passes through unchanged.
 
     Raises:
         Lack: naming the memory.
@@ -358,14 +358,14 @@ def told_apart() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = lacking(error)
+        what = which_memory(error)
         if what is None:
             raise
-        raise Lack(what) from error
+        raise OutOfMemory(what) from error
 
 
-def lacking(error: Exception) -> str | None:
-    """Which memory an error says has run out, as a `Lack` names it; None where it is about something else."""
+def which_memory(error: Exception) -> str | None:
+    """Which memory an error says has run out, as a `OutOfMemory` names it; None where it is about something else."""
     said = str(error).lower()
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk"
@@ -398,10 +398,10 @@ _SAYINGS = {
 """What allocators say who raise a plain RuntimeError, the more telling ones first."""
 
 
-def explanation(lack: Lack, job: GenerateJob, preset: Preset, here: Hardware) -> StudioError:
+def explain_oom(lack: OutOfMemory, job: GenerateJob, preset: Preset, here: Hardware) -> StudioError:
     """What to change when memory ran out twice: the cheapest jobs that need a third less than this one did."""
     less = here.shrunk()
-    changes = [words for words, changed in cheaper(job, preset) if plan(changed, preset, less).fits][:3]
+    changes = [words for words, changed in cheaper(job, preset) if make_plan(changed, preset, less).fits][:3]
     words = list(changes) or [words for words, _ in cheaper(job, preset)][:3]
     where = {"VRAM": "The card's memory", "disk": "The disk's space"}.get(
         lack.what, f"The machine's memory ({lack.what})"

@@ -47,11 +47,9 @@ from engine import (
 )
 from engine.guidance import guided
 from engine.job import GenerateJob, write_job
-from engine.load import Warm, fingerprint
+from engine.load import ModelPool, fingerprint
 from engine.messages import Cancelled, Message, Preview, Progress, Saved, StudioError
 from engine.report import REPORT, STRIP, IdentityReport
-
-__all__ = ["Warm", "run"]
 
 PREVIEWS = ".previews"  # folder of pictures of clips in the making, one folder each
 log = logging.getLogger(__name__)
@@ -67,7 +65,7 @@ def run(
     *,
     outputs: Path,
     clip: Path | None = None,
-    warm: Warm | None = None,
+    pool: ModelPool | None = None,
 ) -> Saved:
     """Make one clip.
 
@@ -86,31 +84,31 @@ def run(
         StudioError: the job does not fit, a file is missing or damaged, memory or disk ran out, or the clip broke.
     """
     began = time.monotonic()
-    warm = warm or Warm()
-    warm.telling(LoadingProgress(say))
+    pool = pool or ModelPool()
+    pool.telling(LoadingProgress(say))
     job, preset = presets.resolve(job)
     presets.check_files(preset)
     job = lora_files.hashed(pictures.pack(job, preset))
     target = clip or free_name(outputs, job)
     check_writable(target.parent)
-    here = warm.hardware()
-    plan = memory.fitted(job, preset, here) if preset.shape is not None else None
+    here = pool.hardware()
+    plan = memory.plan_or_raise(job, preset, here) if preset.shape is not None else None
     with Previews(outputs / PREVIEWS / target.stem) as previews:
         saved, lacked = None, ""
         try:
-            saved = make_clip(job, preset, plan, say, target, warm, previews)
-        except memory.Lack as lack:
+            saved = make_clip(job, preset, plan, say, target, pool, previews)
+        except memory.OutOfMemory as lack:
             lacked = lack.what
         # Not inside the handler: an error holds the frames it came through, and they the model that was too large.
         if saved is None:
             log.warning("out of memory (%s); once more, sparing", lacked)
             say(Progress("load", 0, 0, note=f"{lacked} ran out; trying once more with less."))
-            warm.empty()
-            less = memory.plan(job, preset, here.shrunk()) if preset.shape is not None else None
+            pool.empty()
+            less = memory.make_plan(job, preset, here.shrunk()) if preset.shape is not None else None
             try:
-                saved = make_clip(job, preset, less, say, target, warm, previews)
-            except memory.Lack as again:
-                raise memory.explanation(again, job, preset, here) from again
+                saved = make_clip(job, preset, less, say, target, pool, previews)
+            except memory.OutOfMemory as again:
+                raise memory.explain_oom(again, job, preset, here) from again
     return replace(saved, seconds=time.monotonic() - began)
 
 
@@ -120,7 +118,7 @@ def make_clip(
     plan: memory.Plan | None,
     say: Callable[[Message], None],
     target: Path,
-    warm: Warm,
+    pool: ModelPool,
     previews: Previews,
 ) -> Saved:
     """The clip, made as the plan says.
@@ -128,18 +126,18 @@ def make_clip(
     Raises:
         Lack: some memory ran out.
     """
-    warm.follow(plan)
+    pool.follow(plan)
     if plan is not None:
         job = job.model_copy(update={"precision": plan.parts["transformer"].precision})
-    with memory.told_apart():
+    with memory.classify_oom():
         kept = KeptLatents(target, job, preset)
-        drawn = kept.read(warm.device)
+        drawn = kept.read(pool.device)
         if drawn is None:
-            drawn = sample_latents(job, preset, say, warm, previews)
+            drawn = sample_latents(job, preset, say, pool, previews)
             kept.write(*drawn)
         latents, notes = drawn
         try:
-            saved = decode_and_write(latents, job, preset, plan is not None and plan.tiled, say, target, warm)
+            saved = decode_and_write(latents, job, preset, plan is not None and plan.tiled, say, target, pool)
         except Cancelled:
             kept.forget()
             raise
@@ -148,16 +146,16 @@ def make_clip(
 
 
 def sample_latents(
-    job: GenerateJob, preset: presets.Preset, say: Callable[[Message], None], warm: Warm, previews: Previews
+    job: GenerateJob, preset: presets.Preset, say: Callable[[Message], None], pool: ModelPool, previews: Previews
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The clip's latents (1, C, F, h, w), and what was not done as a creator may have expected."""
     say(Progress("encode", 0, 1))
-    encoded = encode.job_states(job, preset, warm)
+    encoded = encode.job_states(job, preset, pool)
 
     say(Progress("load", 0, 1))
-    transformer, vae = warm.part("transformer", preset), warm.part("vae", preset)
+    transformer, vae = pool.part("transformer", preset), pool.part("vae", preset)
     # A LoRA comes before the subjects are read: it may change how. And before any block visits the device.
-    with lora.added(transformer, job.loras) as matched, warm.visiting("transformer", transformer):
+    with lora.added(transformer, job.loras) as matched, pool.visiting("transformer", transformer):
         for file in matched:
             say(Progress("load", 1, 1, note=file.sentence))
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
@@ -170,7 +168,9 @@ def sample_latents(
         def on_step(step: sampling.Step) -> None:
             say(Progress("sample", step.index + 1, step.total, eta_s=pace.left(step.index + 1, step.total)))
             if previews.due(step.index + 1, step.total):
-                picture = previews.write(lambda: decode.preview(step.x_0[:, :, lead:], vae), preset.display_scale)
+                picture = previews.write(
+                    lambda: decode.decode_preview(step.x_0[:, :, lead:], vae), preset.display_scale
+                )
                 say(Preview(step.index + 1, step.total, picture))
             pace.go_on()
 
@@ -194,10 +194,10 @@ def decode_and_write(
     tiled: bool,
     say: Callable[[Message], None],
     target: Path,
-    warm: Warm,
+    pool: ModelPool,
 ) -> Saved:
     """Decode, judge and write, frame by frame."""
-    reporter = new_reporter(job, preset, warm)
+    reporter = new_reporter(job, preset, pool)
     document = write_job(lora_files.portable(pictures.portable(job)))
     size = (job.width or 0, job.height or 0)
     with video.ClipWriter(
@@ -205,7 +205,7 @@ def decode_and_write(
     ) as writer:
         pace, total = Pace(), latents.shape[2]
         say(Progress("decode", 0, total))
-        for number, group in enumerate(decode.frames(latents, warm.part("vae", preset), tiled=tiled), start=1):
+        for number, group in enumerate(decode.decode_frames(latents, pool.part("vae", preset), tiled=tiled), start=1):
             for frame in group:
                 writer.write(frame)
                 if reporter is not None:
@@ -261,9 +261,9 @@ class KeptLatents:
         self._path.unlink(missing_ok=True)
 
 
-def new_reporter(job: GenerateJob, preset: presets.Preset, warm: Warm) -> identity.Reporter | None:
+def new_reporter(job: GenerateJob, preset: presets.Preset, pool: ModelPool) -> identity.Reporter | None:
     """Who judges the clip while it is decoded; None where nobody is to be recognised, or no judge is there."""
-    answers = witnesses.answers(job, preset, warm)
+    answers = witnesses.assign_evaluators(job, preset, pool)
     if not answers:
         return None
     # Judges of drawings are quick; those of the real world look at one frame of each that the VAE packs together.

@@ -94,7 +94,7 @@ def opened(place: Path) -> Iterator[Source]:
         try:
             made = _Gguf(place, files[0], stack) if _kind(files[0]) == "gguf" else _Safetensors(place, files, stack)
         except (SafetensorError, OSError, ValueError) as error:
-            if memory.lacking(error):
+            if memory.which_memory(error):
                 raise
             raise refused(place, f"It is damaged or cut short ({str(error)[:120]}).") from None
         yield made
@@ -198,7 +198,7 @@ class _Safetensors(Source):
                 return tensor
             scale = self._in[self._scales[key]].get_tensor(self._scales[key]).float().flatten()
         except (SafetensorError, OSError, ValueError) as error:
-            if memory.lacking(error):
+            if memory.which_memory(error):
                 raise
             raise refused(self.place, f"{key} cannot be read ({str(error)[:120]}).") from None
         if scale.numel() not in (1, tensor.shape[0]):

@@ -1,7 +1,7 @@
 """Who answers for whom in an identity report: judges of drawings, a face recogniser, or a finder of things.
 
-In:  a job, its preset, and the parts that a warm worker holds.
-Out: `engine.identity.Answer`s; nobody where the preset names no witness, or where its files are not there.
+In:  a job, its preset, and the parts that a model pool holds.
+Out: `engine.identity.Assignment`s; nobody where the preset names no witness, or where its files are not there.
 Knows nothing of the report.
 
 People whose pictures show a face are known by it (YuNet finds, SFace compares; both run in OpenCV). Everything else
@@ -25,10 +25,10 @@ from torch.nn import functional
 
 from engine import pictures
 from engine.faces import FaceFiles, Faces
-from engine.identity import Answer, Sight, Witness
+from engine.identity import Assignment, Detections, Evaluator
 from engine.job import GenerateJob, Subject
 from engine.judges import Drawn, Judges, cut_out, to_unit
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.presets import Preset
 
 Pictures = Sequence[NDArray[np.uint8]]  # of one subject, each (H, W, 3), RGB
@@ -42,7 +42,7 @@ MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which
 THINGS = ("detector", "detector_tokenizer", "segmenter", "embedder")
 
 
-def answers(job: GenerateJob, preset: Preset, warm: Warm) -> tuple[Answer, ...]:
+def assign_evaluators(job: GenerateJob, preset: Preset, pool: ModelPool) -> tuple[Assignment, ...]:
     """Everyone who is to be recognised, with the witness that knows them.
 
     Raises:
@@ -51,23 +51,23 @@ def answers(job: GenerateJob, preset: Preset, warm: Warm) -> tuple[Answer, ...]:
     asked = [(at, each) for at, each in enumerate(job.subjects) if each.role != "background" and each.weight > 0]
     shown = {at: pictures.prepare_subject(each, size=preset.reference_size) for at, each in asked}
 
-    def answer(witness: Witness, own: Sequence[tuple[int, Subject]]) -> Answer:
-        return Answer(witness, tuple((each.name, at) for at, each in own))
+    def answer(witness: Evaluator, own: Sequence[tuple[int, Subject]]) -> Assignment:
+        return Assignment(witness, tuple((each.name, at) for at, each in own))
 
     if not asked:
         return ()
     if preset.components.judges:
-        return (answer(Drawn(warm.part("judges", preset, build=Judges.load), list(shown.values())), asked),)
+        return (answer(Drawn(pool.part("judges", preset, build=Judges.load), list(shown.values())), asked),)
     found, left = [], asked
     if preset.has("faces"):
-        faces: FaceFiles = warm.part("faces", preset, build=FaceFiles)
+        faces: FaceFiles = pool.part("faces", preset, build=FaceFiles)
         known = {at: faces.known(shown[at]) for at, each in asked if each.role == "person"}
         people = [(at, each) for at, each in asked if len(known.get(at, ()))]
         left = [(at, each) for at, each in asked if not len(known.get(at, ()))]
         if people:
             found.append(answer(Faces(faces, [known[at] for at, _ in people]), people))
     if left and all(preset.has(part) for part in THINGS):
-        parts = [warm.part(part, preset) for part in THINGS]
+        parts = [pool.part(part, preset) for part in THINGS]
         things = Things(*parts, nouns=[each.noun for _, each in left], pictures=[shown[at] for at, _ in left])
         found.append(answer(things, left))
     return tuple(found)
@@ -104,21 +104,21 @@ class Things:
         self._known = [self._embed([cut_out(_unit(p), side=EMBEDDED)[0] for p in own]) for own in pictures]
 
     @torch.no_grad()
-    def look(self, frames: NDArray[np.uint8]) -> list[Sight]:
+    def look(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """(F, H, W, 3) -> what was found in each frame, and whom it looks like."""
         return [self._look(_unit(frame)) for frame in frames]
 
-    def _look(self, frame: Tensor) -> Sight:
+    def _look(self, frame: Tensor) -> Detections:
         """(1, 3, H, W) in [0, 1]."""
         boxes = self._boxes(frame)
         regions = self._regions(frame, boxes)
         regions = regions[regions.flatten(1).any(1)]
         if len(regions) == 0:
-            return Sight(np.zeros((0, *frame.shape[2:]), bool), np.empty((0, len(self._known)), np.float32))
+            return Detections(np.zeros((0, *frame.shape[2:]), bool), np.empty((0, len(self._known)), np.float32))
         cuts = cut_out(frame.expand(len(regions), -1, -1, -1), regions.float(), side=EMBEDDED)
         vectors = self._embed(list(cuts))
         alike = torch.stack([(vectors @ own.T).amax(1) for own in self._known], 1)
-        return Sight(regions.numpy(), alike.numpy())
+        return Detections(regions.numpy(), alike.numpy())
 
     def _boxes(self, frame: Tensor) -> Tensor:
         """(1, 3, H, W) -> (R, 4): left, top, right, bottom as shares of the frame, surest first."""

@@ -19,7 +19,7 @@ from optimum.quanto import WeightQBytesTensor
 
 from engine import decode, load, memory, presets, quantize, run, tiny, video, weights
 from engine.job import make_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.messages import StudioError
 from engine.offload import visiting
 from engine.subject_tower import References
@@ -42,17 +42,17 @@ def kept(where: str, tiled: bool) -> Iterator[None]:
     """Every part is kept so and as precise as on a card, whatever would fit."""
 
     def fitted(given: Any, preset: Any, here: memory.Hardware) -> memory.Plan:
-        made = memory.plan(given, preset, replace(here, device="cuda"))
+        made = memory.make_plan(given, preset, replace(here, device="cuda"))
         parts = {part: replace(fit, where=where) if part != "vae" else fit for part, fit in made.parts.items()}
         return replace(made, parts=parts, tiled=tiled)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "fitted", fitted)
+        patch.setattr(memory, "plan_or_raise", fitted)
         yield
 
 
 def clip(device: torch.device, given: Any, outputs: Path) -> NDArray[np.uint8]:
-    saved = run.run(given, lambda message: None, outputs=outputs, warm=Warm(device))
+    saved = run.run(given, lambda message: None, outputs=outputs, pool=ModelPool(device))
     return video.read_frames(saved.clip, display_scale=4)
 
 
@@ -157,14 +157,14 @@ def test_a_profile_is_held_to_and_on_windows_the_card_is(
     with pretended() as card:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (7 * memory.GB, card.memory))
         monkeypatch.setattr("engine.load.sys.platform", system)
-        warm = Warm(torch.device("cuda"))
-        assert warm.hardware().vram == (6 if profile == "6" else 7) * memory.GB
+        pool = ModelPool(torch.device("cuda"))
+        assert pool.hardware().vram == (6 if profile == "6" else 7) * memory.GB
         assert card.fraction == pytest.approx(held / 8)
 
 
 def test_eight_bits_of_floating_point_are_refused_where_metal_has_none(folder: Path) -> None:
     with pytest.raises(StudioError, match="int8"):
-        load.load("transformer", folder / "transformer", torch.device("mps"), "fp8")
+        load.load_part("transformer", folder / "transformer", torch.device("mps"), "fp8")
 
 
 def test_the_card_that_is_not_there_refuses_what_a_card_refuses() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from engine import decode, encode, paths, presets, tiny, video
 from engine.job import GenerateJob, Subject, make_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.messages import StudioError
 
 
@@ -33,8 +33,8 @@ def preset(folder):
 
 
 @pytest.fixture(scope="module")
-def warm() -> Warm:
-    return Warm(torch.device("cpu"))
+def pool() -> ModelPool:
+    return ModelPool(torch.device("cpu"))
 
 
 def _picture(seed: int, size: int = 64) -> np.ndarray:
@@ -93,15 +93,15 @@ def test_a_model_without_slots_reads_nouns():
 # --- text and VLM ---
 
 
-def test_text_states_are_zero_behind_the_text_and_as_long_as_the_model_was_taught(warm, preset):
-    states = encode.text_states(["a fox", ""], warm.part("tokenizer", preset), warm.part("text_encoder", preset))
+def test_text_states_are_zero_behind_the_text_and_as_long_as_the_model_was_taught(pool, preset):
+    states = encode.text_states(["a fox", ""], pool.part("tokenizer", preset), pool.part("text_encoder", preset))
     assert states.shape == (2, tiny.TEXT_TOKENS, tiny.TEXT_DIM)
     written = states.abs().sum(-1) > 0
     assert written.sum(1).tolist() == [6, 1]  # five letters and the end; the end alone
 
 
-def test_the_vlm_reads_a_batch_as_it_reads_each_alone(warm, preset):
-    words, vlm = warm.part("vlm_tokenizer", preset), warm.part("vlm", preset)
+def test_the_vlm_reads_a_batch_as_it_reads_each_alone(pool, preset):
+    words, vlm = pool.part("vlm_tokenizer", preset), pool.part("vlm", preset)
     prompts = ["subject 1 runs", "subject 2 follows subject 1 for a while"]
     shown = [[[_picture(1)], [_picture(2), _picture(3)]], []]
     states, mask = encode.vlm_states(prompts, shown, words, vlm)
@@ -111,16 +111,16 @@ def test_the_vlm_reads_a_batch_as_it_reads_each_alone(warm, preset):
         torch.testing.assert_close(states[row, : alone.shape[1]], alone[0], rtol=0, atol=1e-4)
 
 
-def test_what_a_picture_shows_reaches_the_words_behind_it(warm, preset):
-    words, vlm = warm.part("vlm_tokenizer", preset), warm.part("vlm", preset)
+def test_what_a_picture_shows_reaches_the_words_behind_it(pool, preset):
+    words, vlm = pool.part("vlm_tokenizer", preset), pool.part("vlm", preset)
     one, other = (encode.vlm_states(["it runs"], [[[_picture(seed)]]], words, vlm)[0] for seed in (1, 2))
     assert (one[0, -1] - other[0, -1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("size", [64, 128, 500])
-def test_a_picture_takes_at_most_64_tokens_of_the_vlm(warm, preset, size):
+def test_a_picture_takes_at_most_64_tokens_of_the_vlm(pool, preset, size):
     inputs = encode.vlm_inputs(
-        ["x"], [[[_picture(1, size)]]], warm.part("vlm_tokenizer", preset), warm.part("vlm", preset)
+        ["x"], [[[_picture(1, size)]]], pool.part("vlm_tokenizer", preset), pool.part("vlm", preset)
     )
     count = int(inputs["mm_token_type_ids"].sum())
     assert 0 < count <= encode.PICTURE_TOKENS
@@ -130,8 +130,8 @@ def test_a_picture_takes_at_most_64_tokens_of_the_vlm(warm, preset, size):
 # --- pictures and clips ---
 
 
-def test_a_picture_is_a_clip_of_one_frame_in_normalised_latents(warm, preset):
-    vae = warm.part("vae", preset)
+def test_a_picture_is_a_clip_of_one_frame_in_normalised_latents(pool, preset):
+    vae = pool.part("vae", preset)
     picture = _picture(1)
     latents = encode.picture_latents([picture], vae)
     assert latents.shape == (1, tiny.LATENT_CHANNELS, 16, 16)
@@ -143,10 +143,10 @@ def test_a_picture_is_a_clip_of_one_frame_in_normalised_latents(warm, preset):
 
 
 @pytest.mark.parametrize("latent_frames", [1, 2, 5])
-def test_decoding_frame_by_frame_equals_decoding_at_once(warm, preset, latent_frames):
-    vae = warm.part("vae", preset)
+def test_decoding_frame_by_frame_equals_decoding_at_once(pool, preset, latent_frames):
+    vae = pool.part("vae", preset)
     latents = torch.randn(1, tiny.LATENT_CHANNELS, latent_frames, 6, 10)
-    groups = list(decode.frames(latents, vae))
+    groups = list(decode.decode_frames(latents, vae))
     assert [len(group) for group in groups] == [1] + [4] * (latent_frames - 1)
     streamed = np.concatenate([np.stack(group) for group in groups])
     with torch.no_grad():
@@ -166,46 +166,46 @@ def test_the_weights_of_all_tiles_sum_to_one_everywhere(length, monkeypatch):
 
 def test_a_clip_decoded_in_tiles_looks_like_the_clip_decoded_whole(monkeypatch):
     toybox = presets.load("toybox")
-    warm = Warm(torch.device("cpu"))
-    vae = warm.part("vae", toybox)
+    pool = ModelPool(torch.device("cpu"))
+    vae = pool.part("vae", toybox)
     clip = torch.from_numpy(video.read_frames(paths.ROOT / "assets/sanity.mp4", display_scale=toybox.display_scale)[:5])
     latents = encode.clip_latents(clip[None], vae)
-    whole = list(decode.frames(latents, vae))
+    whole = list(decode.decode_frames(latents, vae))
     monkeypatch.setattr(decode, "TILE", 40)
     monkeypatch.setattr(decode, "OVERLAP", 16)
-    tiled = list(decode.frames(latents, vae, tiled=True))
+    tiled = list(decode.decode_frames(latents, vae, tiled=True))
     assert [len(group) for group in tiled] == [len(group) for group in whole]
     error = np.concatenate(tiled).astype(float) - np.concatenate(whole)
     assert 0 < (error**2).mean() < 255**2 / 10**3, "at least 30 dB, and not the same: it was cut into tiles"
 
 
-def test_decoding_a_longer_clip_takes_no_more_memory(warm, preset):
-    vae = warm.part("vae", preset)
+def test_decoding_a_longer_clip_takes_no_more_memory(pool, preset):
+    vae = pool.part("vae", preset)
     latents = torch.randn(1, tiny.LATENT_CHANNELS, 9, 4, 4)
     alive = []
-    for _ in decode.frames(latents, vae):
+    for _ in decode.decode_frames(latents, vae):
         tensors = {id(t): t for t in gc.get_objects() if type(t) is torch.Tensor}
         alive.append(sum(t.numel() * t.element_size() for t in tensors.values()))
         del tensors
     assert alive[-1] == alive[2]  # the feature cache is full after the second group
 
 
-def test_a_preview_shows_a_few_frames_side_by_side(warm, preset):
-    strip = decode.preview(torch.randn(1, tiny.LATENT_CHANNELS, 3, 8, 8), warm.part("vae", preset))
+def test_a_preview_shows_a_few_frames_side_by_side(pool, preset):
+    strip = decode.decode_preview(torch.randn(1, tiny.LATENT_CHANNELS, 3, 8, 8), pool.part("vae", preset))
     assert strip.shape == (32, 3 * 32, 3) and strip.dtype == np.uint8
 
 
-def test_a_frame_of_nan_is_an_error_not_a_black_frame(warm, preset):
+def test_a_frame_of_nan_is_an_error_not_a_black_frame(pool, preset):
     latents = torch.full((1, tiny.LATENT_CHANNELS, 1, 8, 8), float("nan"))
     with pytest.raises(StudioError, match="NaN"):
-        list(decode.frames(latents, warm.part("vae", preset)))
+        list(decode.decode_frames(latents, pool.part("vae", preset)))
 
 
 # --- a whole job ---
 
 
-def test_a_job_is_read_with_padding_for_missing_pictures(tmp_path, warm, preset):
-    encoded = encode.job_states(_job(tmp_path), preset, warm)
+def test_a_job_is_read_with_padding_for_missing_pictures(tmp_path, pool, preset):
+    encoded = encode.job_states(_job(tmp_path), preset, pool)
     references = encoded.references
     assert references is not None and references.latents is not None and references.mask is not None
     assert references.latents.shape == (1, 2, 2, tiny.LATENT_CHANNELS, 16, 16)
@@ -214,35 +214,35 @@ def test_a_job_is_read_with_padding_for_missing_pictures(tmp_path, warm, preset)
     assert encoded.prompt_embeds.shape == encoded.negative_prompt_embeds.shape
 
 
-def test_without_subjects_nothing_but_the_text_is_read(tmp_path, warm, preset):
-    assert encode.job_states(make_job(prompt="a beach"), preset, warm).references is None
+def test_without_subjects_nothing_but_the_text_is_read(tmp_path, pool, preset):
+    assert encode.job_states(make_job(prompt="a beach"), preset, pool).references is None
     job = _job(tmp_path)
     silent = job.model_copy(
         update={"subjects": tuple(subject.model_copy(update={"weight": 0.0}) for subject in job.subjects)}
     )
-    assert encode.job_states(silent, preset, warm).references is None
+    assert encode.job_states(silent, preset, pool).references is None
 
 
 def test_nothing_is_encoded_twice(tmp_path, preset):
-    warm = Warm(torch.device("cpu"))
-    first = encode.job_states(_job(tmp_path), preset, warm)
-    loaded = dict(warm._parts)
+    pool = ModelPool(torch.device("cpu"))
+    first = encode.job_states(_job(tmp_path), preset, pool)
+    loaded = dict(pool._parts)
     for part in loaded:
-        warm._parts[part] = (loaded[part][0], torch.nn.Module())  # an encoder that is asked again fails now
-    second = encode.job_states(_job(tmp_path, seed=5), preset, warm)
+        pool._parts[part] = (loaded[part][0], torch.nn.Module())  # an encoder that is asked again fails now
+    second = encode.job_states(_job(tmp_path, seed=5), preset, pool)
     assert torch.equal(first.prompt_embeds, second.prompt_embeds)
     assert first.references is not None and second.references is not None
     assert torch.equal(first.references.latents, second.references.latents)
     with pytest.raises(AttributeError):
-        encode.job_states(_job(tmp_path, prompt="@kite chases @fox"), preset, warm)
+        encode.job_states(_job(tmp_path, prompt="@kite chases @fox"), preset, pool)
 
 
-def test_a_subject_of_no_weight_is_shown_to_nobody(tmp_path, warm, preset):
+def test_a_subject_of_no_weight_is_shown_to_nobody(tmp_path, pool, preset):
     job = _job(tmp_path)
     silent = job.model_copy(update={"subjects": (job.subjects[0].model_copy(update={"weight": 0.0}), job.subjects[1])})
-    encoded = encode.job_states(silent, preset, warm)
+    encoded = encode.job_states(silent, preset, pool)
     assert encoded.references is not None and encoded.references.mask is not None
     assert encoded.references.mask.tolist() == [[[False, False], [True, True]]]
-    full = encode.job_states(job, preset, warm).references
+    full = encode.job_states(job, preset, pool).references
     assert full is not None and full.vlm_states is not None and encoded.references.vlm_states is not None
     assert full.vlm_states.shape[1] - encoded.references.vlm_states.shape[1] == 16 + 2  # its picture and two marks

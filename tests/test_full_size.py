@@ -13,7 +13,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from app import full_size
 from engine import presets, run, tiny, video
 from engine.job import GenerateJob, make_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.messages import StudioError
 
 SAMPLES = Path(__file__).resolve().parents[1] / "assets" / "samples"
@@ -67,7 +67,7 @@ def test_one_document_makes_a_clip_on_every_kind_of_model(
         parts |= {"vlm": "", "vlm_tokenizer": ""}
     made = with_parts(name, **parts)
     monkeypatch.setattr("engine.presets.load", lambda _: made)
-    saved = run.run(document(name), lambda message: None, outputs=tmp_path, warm=Warm(torch.device("cpu")))
+    saved = run.run(document(name), lambda message: None, outputs=tmp_path, pool=ModelPool(torch.device("cpu")))
     assert saved.num_frames == 5
     told = [note for note in saved.notes if "@fox and @kite were not used" in note]
     assert len(told) == (own.conditioning == "none")
@@ -78,11 +78,11 @@ def test_a_file_of_another_size_than_the_plan_was_made_for_is_refused(folder: Pa
     file = shutil.copy(source, tmp_path / "called-1.3B.safetensors")
     shape = tiny_shape()
     fitting = with_parts("phantom-1.3b", transformer=str(file)).model_copy(update={"shape": shape})
-    warm = Warm(torch.device("cpu"))
-    assert warm.part("transformer", fitting) is not None
+    pool = ModelPool(torch.device("cpu"))
+    assert pool.part("transformer", fitting) is not None
     larger = fitting.model_copy(update={"shape": shape.model_copy(update={"dim": 256, "num_heads": 2})})
     with pytest.raises(StudioError, match="Wan of another size: dim 128, not 256"):
-        Warm(torch.device("cpu")).part("transformer", larger)
+        ModelPool(torch.device("cpu")).part("transformer", larger)
 
 
 @pytest.fixture
@@ -108,6 +108,6 @@ def test_the_same_document_makes_a_clip_on_wan_at_its_full_size(
     parts = {part: str(room / part) for part in ("vae", "text_encoder")}
     made = with_parts(preset.name, transformer=str(transformer), tokenizer=str(folder / "tokenizer"), **parts)
     monkeypatch.setattr("engine.presets.load", lambda _: made)
-    saved = run.run(document(preset.name), lambda message: None, outputs=room, warm=Warm(torch.device("cpu")))
+    saved = run.run(document(preset.name), lambda message: None, outputs=room, pool=ModelPool(torch.device("cpu")))
     assert saved.num_frames == 5
     assert video.read_frames(saved.clip).std() > 0

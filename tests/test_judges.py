@@ -142,7 +142,7 @@ def test_a_critic_learns_to_tell_two_kinds_of_frames() -> None:
 
 def reported(who: Judges, frames: np.ndarray, pictures: list[np.ndarray], at_once: int = identity.AT_ONCE):
     names = tuple((f"s{place + 1}", place) for place in range(len(pictures)))
-    answer = identity.Answer(Drawn(who, [[p] for p in pictures]), names)
+    answer = identity.Assignment(Drawn(who, [[p] for p in pictures]), names)
     reporter = identity.Reporter([answer], fps=8, num_frames=len(frames), at_once=at_once)
     for frame in frames:
         reporter.see(frame)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from app import cli
 from engine import presets, tiny, video
 from engine.job import GenerateJob, Lora, make_job, read_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.messages import Cancelled, Message, Progress, Saved, StudioError
 from engine.run import KeptLatents, run
 
@@ -26,8 +26,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def warm() -> Warm:
-    return Warm(torch.device("cpu"))
+def pool() -> ModelPool:
+    return ModelPool(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def job(*loras: dict) -> GenerateJob:
     return make_job(prompt="a beach", seed=3, num_frames=5, sampling=sampling, loras=loras)
 
 
-def make(wanted: GenerateJob, folder: Path, warm: Warm) -> tuple[np.ndarray, Saved, list[Message]]:
+def make(wanted: GenerateJob, folder: Path, pool: ModelPool) -> tuple[np.ndarray, Saved, list[Message]]:
     heard: list[Message] = []
-    saved = run(wanted, heard.append, outputs=folder, warm=warm)
+    saved = run(wanted, heard.append, outputs=folder, pool=pool)
     return frames(saved.clip), saved, heard
 
 
@@ -69,47 +69,47 @@ def frames(clip: Path) -> np.ndarray:
 STYLE = {"path": "style.safetensors"}
 
 
-def test_a_lora_changes_the_clip_says_how_it_fits_and_leaves_the_worker_as_it_was(shelf, tmp_path, warm):
-    before, _, _ = make(job(), tmp_path / "a", warm)
-    styled, saved, heard = make(job(STYLE), tmp_path / "b", warm)
-    after, _, _ = make(job(), tmp_path / "c", warm)
-    nought, _, _ = make(job({**STYLE, "weight": 0}), tmp_path / "d", warm)
+def test_a_lora_changes_the_clip_says_how_it_fits_and_leaves_the_worker_as_it_was(shelf, tmp_path, pool):
+    before, _, _ = make(job(), tmp_path / "a", pool)
+    styled, saved, heard = make(job(STYLE), tmp_path / "b", pool)
+    after, _, _ = make(job(), tmp_path / "c", pool)
+    nought, _, _ = make(job({**STYLE, "weight": 0}), tmp_path / "d", pool)
     assert not np.array_equal(before, styled)
     assert np.array_equal(before, after) and np.array_equal(before, nought)
     assert "18 of 18 weights of style.safetensors." in [m.note for m in heard if isinstance(m, Progress)]
-    make(job(STYLE), tmp_path / "e", warm)
-    held = warm.part("transformer", presets.load("toybox"))
+    make(job(STYLE), tmp_path / "e", pool)
+    held = pool.part("transformer", presets.load("toybox"))
     assert not any(module._forward_hooks for module in held.modules()), "gone with its clip, not with the next one"
     assert saved.notes == ()
 
 
-def test_a_clip_that_is_cancelled_takes_its_lora_with_it(shelf, tmp_path, warm):
-    before, _, _ = make(job(), tmp_path / "a", warm)
+def test_a_clip_that_is_cancelled_takes_its_lora_with_it(shelf, tmp_path, pool):
+    before, _, _ = make(job(), tmp_path / "a", pool)
 
     def stop(message: Message) -> None:
         if isinstance(message, Progress) and message.stage == "sample":
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        run(job(STYLE), stop, outputs=tmp_path / "b", warm=warm)
-    assert np.array_equal(make(job(), tmp_path / "c", warm)[0], before)
+        run(job(STYLE), stop, outputs=tmp_path / "b", pool=pool)
+    assert np.array_equal(make(job(), tmp_path / "c", pool)[0], before)
 
 
-def test_the_document_keeps_name_weight_and_hash_and_makes_the_clip_again(shelf, tmp_path, warm):
-    styled, saved, _ = make(job({"path": str(shelf / "style.safetensors"), "weight": 0.5}), tmp_path / "a", warm)
+def test_the_document_keeps_name_weight_and_hash_and_makes_the_clip_again(shelf, tmp_path, pool):
+    styled, saved, _ = make(job({"path": str(shelf / "style.safetensors"), "weight": 0.5}), tmp_path / "a", pool)
     inside = read_job(video.read_document(saved.clip) or "")
     assert (inside.loras[0].path, inside.loras[0].weight) == ("style.safetensors", 0.5)
     assert len(inside.loras[0].sha256) == 64
-    assert np.array_equal(make(inside, tmp_path / "b", warm)[0], styled)
+    assert np.array_equal(make(inside, tmp_path / "b", pool)[0], styled)
     write_lora(shelf / "style.safetensors", seed=6)
     with pytest.raises(StudioError, match=rf"style\.safetensors is another file.*{inside.loras[0].sha256[:12]}"):
-        make(inside, tmp_path / "c", warm)
+        make(inside, tmp_path / "c", pool)
     (shelf / "style.safetensors").unlink()
     with pytest.raises(StudioError, match=rf"style\.safetensors, {inside.loras[0].sha256[:12]}.* is not here"):
-        make(inside, tmp_path / "c", warm)
+        make(inside, tmp_path / "c", pool)
 
 
-def test_a_lora_of_the_subject_tower_alone_is_there_when_the_subjects_are_read(shelf, tmp_path, warm):
+def test_a_lora_of_the_subject_tower_alone_is_there_when_the_subjects_are_read(shelf, tmp_path, pool):
     """The identity cache is made once per clip; made before the LoRA came, it would know nothing of it."""
     picture = tmp_path / "fox.png"
     Image.new("RGB", (64, 64), "orange").save(picture)
@@ -118,24 +118,24 @@ def test_a_lora_of_the_subject_tower_alone_is_there_when_the_subjects_are_read(s
     halves = {"base_model.model.subject_blocks.0.to_v.lora_A.weight": torch.randn(4, 48)}
     halves["base_model.model.subject_blocks.0.to_v.lora_B.weight"] = torch.randn(48, 4)
     save_file(halves, shelf / "tower.safetensors")
-    before, _, _ = make(plain, tmp_path / "a", warm)
+    before, _, _ = make(plain, tmp_path / "a", pool)
     tower = Lora(path="tower.safetensors")
-    assert not np.array_equal(make(plain.model_copy(update={"loras": (tower,)}), tmp_path / "b", warm)[0], before)
-    assert np.array_equal(make(plain, tmp_path / "c", warm)[0], before)
+    assert not np.array_equal(make(plain.model_copy(update={"loras": (tower,)}), tmp_path / "b", pool)[0], before)
+    assert np.array_equal(make(plain, tmp_path / "c", pool)[0], before)
 
 
-def test_weights_without_a_place_are_noted_with_the_clip(shelf, tmp_path, warm):
+def test_weights_without_a_place_are_noted_with_the_clip(shelf, tmp_path, pool):
     write_lora(
         shelf / "part.safetensors", 5, **{"diffusion_model.blocks.9.self_attn.q.lora_A.weight": torch.ones(4, 48)}
     )
-    _, saved, _ = make(job({"path": "part.safetensors"}), tmp_path / "a", warm)
+    _, saved, _ = make(job({"path": "part.safetensors"}), tmp_path / "a", pool)
     assert saved.notes == (
         "18 of 19 weights of part.safetensors; this model has no place for "
         "diffusion_model.blocks.9.self_attn.q.lora_A.weight.",
     )
 
 
-def test_what_was_noted_is_said_also_where_only_the_decoding_was_tried_again(shelf, tmp_path, warm):
+def test_what_was_noted_is_said_also_where_only_the_decoding_was_tried_again(shelf, tmp_path, pool):
     write_lora(
         shelf / "part.safetensors", 5, **{"diffusion_model.blocks.9.self_attn.q.lora_A.weight": torch.ones(4, 48)}
     )
@@ -147,16 +147,16 @@ def test_what_was_noted_is_said_also_where_only_the_decoding_was_tried_again(she
             if message.stage == "decode" and heard.count("decode") == 2:
                 raise MemoryError
 
-    saved = run(job({"path": "part.safetensors"}), say, outputs=tmp_path / "a", warm=warm)
+    saved = run(job({"path": "part.safetensors"}), say, outputs=tmp_path / "a", pool=pool)
     assert "sample" not in heard[heard.index("decode") :] and heard.count("decode") > 3
     assert [note.split(";")[0] for note in saved.notes] == ["18 of 19 weights of part.safetensors"]
 
 
 def test_a_presets_own_few_step_lora_is_merged_and_another_preset_loads_the_weights_anew(
-    shelf, tiny_toybox, tmp_path, monkeypatch, warm
+    shelf, tiny_toybox, tmp_path, monkeypatch, pool
 ):
-    before, _, _ = make(job(), tmp_path / "a", warm)
-    beside, _, _ = make(job(STYLE), tmp_path / "b", warm)
+    before, _, _ = make(job(), tmp_path / "a", pool)
+    beside, _, _ = make(job(STYLE), tmp_path / "b", pool)
     toybox = presets.load("toybox")
     parts = toybox.components.model_copy(update={"distill": "loras/style.safetensors"})
     quick = toybox.model_copy(update={"name": "quick", "components": parts})
@@ -165,9 +165,9 @@ def test_a_presets_own_few_step_lora_is_merged_and_another_preset_loads_the_weig
     for preset in (toybox, quick):
         (folder / f"{preset.name}.json").write_text(preset.model_dump_json(), encoding="utf-8")
     monkeypatch.setattr(presets, "PRESETS", folder)
-    merged, _, _ = make(job().model_copy(update={"preset": "quick"}), tmp_path / "c", warm)
+    merged, _, _ = make(job().model_copy(update={"preset": "quick"}), tmp_path / "c", pool)
     assert np.abs(merged.astype(int) - beside).max() <= 3 and not np.array_equal(merged, before)
-    assert np.array_equal(make(job(), tmp_path / "d", warm)[0], before)
+    assert np.array_equal(make(job(), tmp_path / "d", pool)[0], before)
 
 
 def test_latents_that_were_drawn_with_another_few_step_lora_are_not_taken_over(shelf, tiny_toybox, tmp_path):

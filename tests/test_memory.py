@@ -186,14 +186,14 @@ def test_a_file_with_a_lying_header_is_refused_by_name(content: bytes, tmp_path:
     ],
 )
 def test_one_lack_of_memory_is_told_from_another(error: Exception, what: str) -> None:
-    with pytest.raises(memory.Lack) as lack, memory.told_apart():
+    with pytest.raises(memory.OutOfMemory) as lack, memory.classify_oom():
         raise error
     assert lack.value.what == what
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), OSError(13, "Permission denied")])
 def test_any_other_fault_passes_through_unchanged(error: Exception) -> None:
-    with pytest.raises(type(error)) as same, memory.told_apart():
+    with pytest.raises(type(error)) as same, memory.classify_oom():
         raise error
     assert same.value is error
 
@@ -209,7 +209,7 @@ def test_quantized_weights_are_predicted_within_a_hundredth_of_what_the_layers_h
 @pytest.mark.parametrize("kind", ["cpu", "mps", "cuda", "xpu"])
 def test_a_plan_counts_in_what_each_device_computes_in(kind: str) -> None:
     job, preset = presets.resolve(make_job(preset="wan-1.3b", prompt="a beach"))
-    made = memory.plan(job, preset, Hardware(kind, "a machine", 10**12, 10**12, 10**12))
+    made = memory.make_plan(job, preset, Hardware(kind, "a machine", 10**12, 10**12, 10**12))
     bits = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     for part in ("transformer", "text_encoder", "vae"):
         assert made.parts[part].precision == bits[load.usual_dtype(part, torch.device(kind))]

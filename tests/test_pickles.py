@@ -26,7 +26,7 @@ from engine import hub as hub_module
 from engine import presets, run, tiny, video
 from engine.hub import Hub
 from engine.job import make_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.messages import StudioError
 from engine.presets import HubFiles, Preset
 from tests.hub_server import Fault
@@ -122,7 +122,7 @@ def test_a_preset_whose_transformer_is_a_pth_ends_with_a_clip_made(home: Home, t
         path.write_text(made.model_dump_json(), encoding="utf-8")
         job = make_job(preset="pth", prompt="rain", num_frames=5, width=32, height=32, sampling={
             "num_inference_steps": 2, "guidance_scale": 2.0})  # fmt: skip
-        done = run.run(job, lambda message: None, outputs=tmp_path / "clips", warm=Warm(torch.device("cpu")))
+        done = run.run(job, lambda message: None, outputs=tmp_path / "clips", pool=ModelPool(torch.device("cpu")))
         return np.stack(list(video.read_frames(done.clip)))
 
     assert np.array_equal(frames(preset(pth)), frames(preset(str(folder / "plain"))))

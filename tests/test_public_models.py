@@ -21,7 +21,7 @@ from torch import Tensor
 from engine import conditioning, encode, pictures, run, sampling, tiny
 from engine.guidance import guided
 from engine.job import GenerateJob, Sampling, make_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.messages import StudioError
 from engine.model import IdentityWanTransformer3DModel
 from engine.presets import Preset
@@ -56,8 +56,8 @@ def write_kinds(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def warm() -> Warm:
-    return Warm(torch.device("cpu"))
+def pool() -> ModelPool:
+    return ModelPool(torch.device("cpu"))
 
 
 def preset(folder: Path, transformer: str, kind: str) -> Preset:
@@ -84,10 +84,10 @@ def job(count: int, width: int, height: int) -> GenerateJob:
     )  # fmt: skip
 
 
-def ours(made: GenerateJob, kind: Preset, warm: Warm, noise: Tensor) -> Tensor:
+def ours(made: GenerateJob, kind: Preset, pool: ModelPool, noise: Tensor) -> Tensor:
     """Final latents of the clip, with the frames that a conditioning puts in front still there."""
-    encoded = encode.job_states(made, kind, warm)
-    conditions = conditioning.prepare(kind.conditioning, warm.part("transformer", kind), encoded)
+    encoded = encode.job_states(made, kind, pool)
+    conditions = conditioning.prepare(kind.conditioning, pool.part("transformer", kind), encoded)
     steps = sampling.UniPC(4, 5.0)
     return sampling.denoise(
         noise, lambda x, t: guided(made.sampling, lambda b: conditions.predict(x, t, b)), steps, lambda step: None
@@ -98,63 +98,63 @@ def scheduler() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
 
 
-def pipeline_of(cls: type, kind: Preset, warm: Warm):
-    parts = {"transformer": warm.part("transformer", kind), "vae": warm.part("vae", kind), "scheduler": scheduler()}
+def pipeline_of(cls: type, kind: Preset, pool: ModelPool):
+    parts = {"transformer": pool.part("transformer", kind), "vae": pool.part("vae", kind), "scheduler": scheduler()}
     made = cls(tokenizer=None, text_encoder=None, **parts)
     made.set_progress_bar_config(disable=True)
     return made
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 48), (64, 32)])
-def test_plain_wan_is_diffusers_wan_pipeline(folder: Path, warm: Warm, width: int, height: int) -> None:
+def test_plain_wan_is_diffusers_wan_pipeline(folder: Path, pool: ModelPool, width: int, height: int) -> None:
     kind, made = preset(folder, "plain", "none"), job(0, width, height)
     noise = torch.randn(1, tiny.LATENT_CHANNELS, 5, height // 4, width // 4)
-    encoded = encode.job_states(made, kind, warm)
-    theirs = pipeline_of(WanPipeline, kind, warm)(
+    encoded = encode.job_states(made, kind, pool)
+    theirs = pipeline_of(WanPipeline, kind, pool)(
         prompt_embeds=encoded.prompt_embeds, negative_prompt_embeds=encoded.negative_prompt_embeds, latents=noise,
         num_inference_steps=4, guidance_scale=5.0, width=width, height=height, num_frames=17, output_type="latent",
     ).frames  # fmt: skip
-    mine = ours(made, kind, warm, noise)
+    mine = ours(made, kind, pool, noise)
     assert float((mine - theirs).abs().max()) < 1e-4 < float(mine.std())
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 48), (64, 32)])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_the_side_branch_is_diffusers_vace_pipeline(
-    folder: Path, warm: Warm, count: int, width: int, height: int
+    folder: Path, pool: ModelPool, count: int, width: int, height: int
 ) -> None:
     kind, made = preset(folder, "side", "side"), job(count, width, height)
     noise = torch.randn(1, tiny.LATENT_CHANNELS, count + 5, height // 4, width // 4)
-    encoded = encode.job_states(made, kind, warm)
+    encoded = encode.job_states(made, kind, pool)
     pages = [
         Image.fromarray(pictures.on_canvas(pictures.prepare_subject(subject, size=64)[0], width, height))
         for subject in made.subjects
     ]
-    theirs = pipeline_of(WanVACEPipeline, kind, warm)(
+    theirs = pipeline_of(WanVACEPipeline, kind, pool)(
         prompt_embeds=encoded.prompt_embeds, negative_prompt_embeds=encoded.negative_prompt_embeds, latents=noise,
         reference_images=pages, num_inference_steps=4, guidance_scale=5.0, width=width, height=height, num_frames=17,
         output_type="latent",
     ).frames  # fmt: skip
-    mine = ours(made, kind, warm, noise)
+    mine = ours(made, kind, pool, noise)
     assert mine.shape == noise.shape
     theirs = theirs if theirs.shape == mine.shape else torch.cat([mine[:, :, :count], theirs], 2)
     assert float((mine - theirs).abs().max()) < 1e-4 < float(mine.std())
-    alone = ours(job(0, width, height), kind, warm, noise[:, :, count:])
+    alone = ours(job(0, width, height), kind, pool, noise[:, :, count:])
     assert float((alone - mine[:, :, count:]).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_pictures_behind_the_clip_never_leak_into_it(folder: Path, warm: Warm, count: int) -> None:
+def test_pictures_behind_the_clip_never_leak_into_it(folder: Path, pool: ModelPool, count: int) -> None:
     """The clip has its own frames alone; the pictures are seen, and only in the branches that know of subjects."""
     kind, made = preset(folder, "plain", "frames"), job(count, 32, 32)
-    encoded = encode.job_states(made, kind, warm)
+    encoded = encode.job_states(made, kind, pool)
     assert encoded.frames is not None and encoded.frames.shape[2] == count
-    conditions = conditioning.prepare("frames", warm.part("transformer", kind), encoded)
+    conditions = conditioning.prepare("frames", pool.part("transformer", kind), encoded)
     noisy = torch.randn(1, tiny.LATENT_CHANNELS, 3, 8, 8)
     seen = {branch: conditions.predict(noisy, 0.8, branch) for branch in ("none", "subjects", "text", "full")}
     assert all(v.shape == noisy.shape for v in seen.values()) and conditions.lead == 0
     other = conditioning.ReferenceFrames(
-        warm.part("transformer", kind),
+        pool.part("transformer", kind),
         conditioning.Encoded(encoded.prompt_embeds, encoded.negative_prompt_embeds, frames=encoded.frames.flip(3)),
     )
     for branch, v in seen.items():
@@ -163,12 +163,12 @@ def test_pictures_behind_the_clip_never_leak_into_it(folder: Path, warm: Warm, c
 
 
 def test_untrained_identity_blocks_leave_pictures_behind_the_clip_as_they_are_and_trained_ones_add(
-    folder: Path, warm: Warm
+    folder: Path, pool: ModelPool
 ) -> None:
     """So that Phantom's weights can be what ID-Crafter is trained upon."""
     kind = preset(folder, "plain", "identity+frames")
     kind = kind.model_copy(update={"components": kind.components.model_copy(update={"vlm": "", "vlm_tokenizer": ""})})
-    encoded = encode.job_states(job(2, 32, 32), kind, warm)
+    encoded = encode.job_states(job(2, 32, 32), kind, pool)
     assert encoded.frames is not None and encoded.references is not None
     plain = WanTransformer3DModel.from_pretrained(folder / "plain")
     phantom = conditioning.prepare("frames", plain, dataclasses.replace(encoded, references=None))
@@ -181,10 +181,10 @@ def test_untrained_identity_blocks_leave_pictures_behind_the_clip_as_they_are_an
             assert same == (not trained or branch in ("none", "text"))
 
 
-def test_the_side_branch_is_silent_where_subjects_are_not_asked_for(folder: Path, warm: Warm) -> None:
+def test_the_side_branch_is_silent_where_subjects_are_not_asked_for(folder: Path, pool: ModelPool) -> None:
     kind = preset(folder, "side", "side")
-    transformer, noisy = warm.part("transformer", kind), torch.randn(1, tiny.LATENT_CHANNELS, 6, 8, 8)
-    encoded = encode.job_states(job(1, 32, 32), kind, warm)
+    transformer, noisy = pool.part("transformer", kind), torch.randn(1, tiny.LATENT_CHANNELS, 6, 8, 8)
+    encoded = encode.job_states(job(1, 32, 32), kind, pool)
     assert encoded.side is not None
     other = dataclasses.replace(encoded, side=encoded.side.flip(3))
     for branch in ("none", "subjects", "text", "full"):
@@ -192,12 +192,14 @@ def test_the_side_branch_is_silent_where_subjects_are_not_asked_for(folder: Path
         assert torch.equal(one, two) == (branch in ("none", "text"))
 
 
-def test_a_subject_of_weight_zero_is_no_frame_and_a_light_one_is_nearer_to_nobody(folder: Path, warm: Warm) -> None:
+def test_a_subject_of_weight_zero_is_no_frame_and_a_light_one_is_nearer_to_nobody(
+    folder: Path, pool: ModelPool
+) -> None:
     kind, made = preset(folder, "plain", "frames"), job(2, 32, 32)
 
     def frames(weight: float) -> Tensor | None:
         subjects = tuple(subject.model_copy(update={"weight": weight}) for subject in made.subjects)
-        return encode.job_states(made.model_copy(update={"subjects": subjects}), kind, warm).frames
+        return encode.job_states(made.model_copy(update={"subjects": subjects}), kind, pool).frames
 
     whole, half = frames(1.0), frames(0.5)
     assert frames(0.0) is None and whole is not None and half is not None
@@ -207,19 +209,19 @@ def test_a_subject_of_weight_zero_is_no_frame_and_a_light_one_is_nearer_to_nobod
 @pytest.mark.parametrize(
     ("transformer", "kind"), [("side", "frames"), ("side", "sources"), ("plain", "side"), ("plain", "identity")]
 )
-def test_a_transformer_of_another_kind_is_refused(folder: Path, warm: Warm, transformer: str, kind: str) -> None:
+def test_a_transformer_of_another_kind_is_refused(folder: Path, pool: ModelPool, transformer: str, kind: str) -> None:
     wrong = preset(folder, transformer, kind)
     with pytest.raises(StudioError, match="take"):
-        conditioning.prepare(kind, warm.part("transformer", wrong), encode.job_states(job(1, 32, 32), wrong, warm))
+        conditioning.prepare(kind, pool.part("transformer", wrong), encode.job_states(job(1, 32, 32), wrong, pool))
 
 
 @pytest.mark.parametrize(("transformer", "kind"), [("side", "side"), ("plain", "frames"), ("plain", "sources")])
 def test_a_clip_of_such_a_model_has_its_own_frames_alone(
-    folder: Path, warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transformer: str, kind: str
+    folder: Path, pool: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transformer: str, kind: str
 ) -> None:
     made = preset(folder, transformer, kind)
     monkeypatch.setattr("engine.presets.load", lambda name: made)
-    saved = run.run(job(2, 32, 32), lambda message: None, outputs=tmp_path, warm=warm)
+    saved = run.run(job(2, 32, 32), lambda message: None, outputs=tmp_path, pool=pool)
     assert saved.num_frames == 17 and saved.clip.is_file()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine import conditioning, encode, guidance, pictures, presets, run, sampling, tiny, video
 from engine.conditioning import Encoded
 from engine.job import GenerateJob, Sampling, make_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.offload import into_a_file, visiting
 from engine.presets import Preset
 
@@ -175,12 +175,12 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
 
 
 def test_every_picture_is_encoded_at_its_own_size_in_the_order_of_the_subjects(preset: Preset) -> None:
-    warm, made = Warm(torch.device("cpu")), job((40, 16), (23, 60))
-    first, second = encode.job_states(made, preset, warm).sources
+    pool, made = ModelPool(torch.device("cpu")), job((40, 16), (23, 60))
+    first, second = encode.job_states(made, preset, pool).sources
     assert (first.shape[2:], second.shape[2:]) == ((1, 4, 10), (1, 16, 6))  # 4 pixels each; 23 x 60 becomes 24 x 64
     ann, ben = made.subjects
     half = ann.model_copy(update={"weight": 0.5}), ben.model_copy(update={"weight": 0.0})
-    [alone] = encode.job_states(made.model_copy(update={"subjects": half}), preset, warm).sources
+    [alone] = encode.job_states(made.model_copy(update={"subjects": half}), preset, pool).sources
     torch.testing.assert_close(alone, 0.5 * first)
 
 

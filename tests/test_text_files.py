@@ -164,7 +164,7 @@ def test_gguf_is_what_its_own_library_reads(held: dict[str, Tensor], tmp_path: P
 def test_a_folder_of_shards_without_a_config_is_read_by_its_shapes(held: dict[str, Tensor], tmp_path: Path) -> None:
     for number, part in enumerate((list(held)[::2], list(held)[1::2])):
         save_file({key: held[key] for key in part}, tmp_path / f"text-{number}.safetensors")
-    assert load.load("text_encoder", tmp_path, CPU).config.d_ff == SIZES["d_ff"]
+    assert load.load_part("text_encoder", tmp_path, CPU).config.d_ff == SIZES["d_ff"]
 
 
 @pytest.mark.parametrize("precision", [None, "int8", "nf4"])
@@ -226,7 +226,7 @@ def test_a_wrong_or_half_file_is_refused_by_name(
 ) -> None:
     save_file(change(held), tmp_path / "half.safetensors")
     with pytest.raises(StudioError, match=reason) as refusal:
-        load.load("text_encoder", tmp_path / "half.safetensors", CPU)
+        load.load_part("text_encoder", tmp_path / "half.safetensors", CPU)
     assert refusal.value.what == "half.safetensors cannot be loaded."
 
 
@@ -234,18 +234,18 @@ def test_a_umt5_of_another_width_than_the_presets_is_refused(held: dict[str, Ten
     save_file(held, tmp_path / "small.safetensors")
     wan = presets.load("wan-1.3b")
     parts = wan.components.model_copy(update={"text_encoder": str(tmp_path / "small.safetensors")})
-    warm = load.Warm(CPU)
+    pool = load.ModelPool(CPU)
     with pytest.raises(StudioError, match=r"small\.safetensors cannot be loaded\. .* are 256 wide, not 4,096"):
-        warm.part("text_encoder", wan.model_copy(update={"components": parts}))
+        pool.part("text_encoder", wan.model_copy(update={"components": parts}))
     fitting = wan.shape.model_copy(update={"text_dim": 256}) if wan.shape else None
-    made = warm.part("text_encoder", wan.model_copy(update={"components": parts, "shape": fitting}))
+    made = pool.part("text_encoder", wan.model_copy(update={"components": parts, "shape": fitting}))
     assert torch.equal(states(made), states(read(tmp_path / "small.safetensors")))
 
 
 def test_a_vlm_in_a_single_file_is_refused(held: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(held, tmp_path / "vlm.safetensors")
     with pytest.raises(StudioError, match="The folder is not there"):
-        load.load("vlm", tmp_path / "vlm.safetensors", CPU)
+        load.load_part("vlm", tmp_path / "vlm.safetensors", CPU)
     with pytest.raises(StudioError, match=r"The config\.json that belongs to its weights is not there"):
         weights.encoder(Qwen2_5_VLForConditionalGeneration, tmp_path / "vlm.safetensors", torch.float32)
 

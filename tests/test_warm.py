@@ -14,7 +14,7 @@ import torch
 
 from engine import encode, load, memory, offload, presets, tiny
 from engine.job import make_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.memory import GB, Hardware, Plan
 from engine.presets import Preset
 from engine.quantize import num_bytes
@@ -38,21 +38,21 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def plan_of(preset: Preset, here: Hardware = ROOMY, **fits: dict[str, Any]) -> Plan:
     """The plan for a roomy machine, then with this one in its place and parts changed."""
-    made = memory.plan(presets.resolve(JOB)[0], preset, ROOMY)
+    made = memory.make_plan(presets.resolve(JOB)[0], preset, ROOMY)
     parts = {part: replace(fit, **{"precision": "fp32", **fits.get(part, {})}) for part, fit in made.parts.items()}
     return replace(made, machine=here, parts=parts)
 
 
 def test_two_large_encoders_are_never_in_memory_together(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
-    warm, others = Warm(CPU), []
+    pool, others = ModelPool(CPU), []
     for kept, expected in ((2**40, [True]), (0, [False])):
         monkeypatch.setattr(load, "KEEP_ENCODERS_BYTES", kept)
         for part, other in (("text_encoder", "vlm"), ("vlm", "text_encoder")):
-            warm.empty()
-            first = weakref.ref(warm.part(part, preset))
+            pool.empty()
+            first = weakref.ref(pool.part(part, preset))
             others.clear()
-            warm.telling(lambda _, share, first=first: others.append(first() is not None))
-            with warm.at_work(other, preset):
+            pool.telling(lambda _, share, first=first: others.append(first() is not None))
+            with pool.at_work(other, preset):
                 assert sorted(set(others)) == expected, "from the first tensor of the second one on"
 
 
@@ -76,42 +76,42 @@ def room_beside(_: int, free: int) -> Hardware:
 def test_the_second_clips_text_encoder_makes_the_transformer_leave_where_both_do_not_fit(
     preset: Preset, where: Any, room: Callable[[int, int], Hardware], enough: bool
 ) -> None:
-    warm = Warm(CPU)
+    pool = ModelPool(CPU)
     clip = plan_of(preset)
     fit = replace(clip.parts["text_encoder"], where=where)
     if where != "device":
         fit = replace(fit, device=fit.device // 4, memory=fit.device)
-    warm.follow(replace(clip, parts={**clip.parts, "text_encoder": fit}))
-    transformer = num_bytes(warm.part("transformer", preset))
+    pool.follow(replace(clip, parts={**clip.parts, "text_encoder": fit}))
+    transformer = num_bytes(pool.part("transformer", preset))
     needed = fit.device + fit.working + (fit.memory if where == "disk" else 0) + transformer
     less = 1.1 if enough else 0.99
     here = room(int(needed * memory.SLACK * less), int((fit.memory + transformer) * less))
-    warm.follow(replace(clip, machine=here, parts={**clip.parts, "text_encoder": fit}))
-    with warm.at_work("text_encoder", preset):
-        assert ("transformer" in warm._parts) == enough
+    pool.follow(replace(clip, machine=here, parts={**clip.parts, "text_encoder": fit}))
+    with pool.at_work("text_encoder", preset):
+        assert ("transformer" in pool._parts) == enough
 
 
 @pytest.mark.parametrize("enough", [True, False])
 def test_pictures_are_encoded_without_what_leaves_the_vae_no_room(preset: Preset, enough: bool) -> None:
-    warm = Warm(CPU)
+    pool = ModelPool(CPU)
     clip = plan_of(preset)
-    beside = num_bytes(warm.part("transformer", preset)) + num_bytes(warm.part("vae", preset))
+    beside = num_bytes(pool.part("transformer", preset)) + num_bytes(pool.part("vae", preset))
     free = beside + 1000 if enough else beside
-    warm.follow(plan_of(preset, replace(ROOMY, vram=int(free * memory.SLACK)), vae={"working": 900}))
-    assert clip.parts["vae"].device == num_bytes(warm.part("vae", preset))
-    with warm.at_work("vae", preset):
-        assert ("transformer" in warm._parts) == enough and "vae" in warm._parts
+    pool.follow(plan_of(preset, replace(ROOMY, vram=int(free * memory.SLACK)), vae={"working": 900}))
+    assert clip.parts["vae"].device == num_bytes(pool.part("vae", preset))
+    with pool.at_work("vae", preset):
+        assert ("transformer" in pool._parts) == enough and "vae" in pool._parts
 
 
 def test_large_encoders_have_left_when_pictures_are_encoded(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "KEEP_ENCODERS_BYTES", 0)
-    warm, there = Warm(CPU), []
+    pool, there = ModelPool(CPU), []
     plain = encode.picture_latents
-    monkeypatch.setattr(encode, "picture_latents", lambda *given: there.append(set(warm._parts)) or plain(*given))
+    monkeypatch.setattr(encode, "picture_latents", lambda *given: there.append(set(pool._parts)) or plain(*given))
     subject = {"name": "fox", "pictures": [{"path": "fox.png"}]}
     monkeypatch.setattr(encode, "prepare_subject", lambda *_, size: [np.zeros((size, size, 3), np.uint8)])
     job, _ = presets.resolve(make_job(**{**JOB.model_dump(), "prompt": "@fox", "subjects": [subject]}))
-    states = encode.job_states(job, preset, warm)
+    states = encode.job_states(job, preset, pool)
     assert states.references is not None and states.references.vlm_states is not None
     assert there and not any({"text_encoder", "vlm"} & parts for parts in there)
 
@@ -122,23 +122,23 @@ def test_blocks_that_are_to_wait_in_files_are_there_before_the_next_ones_are_rea
 ) -> None:
     folder, files = tmp_path / "files", []
     place = preset.place(part)
-    model = load.load(part, place, CPU, keep=folder, tell=lambda _: files.append(len(list(folder.glob("*")))))
+    model = load.load_part(part, place, CPU, keep=folder, tell=lambda _: files.append(len(list(folder.glob("*")))))
     lists = [offload._find(model, name) for names in load.VISITING[part] for name in names]
     blocks = [block for found in lists for block in found or ()]
     assert files[-1] == len(blocks) - 1 and sorted(files) == files and len(list(folder.glob("*"))) == len(blocks)
     mapped = sum(path.stat().st_size for path in folder.glob("*"))
     assert mapped >= sum(num_bytes(block) for block in blocks)
-    whole = load.load(part, place, CPU).state_dict()
+    whole = load.load_part(part, place, CPU).state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
 
 
 def test_files_of_a_part_that_is_loaded_anew_go(preset: Preset, models: Path) -> None:
-    warm = Warm(CPU)
-    warm.follow(plan_of(preset, transformer={"where": "disk"}))
-    warm.part("transformer", preset)
+    pool = ModelPool(CPU)
+    pool.follow(plan_of(preset, transformer={"where": "disk"}))
+    pool.part("transformer", preset)
     before = set(models.rglob("*.bin"))
-    warm.follow(plan_of(preset, transformer={"where": "disk", "precision": "int8"}))
-    warm.part("transformer", preset)
+    pool.follow(plan_of(preset, transformer={"where": "disk", "precision": "int8"}))
+    pool.part("transformer", preset)
     after = set(models.rglob("*.bin"))
     assert before and after and not before & after
 
@@ -148,6 +148,6 @@ def test_where_device_and_memory_are_one_what_is_held_on_either_counts_as_free(
 ) -> None:
     free = Hardware("mps", "Apple silicon", 8 * GB, 8 * GB, GB)
     monkeypatch.setattr(memory, "probe_hardware", lambda profile: free)
-    warm = Warm(torch.device("mps"))
-    monkeypatch.setattr(warm, "_held", lambda kind: {"transformer": {"mps": 4 * GB, "cpu": GB}.get(kind, 0)})
-    assert warm.hardware().ram == warm.hardware().vram == 13 * GB
+    pool = ModelPool(torch.device("mps"))
+    monkeypatch.setattr(pool, "_held", lambda kind: {"transformer": {"mps": 4 * GB, "cpu": GB}.get(kind, 0)})
+    assert pool.hardware().ram == pool.hardware().vram == 13 * GB

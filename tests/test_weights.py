@@ -354,10 +354,10 @@ def test_a_variant_beside_the_weights_is_left_alone_and_a_second_copy_refused(tm
 def test_a_part_may_be_a_single_file_or_a_folder_and_tells_how_far_it_is(tmp_path: Path) -> None:
     made = plain(num_attention_heads=2, attention_head_dim=128)  # as every published Wan
     save_file(in_wans_names(made), tmp_path / "wan.safetensors")
-    assert same(parts.load("transformer", tmp_path / "wan.safetensors", CPU), made)
+    assert same(parts.load_part("transformer", tmp_path / "wan.safetensors", CPU), made)
     made.save_pretrained(tmp_path / "wan")
     shares: list[float] = []
-    assert same(parts.load("transformer", tmp_path / "wan", CPU, tell=shares.append), made)
+    assert same(parts.load_part("transformer", tmp_path / "wan", CPU, tell=shares.append), made)
     assert shares == sorted(set(shares)) and len(shares) == len(made.state_dict()) and shares[-1] == 1
 
 

@@ -31,9 +31,9 @@ from transformers.models.sam2.configuration_sam2 import (
 
 from engine import presets, tiny, witnesses
 from engine.faces import FaceFiles, Faces
-from engine.identity import Answer, Reporter, Sight
+from engine.identity import Assignment, Detections, Reporter
 from engine.job import GenerateJob, make_job
-from engine.load import Warm
+from engine.load import ModelPool
 from engine.messages import StudioError
 from engine.report import read_report
 from engine.run import run
@@ -69,7 +69,7 @@ def test_people_are_known_by_their_faces_wherever_they_stand(faces: Path) -> Non
     known = [files.known([frame_with((32, 32, colour))]) for colour in (RED, MAGENTA)]
     squares = [((32, 128, RED), (64, 32, MAGENTA)), ((64, 160, MAGENTA), (32, 32, BLUE))]
     frames = np.stack([frame_with(*each, size=(160, 256)) for each in squares])
-    reporter = Reporter([Answer(Faces(files, known), (("anna", 0), ("ben", 1)))], fps=8, num_frames=2)
+    reporter = Reporter([Assignment(Faces(files, known), (("anna", 0), ("ben", 1)))], fps=8, num_frames=2)
     for frame in frames:
         reporter.see(frame)
     anna, ben = reporter.finish().subjects
@@ -176,8 +176,8 @@ def preset_with(folder: Path, **parts: Path | str) -> presets.Preset:
 
 
 def things_of(files: Path, *pictures: np.ndarray) -> Things:
-    warm, preset = Warm(torch.device("cpu")), preset_with(files, **{part: files / part for part in THINGS})
-    parts = [warm.part(part, preset) for part in THINGS]
+    pool, preset = ModelPool(torch.device("cpu")), preset_with(files, **{part: files / part for part in THINGS})
+    parts = [pool.part(part, preset) for part in THINGS]
     return Things(*parts, nouns=["dog", "kite"][: len(pictures)], pictures=[[picture] for picture in pictures])
 
 
@@ -254,7 +254,7 @@ def job_of(folder: Path) -> GenerateJob:
 
 
 def who_answers(folder: Path, preset: presets.Preset) -> list[tuple[str, tuple[str, ...]]]:
-    found = witnesses.answers(job_of(folder), preset, Warm(torch.device("cpu")))
+    found = witnesses.assign_evaluators(job_of(folder), preset, ModelPool(torch.device("cpu")))
     return [(answer.witness.title.split(",")[0], tuple(name for name, _ in answer.subjects)) for answer in found]
 
 
@@ -290,7 +290,7 @@ def test_a_clip_of_the_real_world_brings_a_report_of_both_judges(faces, things_f
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "toybox.json").write_text(preset.model_dump_json(), encoding="utf-8")
     monkeypatch.setattr(presets, "PRESETS", tmp_path / "presets")
-    saved = run(job_of(tmp_path), lambda _: None, outputs=tmp_path / "out", warm=Warm(torch.device("cpu")))
+    saved = run(job_of(tmp_path), lambda _: None, outputs=tmp_path / "out", pool=ModelPool(torch.device("cpu")))
     found = read_report(saved.clip)
     assert found is not None and [subject.name for subject in found.subjects] == ["anna", "ben", "kite"]
     assert found.judges == (Faces.title, Things.title)
@@ -304,10 +304,12 @@ def test_every_nth_frame_is_judged_and_the_strip_shows_those(tmp_path) -> None:
 
         title = "brightness"
 
-        def look(self, frames: np.ndarray) -> list[Sight]:
-            return [Sight(np.ones((1, *f.shape[:2]), bool), np.array([[f.mean() / 255]], np.float32)) for f in frames]
+        def look(self, frames: np.ndarray) -> list[Detections]:
+            return [
+                Detections(np.ones((1, *f.shape[:2]), bool), np.array([[f.mean() / 255]], np.float32)) for f in frames
+            ]
 
-    reporter = Reporter([Answer(Bright(), (("a", 0),))], fps=8, num_frames=9, every=4, at_once=2)
+    reporter = Reporter([Assignment(Bright(), (("a", 0),))], fps=8, num_frames=9, every=4, at_once=2)
     for number in range(9):
         reporter.see(np.full((16, 16, 3), 20 * number, np.uint8))
     (subject,) = reporter.finish().subjects

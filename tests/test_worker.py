@@ -20,9 +20,10 @@ ENGINE = """
 from functools import partial
 from pathlib import Path
 from engine import paths
-from engine.run import Warm, run as make
+from engine.load import ModelPool
+from engine.run import run as make
 paths.ROOT = Path({root!r})
-run = partial(make, warm=Warm())
+run = partial(make, pool=ModelPool())
 """
 
 

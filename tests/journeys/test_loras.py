@@ -25,10 +25,10 @@ def shelf(server: Server) -> Iterator[Path]:
     from safetensors.torch import save_file
 
     from engine import presets
-    from engine.load import load
+    from engine.load import load_part
 
     toybox = presets.load("toybox")
-    width = load("transformer", toybox.place("transformer"), torch.device("cpu")).config
+    width = load_part("transformer", toybox.place("transformer"), torch.device("cpu")).config
     width = width.num_attention_heads * width.attention_head_dim
     folder = server.models / "loras"
     halves = {

@@ -16,6 +16,7 @@ from PIL import Image
 
 from engine import presets, run, video
 from engine.job import GenerateJob
+from engine.load import ModelPool
 from engine.messages import Message
 
 
@@ -26,9 +27,9 @@ def as_png(picture: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def frames_of(job: GenerateJob, clip: Path, warm: run.Warm) -> np.ndarray:
+def frames_of(job: GenerateJob, clip: Path, pool: ModelPool) -> np.ndarray:
     """Make a job's clip into a file and give its native frames, uint8 (F, H, W, 3)."""
-    run.run(job, _quiet, outputs=clip.parent, clip=clip, warm=warm)
+    run.run(job, _quiet, outputs=clip.parent, clip=clip, pool=pool)
     return video.read_frames(clip, display_scale=presets.load(job.preset).display_scale)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from engine import presets, run, video
 from engine.guidance import branches
 from engine.job import GenerateJob
+from engine.load import ModelPool
 from engine.messages import Message
 from train.runs.metrics import duration
 
@@ -59,13 +60,13 @@ def measure(preset: str, jobs: Sequence[GenerateJob]) -> dict[str, dict[str, flo
         By word: `steps` asked for, `computed` of them, `psnr` and `lowest` (of one clip) in dB, `weakest`, the mean of
         the weakest subject's likeness, and `change`, how it differs from the whole clips' (nan without a report).
     """
-    warm, found = run.Warm(), {word: [] for word in ("off", *WORDS)}
-    transformer, began = warm.part("transformer", presets.load(preset)), time.monotonic()
+    pool, found = ModelPool(), {word: [] for word in ("off", *WORDS)}
+    transformer, began = pool.part("transformer", presets.load(preset)), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for number, job in enumerate(jobs):
             whole: np.ndarray | None = None
             for word, rows in found.items():
-                frames, asked, weakest = _made(job, word, Path(folder), warm, transformer)
+                frames, asked, weakest = _made(job, word, Path(folder), pool, transformer)
                 whole = frames if whole is None else whole
                 rows.append((asked, psnr(whole, frames), weakest))
             left = (time.monotonic() - began) / (number + 1) * (len(jobs) - number - 1)
@@ -87,13 +88,13 @@ def measure(preset: str, jobs: Sequence[GenerateJob]) -> dict[str, dict[str, flo
 
 
 def _made(
-    job: GenerateJob, word: str, folder: Path, warm: run.Warm, transformer: Any
+    job: GenerateJob, word: str, folder: Path, pool: ModelPool, transformer: Any
 ) -> tuple[np.ndarray, float, float]:
     """Native frames, steps in which the model was asked, weakest likeness."""
     job, preset = presets.resolve(job)
     job = job.model_copy(update={"sampling": job.sampling.model_copy(update={"cache": word})})
     with Forwards(transformer) as forwards:
-        saved = run.run(job, _quiet, outputs=folder, clip=folder / "clip.mp4", warm=warm)
+        saved = run.run(job, _quiet, outputs=folder, clip=folder / "clip.mp4", pool=pool)
     frames = video.read_frames(saved.clip, display_scale=preset.display_scale)
     weakest = float("nan") if saved.weakest is None else saved.weakest
     return frames, forwards.count / len(branches(job.sampling)), weakest

@@ -32,10 +32,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from engine import decode, presets, run, video
+from engine import decode, presets, video
 from engine.encode import clip_latents, render
 from engine.job import GenerateJob, Subject, make_job
 from engine.judges import MOMENTS, SEEN, Judges, cut_out, finder, to_unit
+from engine.load import ModelPool
 from engine.messages import StudioError
 from engine.paths import ROOT
 from train.evaluation.clips import frames_of
@@ -264,7 +265,7 @@ def round_trip(frames: np.ndarray, vae: AutoencoderKLWan) -> np.ndarray:
     """uint8 (F, H, W, 3) -> the same through the VAE."""
     with torch.no_grad():
         latents = clip_latents(torch.from_numpy(frames)[None], vae)
-        return np.concatenate([np.stack(group) for group in decode.frames(latents, vae)])
+        return np.concatenate([np.stack(group) for group in decode.decode_frames(latents, vae)])
 
 
 def agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder: Path, other: Judges) -> float:
@@ -280,10 +281,10 @@ def agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder: Path, 
 
 def made(cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str], None], name: str) -> list[Verdict]:
     """Make every clip into a folder and judge it, with progress and time left."""
-    warm, verdicts, began = run.Warm(), [], time.monotonic()
+    pool, verdicts, began = ModelPool(), [], time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     for number, each in enumerate(cases, start=1):
-        frames = frames_of(each.instead or each.job, folder / f"{each.id}.mp4", warm)
+        frames = frames_of(each.instead or each.job, folder / f"{each.id}.mp4", pool)
         verdicts.append(judge(each, frames, judges))
         left = (time.monotonic() - began) / number * (len(cases) - number)
         say(f"{name}: {number} of {len(cases)}, about {duration(left)} left")
@@ -292,7 +293,7 @@ def made(cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str
 
 def drawn(cases: Sequence[Case], judges: Judges, preset: presets.Preset) -> list[Verdict]:
     """The same questions asked of ground truth after the VAE: the most that the judges can find."""
-    vae = run.Warm().part("vae", preset)
+    vae = ModelPool().part("vae", preset)
     clips = [world.render(each.scene, num_frames=preset.num_frames).frames for each in cases]
     return [judge(each, round_trip(frames, vae), judges) for each, frames in zip(cases, clips, strict=True)]
 

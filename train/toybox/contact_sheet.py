@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from engine import run
 from engine.job import GenerateJob, Sampling, make_job
+from engine.load import ModelPool
 from train.evaluation.clips import as_png, frames_of
 from train.toybox import world
 from train.toybox.world import captions
@@ -67,12 +67,12 @@ def job_of(preset: str, scene: world.Scene, pictures: Sequence[np.ndarray], *, s
 
 def rows(jobs: list[GenerateJob], steps: int | None) -> Iterator[Image.Image]:
     """One row a job: prompt, references, frames."""
-    warm = run.Warm()
+    pool = ModelPool()
     with tempfile.TemporaryDirectory() as folder:
         for number, job in enumerate(jobs):
             if steps:
                 job = job.model_copy(update={"sampling": Sampling(num_inference_steps=steps)})
-            yield _row(job, frames_of(job, Path(folder) / f"{number}.mp4", warm))
+            yield _row(job, frames_of(job, Path(folder) / f"{number}.mp4", pool))
 
 
 def _row(job: GenerateJob, frames: np.ndarray) -> Image.Image:

@@ -29,9 +29,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine import presets, run
+from engine import presets
 from engine.job import Sampling
 from engine.judges import CROP, FROZEN, MOMENTS, STILL, Judges, cut_out, to_unit
+from engine.load import ModelPool
 from train.cpu_attention import quick
 from train.evaluation.clips import frames_of
 from train.runs import checkpoint, metrics
@@ -320,7 +321,7 @@ class Both:
     """
 
     def __init__(self, split: str, count: int, seed: int, wear: Wear) -> None:
-        rng, warm = np.random.default_rng((76, seed)), run.Warm(torch.device("cpu"))
+        rng, pool = np.random.default_rng((76, seed)), ModelPool(torch.device("cpu"))
         meter = metrics.Meter(f"clips made of {split}", count, STATE / "judges")
         drawn, generated = [], []
         with tempfile.TemporaryDirectory() as folder:
@@ -329,7 +330,7 @@ class Both:
                 pictures = [reference(subject, rng) for subject in clip.scene.subjects]
                 job = job_of("toybox", clip.scene, pictures, seed=number)
                 job = job.model_copy(update={"sampling": Sampling(num_inference_steps=GENERATED_STEPS)})
-                generated.append(frames_of(job, Path(folder) / f"{number}.mp4", warm))
+                generated.append(frames_of(job, Path(folder) / f"{number}.mp4", pool))
                 worn = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
                 drawn.append(worn.mul(255).round().byte().movedim(1, -1).numpy())
                 meter.tick(number + 1, {})

@@ -24,9 +24,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine import pictures, presets, run
+from engine import pictures, presets
 from engine.job import GenerateJob, Picture, make_job
 from engine.judges import SEEN, WHITE, Judges, locate, to_unit
+from engine.load import ModelPool
 from train.evaluation.clips import as_png, frames_of
 from train.evaluation.statistics import interval
 from train.toybox.benchmark import CANDIDATES, judges_of
@@ -113,10 +114,10 @@ def main(argv: list[str] | None = None) -> int:
         for path in paths[: options.count]
     ]
     known = [traits(picture, picture.min(2) < WHITE * 255) for picture in shown]
-    right, rows, warm = [], [], run.Warm()
+    right, rows, pool = [], [], ModelPool()
     with tempfile.TemporaryDirectory() as folder:
         for number, picture in enumerate(shown):
-            frames = frames_of(job_of(options.preset, picture, number), Path(folder) / f"{number}.mp4", warm)
+            frames = frames_of(job_of(options.preset, picture, number), Path(folder) / f"{number}.mp4", pool)
             right.append(retrieved(number, found(frames, picture, judges), known))
             rows.append(np.concatenate([picture, *frames[np.linspace(0, len(frames) - 1, SHOWN).astype(int)]], 1))
             sys.stderr.write(f"{number + 1} of {len(shown)}: {np.mean(right):.2f} found their own picture\n")
