@@ -95,7 +95,7 @@ def _tell(line: str) -> None:
 def _meta_model(size: str) -> Any:
     import torch
 
-    from engine.model import IdentityWanTransformer3DModel
+    from engine.models.identity_wan import IdentityWanTransformer3DModel
 
     heads, ffn, layers = WAN[size]
     with torch.device("meta"):
@@ -104,7 +104,7 @@ def _meta_model(size: str) -> Any:
 
 def sizes(_: str) -> Iterator[Figure]:
     """Parameters and cache sizes of the full models."""
-    from engine.model import parameter_counts
+    from engine.models.identity_wan import parameter_counts
 
     wanted = {"1.3B": 1_418_996_800, "14B": 14_288_491_584}
     for size, (heads, *_rest) in WAN.items():
@@ -163,7 +163,7 @@ def _tflop(model: Any, *, subjects: int = 0, cached: bool = False, extra_frames:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from engine.subject_tower import References
+    from engine.models.subject_tower import References
 
     with torch.device("meta"), torch.no_grad():
         inputs = torch.empty(1, 16, 21 + extra_frames, 60, 104), torch.empty(1), torch.empty(1, 512, 4096)
@@ -234,7 +234,7 @@ class Stopwatch:
 
 def loop(preset: str) -> Iterator[Figure]:
     """Fifty steps in a warm worker: what is not the model's own work."""
-    from engine.load import ModelPool
+    from engine.loading.pool import ModelPool
     from engine.run import run
 
     pool = ModelPool()
@@ -263,7 +263,7 @@ def loop(preset: str) -> Iterator[Figure]:
 
 
 def _frames_of(saved: Saved, preset: str) -> bytes:
-    from engine import video
+    from engine.media import video
 
     return video.read_frames(saved.clip, display_scale=presets.load(preset).display_scale).tobytes()
 
@@ -273,8 +273,8 @@ def _frames_of(saved: Saved, preset: str) -> bytes:
 
 def report(preset: str) -> Iterator[Figure]:
     """What judging a clip adds to a warm one, at the preset's own steps."""
-    from engine.identity import Reporter
-    from engine.load import ModelPool
+    from engine.identity.reporter import Reporter
+    from engine.loading.pool import ModelPool
     from engine.run import run
 
     pool, judge, spent = ModelPool(), Reporter._judge, 0.0
@@ -410,8 +410,9 @@ def _decode_alone(count: int, name: str) -> int:
     """Decode and write one clip in this process; what it took above the loaded VAE on stdout."""
     import torch
 
-    from engine import decode, video
-    from engine.load import ModelPool
+    from engine.loading.pool import ModelPool
+    from engine.media import video
+    from engine.models.vae import decode_frames
 
     preset = presets.load(name)
     vae = ModelPool().part("vae", preset)
@@ -424,7 +425,7 @@ def _decode_alone(count: int, name: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
         with video.ClipWriter(clip, fps=preset.fps, size=(width, height), display_scale=preset.display_scale) as writer:
-            for group in decode.decode_frames(latents, vae):
+            for group in decode_frames(latents, vae):
                 for frame in group:
                     writer.write(frame)
                 peak = max(peak, this.memory_info().rss)
@@ -493,7 +494,7 @@ def _first_clip(address: str, preset: str) -> float:
     """Seconds from asking for a clip to having it; pictures ride along, as a page's uploads do."""
     from gradio_client import Client
 
-    from engine import pictures
+    from engine.media import pictures
 
     job, whole = presets.resolve(sample_job(preset))
     document = write_job(pictures.portable(pictures.pack(job, whole)))

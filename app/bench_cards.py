@@ -27,14 +27,18 @@ from torch import Tensor, nn
 
 from app.bench import Figure, sample_job
 from app.full_size import wan
-from engine import counts, decode, kernels, memory, offload, presets, quantize
-from engine.load import VISITING
-from engine.machine import Profile
-from engine.memory import CONTEXT, GB, SLACK, Hardware
+from engine import presets
+from engine.hardware import costs
+from engine.hardware.options import Profile
+from engine.hardware.plan import CONTEXT, SLACK, make_plan
+from engine.hardware.probe import GB, Hardware, probe_hardware
+from engine.loading import attention_kernels, offload, quantize
+from engine.loading.pool import VISITING
 from engine.messages import StudioError
+from engine.models.subject_tower import References
+from engine.models.vae import decode_frames
 from engine.paths import ROOT
 from engine.presets import Preset, Shape
-from engine.subject_tower import References
 
 WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2)}
 SHAPES = {
@@ -55,7 +59,7 @@ HOW = {
     "uncached": "subjects read anew in every step",
     "frames": "two pictures as frames behind the clip",
     "compiled": "blocks compiled",
-    **{name: f"attention by {name}" for name in kernels.BACKENDS if name != "native"},
+    **{name: f"attention by {name}" for name in attention_kernels.BACKENDS if name != "native"},
 }
 
 
@@ -172,23 +176,23 @@ def measure(
     _set_up(model, way.how, device)
     lead += 2 * (way.how == "frames")
     latents = torch.randn(1, 16, 1 + (frames - 1) // 4 + lead, height // 8, width // 8, device=device, dtype=dtype)
-    text = torch.randn(1, counts.TEXT_TOKENS, shape.text_dim, device=device, dtype=dtype)
+    text = torch.randn(1, costs.TEXT_TOKENS, shape.text_dim, device=device, dtype=dtype)
     side = (reference or height) // 8
     with _visiting(model, way.where, device):
         more = _subjects(model, shape, latents, side, cached=way.how != "uncached")
         took = list(_steps(model, latents, text, more, steps, cuda))
-    load = counts.Load(
+    load = costs.Load(
         tokens=latents[0, 0].numel() // 4,
         latent_frames=latents.shape[2],
         pixels=width * height,
         pictures=2,
-        subject_tokens=2 * (side // 2) ** 2 + counts.VLM_TOKENS if shape.identity_layers else 0,
+        subject_tokens=2 * (side // 2) ** 2 + costs.VLM_TOKENS if shape.identity_layers else 0,
         forwards=1,
         steps=1,
     )
-    weights, each = counts.transformer_weights(shape), dtype.itemsize
+    weights, each = costs.transformer_weights(shape), dtype.itemsize
     held: Any = weights.num_bytes if resident else weights.visiting
-    beside = counts.cache_bytes(shape, load, each) + counts.forward_bytes(shape, load.tokens, each)
+    beside = costs.cache_bytes(shape, load, each) + costs.forward_bytes(shape, load.tokens, each)
     return {
         "step_s": sorted(took)[len(took) // 2],
         "peak": float(torch.cuda.max_memory_allocated(device)) if cuda else 0.0,
@@ -213,9 +217,9 @@ def _set_up(model: Any, how: str, device: torch.device) -> None:
     Raises:
         StudioError: they cannot be had here.
     """
-    got = kernels.use_attention(model, how, device) == how if how in kernels.BACKENDS else True
+    got = attention_kernels.use_attention(model, how, device) == how if how in attention_kernels.BACKENDS else True
     if how == "compiled":
-        got = kernels.compile_blocks(model)
+        got = attention_kernels.compile_blocks(model)
     if not got:
         raise StudioError(f"There is no {how} here.", "The line in the log says why.", "Install what it needs.")
 
@@ -224,7 +228,7 @@ def _subjects(model: Any, shape: Shape, latents: Tensor, side: int, *, cached: b
     """What the model's forward takes beside latents, time and text: two subjects, or VACE's side branch."""
     if shape.identity_layers:
         pictures = latents.new_zeros(1, 2, 1, 16, side, side).normal_()
-        states = latents.new_zeros(1, counts.VLM_TOKENS, shape.vlm_dim).normal_()
+        states = latents.new_zeros(1, costs.VLM_TOKENS, shape.vlm_dim).normal_()
         references = References(pictures, vlm_states=states)
         return {"identity": model.encode_identity(references)} if cached else {"references": references}
     if shape.vace_layers:
@@ -258,14 +262,14 @@ def measure_decode(device: torch.device, *, width: int, height: int, tiled: bool
     scale: int = vae.config["scale_factor_spatial"]
     latents = torch.randn(1, vae.config["z_dim"], 3, height // scale, width // scale, device=device)
     began = time.perf_counter()
-    for _ in decode.decode_frames(latents, vae, tiled=tiled):
+    for _ in decode_frames(latents, vae, tiled=tiled):
         pass
-    pixels = min(width * height, counts.DECODE_TILE**2) if tiled else width * height
+    pixels = min(width * height, costs.DECODE_TILE**2) if tiled else width * height
     cuda = device.type == "cuda"
     return {
         "step_s": time.perf_counter() - began,
         "reserved": float(torch.cuda.max_memory_reserved(device)) if cuda else 0.0,
-        "predicted": (quantize.num_bytes(vae) + counts.DECODE * pixels) * SLACK,
+        "predicted": (quantize.num_bytes(vae) + costs.DECODE * pixels) * SLACK,
     }
 
 
@@ -280,7 +284,7 @@ def cards(_: str) -> Iterator[Figure]:
         yield Figure("card-fits", what, "open: no card here", "within 10 %")
     else:
         total = torch.cuda.get_device_properties(0).total_memory
-        here = memory.probe_hardware("all")
+        here = probe_hardware("all")
         yield from fits(Hardware("cuda", torch.cuda.get_device_name(0), total, here.ram, here.disk))
         yield from _decodes()
 
@@ -317,13 +321,13 @@ def fits(card: Hardware) -> Iterator[Figure]:
         for profile in get_args(Profile):
             if profile == "auto" or (profile != "all" and float(profile) * GB > card.vram):
                 continue
-            plan = memory.make_plan(job, preset, card.limited(profile))
+            plan = make_plan(job, preset, card.limited(profile))
             if not plan.fits:
                 continue
             fit, vae = plan.parts["transformer"], plan.parts["vae"]
             sampling = next(phase for phase in plan.phases if phase.name == "sampling")
             each = (width // 16) * (height // 16)  # tokens of a latent frame; pictures of their own size count as such
-            lead = round(counts.load_of(job, preset).tokens / each) - 1 - ((job.num_frames or 1) - 1) // 4
+            lead = round(costs.load_of(job, preset).tokens / each) - 1 - ((job.num_frames or 1) - 1) // 4
             where = "device" if fit.where == "device" else "memory"
             mark = (preset.shape, lead, width, height, job.num_frames, fit.precision, where)
             if mark not in known:

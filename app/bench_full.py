@@ -24,10 +24,11 @@ import psutil
 
 from app.bench import SAMPLES, Figure
 from app.full_size import write_files
-from engine import memory, presets
+from engine import presets
+from engine.hardware.plan import CONTEXT, plan_or_raise
+from engine.hardware.probe import GB
 from engine.job import Sampling, make_job
-from engine.load import ModelPool
-from engine.memory import GB
+from engine.loading.pool import ModelPool
 from engine.messages import Message, Progress
 from engine.paths import ROOT
 
@@ -135,7 +136,7 @@ def main(preset: str, size: tuple[int, int], frames: int, folder: Path) -> None:
         sampling=Sampling(num_inference_steps=1),
     )
     pool, (resolved, found) = ModelPool(), presets.resolve(job)
-    plan = memory.plan_or_raise(resolved, found, pool.hardware())
+    plan = plan_or_raise(resolved, found, pool.hardware())
     ways = {part: f"{fit.precision} {fit.where}" for part, fit in plan.parts.items() if fit.device + fit.memory}
     shared = plan.machine.shared
     tell({"ways": ways, "phases": {each.name: each.vram + shared * each.ram for each in plan.phases}})
@@ -159,7 +160,7 @@ def _card_peak() -> int:
         return 0
     peak = torch.cuda.max_memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    return peak + memory.CONTEXT
+    return peak + CONTEXT
 
 
 def tell(what: dict[str, Any]) -> None:

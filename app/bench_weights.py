@@ -21,7 +21,7 @@ from app import full_size
 from app.bench import Figure
 from app.bench_full import watched
 from engine import presets
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
 from engine.messages import StudioError
 
 SPARE = 0.5e9  # what Python, torch and the libraries take themselves, and copies of a few rows
@@ -32,7 +32,7 @@ SPARE = 0.5e9  # what Python, torch and the libraries take themselves, and copie
 
 def loading(_: str) -> Iterator[Figure]:
     """One file of Wan 1.3B in fp32, random: memory of a process that loads it, beside the library's own way."""
-    from engine import quantize
+    from engine.loading import quantize
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file, shapes = Path(folder) / "wan-1.3b.safetensors", full_size.shapes_of(_wan)
@@ -72,7 +72,7 @@ def _wan() -> Any:
 
 
 def _usual() -> Any:
-    from engine.load import load_part
+    from engine.loading.parts import load_part
 
     return load_part.usual_dtype("transformer", load_part.device())
 
@@ -93,8 +93,8 @@ def _watched(how: str, file: Path, precision: str) -> tuple[int, dict[str, Any]]
 def _child(how: str, file: Path, precision: Any) -> dict[str, Any]:
     import torch
 
-    from engine import quantize
-    from engine.load import load_part
+    from engine.loading import quantize
+    from engine.loading.parts import load_part
 
     began = time.monotonic()
     if how == "ours":
@@ -144,7 +144,8 @@ def clips(preset: str, count: int = 12) -> Iterator[Figure]:
     """Held-out jobs of two subjects made with rounded weights, beside the same with full ones."""
     import numpy as np
 
-    from engine import presets, run, video
+    from engine import presets, run
+    from engine.media import video
     from train.evaluation.step_cache import psnr
     from train.toybox.contact_sheet import held_out_job
 
@@ -188,8 +189,13 @@ def one_forward_errors(
 
     The latents are those that the full model passes through on ten steps of the preset's own schedule.
     """
-    from engine import conditioning, encode, pictures, presets, quantize, run, sampling
-    from engine.load import ModelPool, load_part
+    from engine import presets
+    from engine.diffusion import conditioning, solvers
+    from engine.loading import quantize
+    from engine.loading.parts import load_part
+    from engine.loading.pool import ModelPool
+    from engine.media import pictures
+    from engine.pipelines import encode, generate
     from train.toybox import benchmark
 
     pool, preset = ModelPool(), presets.load(name)
@@ -201,10 +207,10 @@ def one_forward_errors(
         encoded = encode.job_states(job, preset, pool)
         way = conditioning.prepare(preset.conditioning, full, encoded)
         passed: list[tuple[Any, float, Any]] = []
-        sampling.denoise(
-            run.starting_latents(job, preset, full, vae, way.lead),
+        solvers.denoise(
+            generate.starting_latents(job, preset, full, vae, way.lead),
             _noting(way.predict, passed),
-            sampling.SOLVERS["euler"](10, job.sampling.shift or 1.0),
+            solvers.SOLVERS["euler"](10, job.sampling.shift or 1.0),
             lambda step: None,
         )
         seen.append((encoded, [passed[step] for step in (0, 2, 4, 6, 8, 9)]))

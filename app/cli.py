@@ -23,7 +23,7 @@ from engine.paths import ROOT, models_dir
 
 if TYPE_CHECKING:
     from app.settings import Settings
-    from engine.machine import Machine
+    from engine.hardware.options import MachineOptions
 
 PROFILES = ("auto", "6", "8", "12", "16", "24", "all")
 ABOUT = "Put several people and things into one video and keep each of them recognisable."
@@ -190,13 +190,13 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add("--profile", choices=PROFILES, help="GB of the graphics card that clips may use (auto: what is free)")
 
 
-def machine_of(given: argparse.Namespace, environment: Mapping[str, str]) -> Machine:
+def machine_of(given: argparse.Namespace, environment: Mapping[str, str]) -> MachineOptions:
     """What these options, and this environment where they say nothing, ask of the machine.
 
     Raises:
         StudioError: a word that names nothing.
     """
-    from engine import machine
+    from engine.hardware.options import machine_options
 
     said = dict(environment)
     if given.attention is not None:
@@ -205,7 +205,7 @@ def machine_of(given: argparse.Namespace, environment: Mapping[str, str]) -> Mac
         said["IDCRAFTER_COMPILE"] = "1" if given.compile else ""
     if given.profile is not None:
         said["IDCRAFTER_PROFILE"] = given.profile
-    return machine.of(said)
+    return machine_options(said)
 
 
 def studio_settings(arguments: list[str], environment: Mapping[str, str]) -> Settings:

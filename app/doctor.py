@@ -24,8 +24,10 @@ import psutil
 
 from app.plan import typical
 from app.settings import check_port
-from engine import machine, presets
-from engine import memory as planner
+from engine import presets
+from engine.hardware.options import machine_options
+from engine.hardware.plan import make_plan
+from engine.hardware.probe import Hardware, probe_hardware
 from engine.messages import StudioError
 from engine.paths import ROOT
 
@@ -167,13 +169,13 @@ def models() -> Iterator[Finding]:
             yield Finding("ok", "model", f"{name} is here")
     if absent:
         yield Finding("ok", "model", f"{', '.join(absent)}: `python launch.py models pull NAME` fetches one")
-    yield fitting(planner.probe_hardware(machine.of().profile))
+    yield fitting(probe_hardware(machine_options().profile))
 
 
-def fitting(here: planner.Hardware) -> Finding:
+def fitting(here: Hardware) -> Finding:
     """Which presets this machine could make a clip with, at their own size and length, with two subjects."""
     known = [preset for name in presets.names() if (preset := presets.load(name)).shape is not None]
-    fit = [p.name for p in known if planner.make_plan(typical(p), p, here).fits]
+    fit = [p.name for p in known if make_plan(typical(p), p, here).fits]
     room = f"{(here.ram if here.shared else here.vram) / GB:.0f} GB free"
     room += ", and a good deal of patience for the large ones" if here.device == "cpu" else ""
     says = f"{here.name} ({room}) can hold {', '.join(fit) or 'none of the presets'}"

@@ -4,9 +4,9 @@ In:  a checked job, its preset's measured cost, and this machine's own finished 
 Out: an `Estimate`.
 Knows nothing of torch or of the page.
 
-Memory is what `engine.memory` plans. Time grows with the number of latent tokens (frames are grouped by four in every
-Wan VAE) and with the forwards that one step of the chosen guidance takes. Attention's quadratic part is left out: what
-it adds, the history corrects.
+Memory is what `engine.hardware.plan` plans. Time grows with the number of latent tokens (frames are grouped by four in
+every Wan VAE) and with the forwards that one step of the chosen guidance takes. Attention's quadratic part is left out:
+what it adds, the history corrects.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from pathlib import Path
 from statistics import median
 
 from app.queue import Row
-from engine import machine, memory, presets
-from engine.counts import FORWARDS
+from engine import presets
+from engine.hardware.costs import FORWARDS
+from engine.hardware.options import machine_options
+from engine.hardware.plan import make_plan
+from engine.hardware.probe import Hardware, probe_hardware
 from engine.job import GenerateJob
 from engine.presets import Preset
 
@@ -59,7 +62,7 @@ def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: P
     ratios = [took / _predicted(row.job, preset) for row in history if (took := _took(row, preset)) and row.job]
     correction = median(ratios[:HISTORY]) if ratios else 1.0
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    planned = memory.make_plan(job, preset, _machine(time.monotonic() // MACHINE_S)) if preset.shape else None
+    planned = make_plan(job, preset, _machine(time.monotonic() // MACHINE_S)) if preset.shape else None
     written = _pixels(job) * (job.num_frames or 1) * preset.display_scale**2
     return Estimate(
         seconds=_predicted(job, preset) * correction,
@@ -73,9 +76,9 @@ def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: P
 
 
 @lru_cache(maxsize=1)
-def _machine(now: float) -> memory.Hardware:
+def _machine(now: float) -> Hardware:
     """This machine as it was a moment ago: asking the card's tool at every keystroke would be felt."""
-    return memory.probe_hardware(machine.of().profile)
+    return probe_hardware(machine_options().profile)
 
 
 def _took(row: Row, preset: Preset) -> float | None:

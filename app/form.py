@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from engine import lora_files, presets
-from engine.job import GenerateJob, Lora, Picture, Sampling, Subject, make_job, rephrased
+from engine.document import rephrased
+from engine.job import GenerateJob, Lora, Picture, Sampling, Subject, make_job
 from engine.messages import StudioError
 from engine.presets import Preset
 

@@ -54,7 +54,7 @@ def write_files(preset: Preset, cache: Path, models: Path) -> int:
     Raises:
         StudioError: the disk has no room for them.
     """
-    from engine.hub import Hub
+    from engine.hub.cache import Hub
 
     total = 0
     for part in WRITERS:
@@ -112,7 +112,7 @@ def wan(shape: Shape) -> Any:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 
-    from engine.model import IdentityWanTransformer3DModel
+    from engine.models.identity_wan import IdentityWanTransformer3DModel
 
     config: dict[str, Any] = {
         "num_attention_heads": shape.num_heads,
@@ -144,7 +144,7 @@ def in_wans_names(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 def shapes_of(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's weights; no weight is made."""
-    from engine import quantize
+    from engine.loading import quantize
 
     with quantize.no_weights():
         return {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}
@@ -156,7 +156,7 @@ def _transformer(preset: Preset, place: Path) -> int:
     shapes = shapes_of(lambda: wan(shape))
     if place.suffix == ".safetensors":
         return write_random(place, in_wans_names(shapes), "F16")
-    from engine import quantize
+    from engine.loading import quantize
 
     with quantize.no_weights():
         wan(shape).save_config(place)

@@ -1,5 +1,5 @@
 """One clip from the command line: options and a document -> a job -> the engine, in this very process, or in several
-that torchrun started, one for each card (`engine.parallel`).
+that torchrun started, one for each card (`engine.loading.context_parallel`).
 
 In:  parsed options, and perhaps a job document or a clip that carries one.
 Out: the clip's path on stdout, progress on stderr, an exit code.
@@ -22,10 +22,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from engine import foreign, lora_files, pictures, presets
-from engine.foreign import Foreign
+from engine import lora_files, presets, wan2gp
 from engine.job import GenerateJob, make_job, read_job
+from engine.media import pictures
 from engine.messages import Cancelled, Message, Progress, StudioError
+from engine.wan2gp import Foreign
 
 STAGES = {
     "load": "Loading the model",
@@ -52,10 +53,10 @@ def main(given: argparse.Namespace) -> int:
     meter.show("Starting the engine")
     # On some processors it recommends a package for 4-bit weights, in the middle of everybody's progress.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from engine import parallel
+    from engine.loading import context_parallel
     from engine.run import run  # torch and the model classes: seconds, and only now
 
-    with Interrupt() as interrupt, parallel.together() as number, tempfile.TemporaryDirectory() as elsewhere:
+    with Interrupt() as interrupt, context_parallel.together() as number, tempfile.TemporaryDirectory() as elsewhere:
 
         def say(message: Message) -> None:
             if interrupt.asked:
@@ -134,7 +135,7 @@ def read_document(path: Path, outputs: Path) -> Foreign:
         )
     if path.suffix.lower() == ".json":
         return Foreign(read_job(path.read_bytes()), "")
-    found = foreign.opened(path)
+    found = wan2gp.opened(path)
     if found is None:
         raise StudioError(
             what=f"{path.name} carries no job.",

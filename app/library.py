@@ -14,11 +14,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine import foreign, lora_files, presets, video
-from engine.foreign import Foreign
+from engine import lora_files, presets, wan2gp
+from engine.identity.report import REPORT, STRIP
 from engine.job import GenerateJob, read_job
+from engine.media import video
 from engine.messages import StudioError
-from engine.report import REPORT, STRIP
+from engine.wan2gp import Foreign
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def open_clip(path: Path) -> Foreign:
     Raises:
         StudioError: not a video, no document inside, or one that this studio does not read.
     """
-    found = foreign.opened(path)
+    found = wan2gp.opened(path)
     if found is None:
         raise StudioError(
             f"{path.name} carries no document.",

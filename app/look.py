@@ -11,8 +11,8 @@ from typing import Any
 
 import gradio as gr
 
+from engine.identity.report import COLOURS
 from engine.paths import ROOT
-from engine.report import COLOURS
 
 STUDIO = ROOT / "assets" / "studio"
 ICON = STUDIO / "icon.png"

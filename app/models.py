@@ -16,11 +16,11 @@ from itertools import chain
 from pathlib import Path
 
 from engine import presets
-from engine.hub import Hub, Plan, Say, Unreachable, Wanted
+from engine.hub.cache import Hub, Plan, Say, Unreachable, Wanted
+from engine.hub.download import bytes_of, linked_or_copied
+from engine.hub.pickles import is_pickle
 from engine.messages import StudioError
-from engine.pickles import is_pickle
 from engine.presets import OPTIONAL, Components, HubFiles, Preset
-from engine.transfer import bytes_of, linked_or_copied
 
 WINDOW_S = 12.0  # a speed is that of the last seconds, not of an hour ago
 NO_LICENCE = "none named"  # written down where a person went on without one

@@ -13,7 +13,7 @@ from typing import Any
 
 from app.models import NO_LICENCE, no_licence
 from engine import presets
-from engine.hub import Hub, Wanted
+from engine.hub.cache import Hub, Wanted
 from engine.messages import StudioError
 from engine.presets import Components, HubFiles, Preset, Shape
 

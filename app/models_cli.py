@@ -21,7 +21,7 @@ from engine.paths import models_dir
 
 if TYPE_CHECKING:  # for real only once HF_HUB_OFFLINE is set, which the library reads when it is imported
     from app.models import Speed
-    from engine.hub import Hub, Plan
+    from engine.hub.cache import Hub, Plan
     from engine.presets import Preset
 
 EVERY_S = 0.5  # between two states of the line that says how far a pull is
@@ -86,7 +86,7 @@ def main(given: argparse.Namespace) -> int:
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # why the Hub does not answer is said once, at the end
-    from engine.hub import Hub
+    from engine.hub.cache import Hub
 
     if constants.HF_HUB_OFFLINE:
         _tell(OFFLINE)

@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 
 from app.markup import duration
-from engine import memory, presets
+from engine import presets
+from engine.hardware.plan import Plan, make_plan, plan_or_raise
+from engine.hardware.probe import GB, Hardware, probe_hardware
 from engine.job import GenerateJob, Picture, Sampling, Subject, make_job
-from engine.memory import GB, Hardware, Plan
 from engine.messages import StudioError
 from engine.presets import Preset
 
@@ -35,11 +36,11 @@ def main(given: argparse.Namespace) -> int:
             "Add one, as presets/wan-1.3b.json has it.",
             field="preset",
         )
-    made = memory.make_plan(job, preset, here)
+    made = make_plan(job, preset, here)
     sys.stdout.write("\n".join(report(job, preset, made, given.tflops)) + "\n")
     if made.fits:
         return 0
-    memory.plan_or_raise(job, preset, here)  # says what would
+    plan_or_raise(job, preset, here)  # says what would
     return 1
 
 
@@ -67,7 +68,7 @@ def typical(preset: Preset, *, subjects: int | None = None, **values: Any) -> Ge
 
 def _machine(given: argparse.Namespace) -> Hardware:
     """This machine, or one with a card of so many GB; its other memory is this machine's unless said."""
-    here = memory.probe_hardware(given.profile)
+    here = probe_hardware(given.profile)
     ram = round(given.ram * GB) if given.ram else here.ram
     if given.vram is None:
         return Hardware(here.device, here.name, ram if here.shared else here.vram, ram, here.disk)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from app import markup, models, models_add
 from engine import presets
-from engine.hub import Hub, Plan, Say
+from engine.hub.cache import Hub, Plan, Say
 from engine.messages import StudioError
 
 Stage = Literal["waiting", "asking", "fetching", "checking", "paused", "done", "failed"]

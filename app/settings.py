@@ -14,8 +14,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from engine import machine
-from engine.job import Document
+from engine.document import Document
+from engine.hardware.options import check_device
 from engine.messages import StudioError
 from engine.paths import ROOT
 
@@ -44,7 +44,7 @@ class Settings(Document):
     devices: tuple[str, ...] = ()
     """What the workers run on, one each, such as cuda:0 and cuda:1; empty: one worker on the fastest device."""
     machine: dict[str, str] = Field(default_factory=dict)
-    """Attention kernels and compilation, as the variables that a worker reads (`engine.machine`)."""
+    """Attention kernels and compilation, as the variables that a worker reads (`engine.hardware.options`)."""
     offline: bool = False
     """Ask nothing of the network, not even for models."""
 
@@ -73,7 +73,7 @@ def read_devices(text: str) -> tuple[str, ...]:
     Raises:
         StudioError: a word names no device.
     """
-    return tuple(machine.check_device(word.strip()) for word in text.split(",") if word.strip())
+    return tuple(check_device(word.strip()) for word in text.split(",") if word.strip())
 
 
 def check_password(auth: tuple[str, str] | None, *, listen: bool, share: bool) -> None:

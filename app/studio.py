@@ -20,8 +20,9 @@ from app.pulls import Pulls
 from app.queue import Queue
 from app.settings import Settings
 from app.subjects import Subjects
-from engine import lora_files, pictures, presets
+from engine import lora_files, presets
 from engine.job import GenerateJob, Picture
+from engine.media import pictures
 from engine.messages import StudioError
 from engine.paths import ROOT
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from engine import pictures
-from engine.job import NAME, Picture, Subject, rephrased
+from engine.document import rephrased
+from engine.job import NAME, Picture, Subject
+from engine.media import pictures
 from engine.messages import StudioError
 
 LONGEST = 1536  # pixels of a kept picture: four times what the largest preset reads, and a few hundred kB

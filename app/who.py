@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from app import markup
-from engine.report import STRIP, IdentityReport, SubjectReport, read_report
+from engine.identity.report import STRIP, IdentityReport, SubjectReport, read_report
 
 WIDTH, HEIGHT = 560, 150  # of the plot, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 34, 8, 8, 22

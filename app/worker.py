@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import IO
 
 from app.queue import Queue, Row
-from engine import machine, video
+from engine.hardware.options import alone_with
 from engine.job import GenerateJob
+from engine.media import video
 from engine.messages import Cancelled, Failed, Message, Preview, Progress, Saved, StudioError
 from engine.paths import ROOT
 from engine.platform_calls import NO_WINDOW, try_lock, wait_for_end
@@ -140,7 +141,7 @@ class WorkerKeeper:
         command = [sys.executable, "-X", "utf8", "-X", "faulthandler", "-m", "app.worker", "--attached"]
         command += ["--queue", str(self._queue_file), "--outputs", str(self._outputs), "--name", name]
         command += ["--run", self._run] if self._run else []
-        environment = machine.alone_with(device, os.environ)
+        environment = alone_with(device, os.environ)
         if len(self._devices) > 1:
             # Busy OpenMP pools fight over the cores: each worker gets its share of them.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self._devices))))
@@ -358,7 +359,7 @@ def _load_engine(name: str, outputs: Path) -> Engine:
     if name:
         module, _, function = name.partition(":")
         return partial(getattr(importlib.import_module(module), function), outputs=outputs)
-    from engine.load import ModelPool
+    from engine.loading.pool import ModelPool
     from engine.run import run
 
     return partial(run, outputs=outputs, pool=ModelPool())

@@ -15,20 +15,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from engine.document import Document, rephrased
 from engine.messages import StudioError
 
 VERSION = 3
 MAX_SUBJECTS = 8  # what a document can say; every preset has its own, lower limit
 NAME = re.compile(r"[a-z][a-z0-9_]{0,23}")
 MENTION = re.compile(r"@([A-Za-z][A-Za-z0-9_]*)")
-
-
-class Document(BaseModel):
-    """Whatever we write to disk. Frozen, unknown keys refused, field docstrings shown as help in form and CLI."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Picture(Document):
@@ -259,56 +254,3 @@ def _plain_values(source: str | bytes | Mapping[str, Any]) -> dict[str, Any]:
 
 def _refused(what: str, why: str) -> StudioError:
     return StudioError(what, why, "Use a document or a clip that this studio wrote.")
-
-
-def rephrased(error: ValidationError) -> StudioError:
-    """Pydantic's first complaint in words for a person; `field` names where it belongs."""
-    first = error.errors(include_url=False)[0]
-    where = [str(part) for part in first["loc"]]
-    field = where[0] if where else ""
-    label = ".".join(where) or "document"
-    given = first.get("input")
-    value = f"{given:,}"[:60] if isinstance(given, int | float) else repr(str(given)[:60])
-    context = first.get("ctx", {})
-    kind = first["type"]
-    if kind == "extra_forbidden":
-        why = f"This studio knows no field called {label!r}."
-        return StudioError("The job document was refused.", why, "Remove that field.", field=field)
-    if kind == "missing":
-        return StudioError(f"The job has no {label}.", "It is needed.", f"Fill in {label}.", field=field)
-    if field == "prompt" and "empty" in str(first["msg"]):
-        return StudioError(
-            "The prompt is empty.",
-            "The clip follows what the prompt says.",
-            "Write what should happen, mentioning each subject as @name.",
-            field="prompt",
-        )
-    if kind == "too_long":
-        most = context.get("max_length")
-        return StudioError(
-            f"{label} holds {context.get('actual_length')} entries.",
-            f"At most {most} fit.",
-            f"Keep {most} or fewer.",
-            field=field,
-        )
-    limits = [f"{word} {context[key]}" for key, word in _LIMITS.items() if key in context]
-    reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    why = f"It has to be {' and '.join(limits)}." if limits else f"{reason[:1].upper()}{reason[1:]}."
-    return StudioError(
-        f"{FIELD_LABELS.get(label, label)} is {value}.", why, "Change it to a value that fits.", field=field
-    )
-
-
-# Fields that have another name in the page.
-FIELD_LABELS = {
-    "num_frames": "The number of frames",
-    "width": "The width",
-    "height": "The height",
-    "seed": "The seed",
-    "sampling.num_inference_steps": "The number of steps",
-    "sampling.shift": "The shift",
-    "sampling.guidance_scale": "The guidance scale",
-    "sampling.subject_scale": "The subject scale",
-    "sampling.text_scale": "The text scale",
-}
-_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}

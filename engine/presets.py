@@ -14,7 +14,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from engine import paths
-from engine.job import Document, GenerateJob, Sampling, rephrased
+from engine.document import Document, rephrased
+from engine.job import GenerateJob, Sampling
 from engine.messages import StudioError
 
 OPTIONAL = ("faces", "detector", "detector_tokenizer", "segmenter", "embedder")  # a clip is made without them, too
@@ -69,7 +70,7 @@ class Components(Document):
     vae: Place
     """AutoencoderKLWan."""
     text_encoder: Place
-    """UMT5EncoderModel, in one of the layouts of `engine.umt5`."""
+    """UMT5EncoderModel, in one of the layouts of `engine.models.umt5`."""
     tokenizer: Place
     """Tokenizer of the text encoder."""
     vlm: Place = ""
@@ -77,7 +78,7 @@ class Components(Document):
     vlm_tokenizer: Place = ""
     """Tokenizer of the VLM."""
     judges: Place = ""
-    """Judges of drawings for the identity report (`engine.judges`); empty for pictures of the real world."""
+    """Judges of drawings for the identity report (`engine.identity.toybox`); empty for pictures of the real world."""
     faces: Place = ""
     """YuNet's and SFace's ONNX files: people are judged by their faces where this folder is there."""
     detector: Place = ""
@@ -255,9 +256,10 @@ class Preset(Document):
 
 def _in_cache(files: HubFiles) -> Path:
     """Where such files lie in the Hub's cache, or would lie."""
-    from engine import hub
 
-    return hub.Hub().place(files.repo, files.path, files.revision)
+    from engine.hub.cache import Hub
+
+    return Hub().place(files.repo, files.path, files.revision)
 
 
 def own_presets() -> Path:

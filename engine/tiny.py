@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from engine import presets
-from engine.judges import Judges
-from engine.model import IdentityWanTransformer3DModel
+from engine.identity.toybox import Judges
+from engine.models.identity_wan import IdentityWanTransformer3DModel
 from engine.presets import Components, Preset
 
 TEXT_DIM = 32

@@ -333,7 +333,7 @@ def pretended(*, watched: bool = False) -> Iterator[Card]:
         }.items():
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(torch, "Generator", Generator)
-        patch.setattr("engine.offload.ThreadPoolExecutor", Pool)
+        patch.setattr("engine.loading.offload.ThreadPoolExecutor", Pool)
         patch.setattr(Tensor, "_make_wrapper_subclass", lambda *a, **k: wrap(*a, **{**k, "device": CPU}))
         with _modes(card):
             yield card

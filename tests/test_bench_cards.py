@@ -12,8 +12,11 @@ import torch
 
 from app import bench_cards
 from app.bench_cards import SHAPES, WAYS, WORDS, Way, cards, drawn, fits, main, measure, measure_decode
-from engine import counts, presets, quantize
-from engine.memory import CONTEXT, GB, Hardware
+from engine import presets
+from engine.hardware import costs
+from engine.hardware.plan import CONTEXT
+from engine.hardware.probe import GB, Hardware
+from engine.loading import quantize
 from engine.messages import StudioError
 from tests.pretend_card import CPU, pretended
 
@@ -54,7 +57,7 @@ def test_on_a_card_everything_is_on_the_card(precision: str, where: str, shape: 
 def test_the_decoder_is_measured_on_the_card(tiled: bool) -> None:
     with pretended():
         found = measure_decode(CARD, width=320, height=64, tiled=tiled, base_dim=8, z_dim=16, num_res_blocks=1)
-    assert found["predicted"] > counts.DECODE * 64 * 256
+    assert found["predicted"] > costs.DECODE * 64 * 256
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "nf4"])
@@ -62,7 +65,7 @@ def test_random_weights_are_as_many_as_the_plan_counts(precision: str) -> None:
     model = drawn(TINY, precision, CPU, CPU)
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.rope.buffers())
     held = quantize.num_bytes(model) - tables
-    assert counts.transformer_weights(TINY).num_bytes(precision, 4) == pytest.approx(held, rel=0.02)
+    assert costs.transformer_weights(TINY).num_bytes(precision, 4) == pytest.approx(held, rel=0.02)
 
 
 def test_every_row_for_cards_is_a_command_that_is_understood(
@@ -92,11 +95,11 @@ def test_every_preset_size_and_profile_of_a_card_is_measured_once_and_compared(
     def measured(way: Way, *_: Any, shape: Any, reference: int, lead: int, **size: int) -> Any:
         frames = 1 + (size["frames"] - 1) // 4 + lead
         tokens = frames * (size["width"] // 16) * (size["height"] // 16)
-        read = 2 * (reference // 16) ** 2 + counts.VLM_TOKENS
-        weights = counts.transformer_weights(shape)
+        read = 2 * (reference // 16) ** 2 + costs.VLM_TOKENS
+        weights = costs.transformer_weights(shape)
         held: Any = weights.num_bytes if way.where == "device" else weights.visiting
-        beside = counts.cache_bytes(shape, counts.Load(tokens, frames, 0, 2, read, 1, 1), 2)
-        return {"reserved": 1.05 * (held(way.precision, 2) + beside + counts.forward_bytes(shape, tokens, 2))}
+        beside = costs.cache_bytes(shape, costs.Load(tokens, frames, 0, 2, read, 1, 1), 2)
+        return {"reserved": 1.05 * (held(way.precision, 2) + beside + costs.forward_bytes(shape, tokens, 2))}
 
     monkeypatch.setattr(bench_cards, "_child", child)
     monkeypatch.setattr(bench_cards, "measure", measured)

@@ -8,13 +8,14 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from torch import Tensor
 
-from engine import caching, sampling, tiny
-from engine.conditioning import Encoded, prepare
-from engine.guidance import guided
+from engine import tiny
+from engine.diffusion import solvers, step_cache
+from engine.diffusion.conditioning import Encoded, prepare
+from engine.diffusion.guidance import guided
 from engine.job import Sampling
 from engine.messages import StudioError
+from engine.models.subject_tower import References
 from engine.presets import Caching
-from engine.subject_tower import References
 
 SHAPE = (1, 4, 2, 4, 4)
 STEPS = 30
@@ -32,20 +33,20 @@ class Curve:
         return torch.full(SHAPE, 1 + time**self.power)
 
 
-def walk(predict: sampling.Predict, steps: int = STEPS, solver: str = "euler") -> Tensor:
+def walk(predict: solvers.Predict, steps: int = STEPS, solver: str = "euler") -> Tensor:
     torch.manual_seed(0)
-    return sampling.denoise(torch.randn(SHAPE), predict, sampling.SOLVERS[solver](steps, 1.0), lambda _: None)
+    return solvers.denoise(torch.randn(SHAPE), predict, solvers.SOLVERS[solver](steps, 1.0), lambda _: None)
 
 
 @pytest.mark.parametrize("word", [None, "off"])
 def test_off_is_the_very_prediction_itself(word):
     curve = Curve(2)
-    assert caching.chosen(word, Caching(), curve, sampling.Euler(4, 1.0)) is curve
+    assert step_cache.chosen(word, Caching(), curve, solvers.Euler(4, 1.0)) is curve
 
 
 def test_a_straight_line_is_asked_for_thrice_then_every_fifth_time_and_at_the_end():
     curve = Curve(1)
-    left = caching.LeavingOut(curve, LEVELS, 0.001)
+    left = step_cache.LeavingOut(curve, LEVELS, 0.001)
     with_gaps, whole = walk(left), walk(Curve(1))
     torch.testing.assert_close(with_gaps, whole)
     asked = [round(STEPS * (1 - time)) for time in curve.asked]
@@ -56,7 +57,7 @@ def test_the_more_it_bends_the_more_it_is_asked_and_the_less_is_tolerated_the_ne
     computed = {}
     for power in (2, 5):
         for tolerance in (1e-4, 1e-2):
-            left = caching.LeavingOut(Curve(power), LEVELS, tolerance)
+            left = step_cache.LeavingOut(Curve(power), LEVELS, tolerance)
             missed = (walk(left) - walk(Curve(power))).abs().max().item()
             assert missed <= tolerance * 2  # a velocity is below 2 and time runs from 1 to 0
             computed[power, tolerance] = left.computed
@@ -66,17 +67,17 @@ def test_the_more_it_bends_the_more_it_is_asked_and_the_less_is_tolerated_the_ne
 
 @pytest.mark.parametrize("solver", ["unipc", "wan_unipc"])
 def test_every_solver_can_be_left_waiting(solver):
-    made = sampling.SOLVERS[solver](STEPS, 3.0)
-    left = caching.chosen("fast", Caching(), Curve(2), made)
+    made = solvers.SOLVERS[solver](STEPS, 3.0)
+    left = step_cache.chosen("fast", Caching(), Curve(2), made)
     torch.manual_seed(0)
-    clip = sampling.denoise(torch.randn(SHAPE), left, made, lambda _: None)
+    clip = solvers.denoise(torch.randn(SHAPE), left, made, lambda _: None)
     assert left.computed < STEPS / 1.5
     torch.testing.assert_close(clip, walk_of(solver), rtol=0, atol=0.05)
 
 
 def walk_of(solver: str) -> Tensor:
     torch.manual_seed(0)
-    return sampling.denoise(torch.randn(SHAPE), Curve(2), sampling.SOLVERS[solver](STEPS, 3.0), lambda _: None)
+    return solvers.denoise(torch.randn(SHAPE), Curve(2), solvers.SOLVERS[solver](STEPS, 3.0), lambda _: None)
 
 
 def test_a_clip_that_breaks_is_noticed_at_the_step_that_asks():
@@ -84,11 +85,11 @@ def test_a_clip_that_breaks_is_noticed_at_the_step_that_asks():
         return torch.full(SHAPE, float("nan") if time < 0.5 else 1 + time**2)
 
     with pytest.raises(StudioError, match="holds NaN"):
-        walk(caching.LeavingOut(broken, LEVELS, 0.01))
+        walk(step_cache.LeavingOut(broken, LEVELS, 0.01))
 
 
 def test_two_steps_leave_nothing_to_leave_out():
-    left = caching.LeavingOut(Curve(2), [1.0, 0.5], 10.0)
+    left = step_cache.LeavingOut(Curve(2), [1.0, 0.5], 10.0)
     assert torch.equal(walk(left, steps=2), walk(Curve(2), steps=2)) and left.computed == 2
 
 
@@ -141,11 +142,11 @@ def test_whatever_way_subjects_enter_steps_are_left_out_and_untold_nothing_chang
 
     def clip(tolerance: float | None) -> tuple[Tensor, int]:
         asked.clear()
-        solver = sampling.Euler(12, 1.0)
+        solver = solvers.Euler(12, 1.0)
         torch.manual_seed(1)
         noise = torch.randn(1, 16, conditions.lead + 2, 4, 4)
-        left = predict if tolerance is None else caching.LeavingOut(predict, solver.sigmas[:-1].tolist(), tolerance)
-        return sampling.denoise(noise, left, solver, lambda _: None), len(asked)
+        left = predict if tolerance is None else step_cache.LeavingOut(predict, solver.sigmas[:-1].tolist(), tolerance)
+        return solvers.denoise(noise, left, solver, lambda _: None), len(asked)
 
     whole, forwards = clip(None)
     strict, as_many = clip(1e-12)

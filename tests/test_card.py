@@ -17,12 +17,18 @@ import torch
 from numpy.typing import NDArray
 from optimum.quanto import WeightQBytesTensor
 
-from engine import decode, load, memory, presets, quantize, run, tiny, video, weights
+from engine import presets, run, tiny
+from engine.hardware.plan import Plan, make_plan
+from engine.hardware.probe import GB, Hardware
 from engine.job import make_job
-from engine.load import ModelPool
+from engine.loading import build, quantize
+from engine.loading.offload import visiting
+from engine.loading.parts import load_part
+from engine.loading.pool import ModelPool
+from engine.media import video
 from engine.messages import StudioError
-from engine.offload import visiting
-from engine.subject_tower import References
+from engine.models import vae
+from engine.models.subject_tower import References
 from tests.pretend_card import CARD, CPU, on_card, pretended
 from tests.test_lora_clips import write_lora
 from tests.test_public_models import job, preset, write_kinds
@@ -41,13 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kept(where: str, tiled: bool) -> Iterator[None]:
     """Every part is kept so and as precise as on a card, whatever would fit."""
 
-    def fitted(given: Any, preset: Any, here: memory.Hardware) -> memory.Plan:
-        made = memory.make_plan(given, preset, replace(here, device="cuda"))
+    def fitted(given: Any, preset: Any, here: Hardware) -> Plan:
+        made = make_plan(given, preset, replace(here, device="cuda"))
         parts = {part: replace(fit, where=where) if part != "vae" else fit for part, fit in made.parts.items()}
         return replace(made, parts=parts, tiled=tiled)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "plan_or_raise", fitted)
+        patch.setattr("engine.run.plan_or_raise", fitted)
         yield
 
 
@@ -80,8 +86,8 @@ def test_a_clip_is_made_on_the_card_and_is_the_clip_of_the_processor_in_that_pre
     made = preset(folder, transformer, kind)
     monkeypatch.setattr(presets, "load", lambda name: made)
     monkeypatch.setenv("IDCRAFTER_MODELS", str(tmp_path / "models"))
-    monkeypatch.setattr(decode, "TILE", 24)
-    monkeypatch.setattr(decode, "OVERLAP", 8)
+    monkeypatch.setattr(vae, "TILE", 24)
+    monkeypatch.setattr(vae, "OVERLAP", 8)
     (tmp_path / "models" / "loras").mkdir(parents=True)
     (tmp_path / "models" / "loras" / "style.safetensors").write_bytes((folder / "style.safetensors").read_bytes())
     asked = {"num_frames": 5, "precision": precision, "loras": [{"path": "style.safetensors", "weight": 0.5}]}
@@ -90,7 +96,12 @@ def test_a_clip_is_made_on_the_card_and_is_the_clip_of_the_processor_in_that_pre
     with kept(where, tiled=where == "disk"):
         with pretended():
             on_it = clip(CARD, given, tmp_path / "card")
-        monkeypatch.setattr(load, "usual_dtype", lambda part, _: torch.float32 if part == "vae" else torch.bfloat16)
+
+        def card_dtype(part: str, _: torch.device) -> torch.dtype:
+            return torch.float32 if part == "vae" else torch.bfloat16
+
+        for module in ("parts", "pool"):
+            monkeypatch.setattr(f"engine.loading.{module}.usual_dtype", card_dtype)
         assert np.array_equal(on_it, clip(CPU, given, tmp_path / "processor"))
 
 
@@ -128,7 +139,7 @@ def test_without_pinned_memory_blocks_still_visit(monkeypatch: pytest.MonkeyPatc
 def test_eight_bits_visit_the_card_without_a_kernel_that_is_compiled_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model: Any = weights.transformer(folder / "transformer", torch.bfloat16, precision="fp8")
+    model: Any = build.transformer(folder / "transformer", torch.bfloat16, precision="fp8")
 
     def compiles(*_: object, **__: object) -> None:
         raise AssertionError("optimum-quanto chooses a kernel")
@@ -141,7 +152,7 @@ def test_eight_bits_visit_the_card_without_a_kernel_that_is_compiled_there(
 @pytest.mark.parametrize("precision", ["int8", "fp8", "nf4"])
 def test_weights_rounded_on_the_card_are_all_there_and_no_others(folder: Path, precision: Any) -> None:
     with pretended():
-        model = weights.transformer(folder / "transformer", torch.bfloat16, precision=precision, where=CARD)
+        model = build.transformer(folder / "transformer", torch.bfloat16, precision=precision, where=CARD)
         held = [part for tensor in (*model.parameters(), *model.buffers()) for part in quantize._held(tensor)]
         assert held and all(on_card(tensor) for tensor in held)
         assert predict(model, CARD).isfinite().all()
@@ -155,16 +166,16 @@ def test_a_profile_is_held_to_and_on_windows_the_card_is(
 ) -> None:
     monkeypatch.setenv("IDCRAFTER_PROFILE", profile)
     with pretended() as card:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (7 * memory.GB, card.memory))
-        monkeypatch.setattr("engine.load.sys.platform", system)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (7 * GB, card.memory))
+        monkeypatch.setattr("engine.loading.pool.sys.platform", system)
         pool = ModelPool(torch.device("cuda"))
-        assert pool.hardware().vram == (6 if profile == "6" else 7) * memory.GB
+        assert pool.hardware().vram == (6 if profile == "6" else 7) * GB
         assert card.fraction == pytest.approx(held / 8)
 
 
 def test_eight_bits_of_floating_point_are_refused_where_metal_has_none(folder: Path) -> None:
     with pytest.raises(StudioError, match="int8"):
-        load.load_part("transformer", folder / "transformer", torch.device("mps"), "fp8")
+        load_part("transformer", folder / "transformer", torch.device("mps"), "fp8")
 
 
 def test_the_card_that_is_not_there_refuses_what_a_card_refuses() -> None:

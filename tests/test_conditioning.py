@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine import tiny
-from engine.conditioning import Encoded, IdentityBlocks, PlainText, prepare
-from engine.subject_tower import References
+from engine.diffusion.conditioning import Encoded, IdentityBlocks, PlainText, prepare
+from engine.models.subject_tower import References
 
 
 @pytest.fixture(scope="module")

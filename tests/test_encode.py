@@ -10,10 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import decode, encode, paths, presets, tiny, video
+from engine import paths, presets, tiny
 from engine.job import GenerateJob, Subject, make_job
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import video
 from engine.messages import StudioError
+from engine.models import encoders
+from engine.models import vae as decode
+from engine.models.vae import _weights, clip_latents, decode_frames, decode_preview, picture_latents, to_levels
+from engine.pipelines import encode
+from engine.pipelines.prompt import render
 
 
 @pytest.fixture(autouse=True)
@@ -75,26 +81,26 @@ def _cast(*nouns: str) -> list[Subject]:
     ],
 )
 def test_a_mention_becomes_its_slot_and_its_kind_once(prompt, written):
-    assert encode.render(prompt, _cast("", ""), "slot") == written
+    assert render(prompt, _cast("", ""), "slot") == written
 
 
 def test_a_noun_takes_its_article_and_keeps_its_own():
     cast = _cast("orange fox", "the old kite", "")
-    assert encode.render("@fox, @kite, @red_car", cast, "slot") == (
+    assert render("@fox, @kite, @red_car", cast, "slot") == (
         "subject 1, an orange fox, subject 2, the old kite, subject 3, a red car"
     )
 
 
 def test_a_model_without_slots_reads_nouns():
     cast = _cast("red fox", "kite")
-    assert encode.render("@fox sees @kite and @fox runs", cast, "noun") == "a red fox sees a kite and the red fox runs"
+    assert render("@fox sees @kite and @fox runs", cast, "noun") == "a red fox sees a kite and the red fox runs"
 
 
 # --- text and VLM ---
 
 
 def test_text_states_are_zero_behind_the_text_and_as_long_as_the_model_was_taught(pool, preset):
-    states = encode.text_states(["a fox", ""], pool.part("tokenizer", preset), pool.part("text_encoder", preset))
+    states = encoders.text_states(["a fox", ""], pool.part("tokenizer", preset), pool.part("text_encoder", preset))
     assert states.shape == (2, tiny.TEXT_TOKENS, tiny.TEXT_DIM)
     written = states.abs().sum(-1) > 0
     assert written.sum(1).tolist() == [6, 1]  # five letters and the end; the end alone
@@ -104,26 +110,26 @@ def test_the_vlm_reads_a_batch_as_it_reads_each_alone(pool, preset):
     words, vlm = pool.part("vlm_tokenizer", preset), pool.part("vlm", preset)
     prompts = ["subject 1 runs", "subject 2 follows subject 1 for a while"]
     shown = [[[_picture(1)], [_picture(2), _picture(3)]], []]
-    states, mask = encode.vlm_states(prompts, shown, words, vlm)
+    states, mask = encoders.vlm_states(prompts, shown, words, vlm)
     for row in range(2):
-        alone, there = encode.vlm_states(prompts[row : row + 1], shown[row : row + 1], words, vlm)
+        alone, there = encoders.vlm_states(prompts[row : row + 1], shown[row : row + 1], words, vlm)
         assert bool(there.all()) and mask[row].sum() == alone.shape[1]
         torch.testing.assert_close(states[row, : alone.shape[1]], alone[0], rtol=0, atol=1e-4)
 
 
 def test_what_a_picture_shows_reaches_the_words_behind_it(pool, preset):
     words, vlm = pool.part("vlm_tokenizer", preset), pool.part("vlm", preset)
-    one, other = (encode.vlm_states(["it runs"], [[[_picture(seed)]]], words, vlm)[0] for seed in (1, 2))
+    one, other = (encoders.vlm_states(["it runs"], [[[_picture(seed)]]], words, vlm)[0] for seed in (1, 2))
     assert (one[0, -1] - other[0, -1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("size", [64, 128, 500])
 def test_a_picture_takes_at_most_64_tokens_of_the_vlm(pool, preset, size):
-    inputs = encode.vlm_inputs(
+    inputs = encoders.vlm_inputs(
         ["x"], [[[_picture(1, size)]]], pool.part("vlm_tokenizer", preset), pool.part("vlm", preset)
     )
     count = int(inputs["mm_token_type_ids"].sum())
-    assert 0 < count <= encode.PICTURE_TOKENS
+    assert 0 < count <= encoders.PICTURE_TOKENS
     assert count == 16 or size > 64
 
 
@@ -133,12 +139,12 @@ def test_a_picture_takes_at_most_64_tokens_of_the_vlm(pool, preset, size):
 def test_a_picture_is_a_clip_of_one_frame_in_normalised_latents(pool, preset):
     vae = pool.part("vae", preset)
     picture = _picture(1)
-    latents = encode.picture_latents([picture], vae)
+    latents = picture_latents([picture], vae)
     assert latents.shape == (1, tiny.LATENT_CHANNELS, 16, 16)
-    clip = encode.clip_latents(torch.from_numpy(picture)[None, None], vae)
+    clip = clip_latents(torch.from_numpy(picture)[None, None], vae)
     assert torch.equal(clip[:, :, 0], latents)
     vae.register_to_config(latents_mean=[1.0] * 16, latents_std=[2.0] * 16)
-    torch.testing.assert_close(encode.picture_latents([picture], vae), (latents - 1) / 2)
+    torch.testing.assert_close(picture_latents([picture], vae), (latents - 1) / 2)
     vae.register_to_config(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
 
 
@@ -146,11 +152,11 @@ def test_a_picture_is_a_clip_of_one_frame_in_normalised_latents(pool, preset):
 def test_decoding_frame_by_frame_equals_decoding_at_once(pool, preset, latent_frames):
     vae = pool.part("vae", preset)
     latents = torch.randn(1, tiny.LATENT_CHANNELS, latent_frames, 6, 10)
-    groups = list(decode.decode_frames(latents, vae))
+    groups = list(decode_frames(latents, vae))
     assert [len(group) for group in groups] == [1] + [4] * (latent_frames - 1)
     streamed = np.concatenate([np.stack(group) for group in groups])
     with torch.no_grad():
-        whole = decode.to_levels(vae.decode(latents).sample[0])
+        whole = to_levels(vae.decode(latents).sample[0])
     assert np.array_equal(streamed, whole)
 
 
@@ -158,7 +164,7 @@ def test_decoding_frame_by_frame_equals_decoding_at_once(pool, preset, latent_fr
 def test_the_weights_of_all_tiles_sum_to_one_everywhere(length, monkeypatch):
     monkeypatch.setattr(decode, "OVERLAP", 24)
     total = torch.zeros(length * 4)
-    for start, weight in decode._weights(length, 16, 4, torch.device("cpu")).items():
+    for start, weight in _weights(length, 16, 4, torch.device("cpu")).items():
         assert weight.min() > 0
         total[start * 4 : start * 4 + len(weight)] += weight
     assert torch.allclose(total, torch.ones_like(total))
@@ -169,11 +175,11 @@ def test_a_clip_decoded_in_tiles_looks_like_the_clip_decoded_whole(monkeypatch):
     pool = ModelPool(torch.device("cpu"))
     vae = pool.part("vae", toybox)
     clip = torch.from_numpy(video.read_frames(paths.ROOT / "assets/sanity.mp4", display_scale=toybox.display_scale)[:5])
-    latents = encode.clip_latents(clip[None], vae)
-    whole = list(decode.decode_frames(latents, vae))
+    latents = clip_latents(clip[None], vae)
+    whole = list(decode_frames(latents, vae))
     monkeypatch.setattr(decode, "TILE", 40)
     monkeypatch.setattr(decode, "OVERLAP", 16)
-    tiled = list(decode.decode_frames(latents, vae, tiled=True))
+    tiled = list(decode_frames(latents, vae, tiled=True))
     assert [len(group) for group in tiled] == [len(group) for group in whole]
     error = np.concatenate(tiled).astype(float) - np.concatenate(whole)
     assert 0 < (error**2).mean() < 255**2 / 10**3, "at least 30 dB, and not the same: it was cut into tiles"
@@ -183,7 +189,7 @@ def test_decoding_a_longer_clip_takes_no_more_memory(pool, preset):
     vae = pool.part("vae", preset)
     latents = torch.randn(1, tiny.LATENT_CHANNELS, 9, 4, 4)
     alive = []
-    for _ in decode.decode_frames(latents, vae):
+    for _ in decode_frames(latents, vae):
         tensors = {id(t): t for t in gc.get_objects() if type(t) is torch.Tensor}
         alive.append(sum(t.numel() * t.element_size() for t in tensors.values()))
         del tensors
@@ -191,14 +197,14 @@ def test_decoding_a_longer_clip_takes_no_more_memory(pool, preset):
 
 
 def test_a_preview_shows_a_few_frames_side_by_side(pool, preset):
-    strip = decode.decode_preview(torch.randn(1, tiny.LATENT_CHANNELS, 3, 8, 8), pool.part("vae", preset))
+    strip = decode_preview(torch.randn(1, tiny.LATENT_CHANNELS, 3, 8, 8), pool.part("vae", preset))
     assert strip.shape == (32, 3 * 32, 3) and strip.dtype == np.uint8
 
 
 def test_a_frame_of_nan_is_an_error_not_a_black_frame(pool, preset):
     latents = torch.full((1, tiny.LATENT_CHANNELS, 1, 8, 8), float("nan"))
     with pytest.raises(StudioError, match="NaN"):
-        list(decode.decode_frames(latents, pool.part("vae", preset)))
+        list(decode_frames(latents, pool.part("vae", preset)))
 
 
 # --- a whole job ---

@@ -11,9 +11,10 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 from app import full_size
-from engine import presets, run, tiny, video
+from engine import presets, run, tiny
 from engine.job import GenerateJob, make_job
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import video
 from engine.messages import StudioError
 
 SAMPLES = Path(__file__).resolve().parents[1] / "assets" / "samples"

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from app import cli, generate
-from engine import presets, video
+from engine import presets
 from engine.job import read_job
+from engine.media import video
 from engine.messages import Progress
 
 QUICK = ["--steps", "2", "--frames", "5"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import guidance
-from engine.guidance import branches, chain, guided, joint, projected
+from engine.diffusion import guidance
+from engine.diffusion.guidance import branches, chain, guided, joint, projected
 from engine.job import Sampling
 
 SHAPE = (1, 4, 2, 3, 3)

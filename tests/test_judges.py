@@ -15,8 +15,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 
-from engine import identity, presets, video
-from engine.judges import CROP, Drawn, Judges, cut_out, finder, geometry, locate, to_unit
+from engine import presets
+from engine.identity import reporter as identity
+from engine.identity.crops import CROP, cut_out, to_unit
+from engine.identity.reporter import AT_ONCE, Assignment, Reporter, enlarged, matched
+from engine.identity.toybox import Drawn, Judges, finder, geometry, locate
+from engine.media import video
 from train.evaluation import statistics
 from train.evaluation.clips import as_png
 from train.toybox import benchmark, contact_sheet, judge_sanity, out_of_domain, world
@@ -140,10 +144,10 @@ def test_a_critic_learns_to_tell_two_kinds_of_frames() -> None:
 # --- the report ---
 
 
-def reported(who: Judges, frames: np.ndarray, pictures: list[np.ndarray], at_once: int = identity.AT_ONCE):
+def reported(who: Judges, frames: np.ndarray, pictures: list[np.ndarray], at_once: int = AT_ONCE):
     names = tuple((f"s{place + 1}", place) for place in range(len(pictures)))
-    answer = identity.Assignment(Drawn(who, [[p] for p in pictures]), names)
-    reporter = identity.Reporter([answer], fps=8, num_frames=len(frames), at_once=at_once)
+    answer = Assignment(Drawn(who, [[p] for p in pictures]), names)
+    reporter = Reporter([answer], fps=8, num_frames=len(frames), at_once=at_once)
     for frame in frames:
         reporter.see(frame)
     return reporter.finish()
@@ -151,18 +155,18 @@ def reported(who: Judges, frames: np.ndarray, pictures: list[np.ndarray], at_onc
 
 def test_every_region_is_given_to_whom_it_resembles_one_to_one() -> None:
     alike = np.array([[0.2, 0.9, 0.1], [0.8, 0.7, 0.1], [0.3, 0.3, 0.2]])
-    assert identity.matched(alike) == [1, 0, 2]
-    assert identity.matched(alike[:2]) == [1, 0, None]
-    assert identity.matched(alike[:0]) == [None, None, None]
+    assert matched(alike) == [1, 0, 2]
+    assert matched(alike[:2]) == [1, 0, None]
+    assert matched(alike[:0]) == [None, None, None]
     greedy = np.array([[0.9, 0.8], [0.85, 0.1]])
-    assert identity.matched(greedy) == [1, 0]  # the sum counts, not the first come
+    assert matched(greedy) == [1, 0]  # the sum counts, not the first come
 
 
 @pytest.mark.parametrize("regions", [2, 3, 5])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_best_matching_is_the_best_of_all(regions: int, seed: int) -> None:
     alike = np.random.default_rng(seed).random((regions, 3)) * 2 - 1
-    found = identity.matched(alike)
+    found = matched(alike)
     pairs = [(region, subject) for subject, region in enumerate(found) if region is not None]
     fewer, more = sorted((regions, 3))
     assert len(pairs) == fewer == len({region for region, _ in pairs})
@@ -185,7 +189,7 @@ def test_a_clip_of_another_size_is_judged_at_the_size_the_judges_know(raw: Judge
 def test_an_outline_runs_around_its_subject_and_nowhere_else() -> None:
     frame, owner = np.full((16, 16, 3), 90, np.uint8), np.zeros((16, 16), np.uint8)
     owner[4:10, 5:12] = 2
-    drawn = identity.enlarged(frame, 64)
+    drawn = enlarged(frame, 64)
     identity.outline(drawn, owner == 2, (0, 255, 0))
     changed = (drawn != 90).any(-1)
     assert drawn.shape == (64, 64, 3) and changed.any()

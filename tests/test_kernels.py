@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from engine import kernels, tiny
-from engine.machine import Machine
-from engine.subject_tower import References
+from engine import tiny
+from engine.hardware.options import MachineOptions
+from engine.loading import attention_kernels
+from engine.models.subject_tower import References
 
 CPU = torch.device("cpu")
 
@@ -34,21 +35,23 @@ def velocity(transformer) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["sage", "cudnn"])
 def test_kernels_that_do_not_run_here_are_named_once_and_torchs_own_are_used(transformer, caplog, name):
     before = velocity(transformer)
-    assert kernels.use_attention(transformer, name, CPU) == "native"
-    assert [record.levelno for record in caplog.records if record.name == "engine.kernels"] == [logging.WARNING]
+    assert attention_kernels.use_attention(transformer, name, CPU) == "native"
+    assert [record.levelno for record in caplog.records if record.name == "engine.loading.attention_kernels"] == [
+        logging.WARNING
+    ]
     assert f"Attention by {name} cannot be had here" in caplog.text
     assert torch.equal(velocity(transformer), before)
 
 
 def test_auto_says_nothing_where_there_is_nothing_better(transformer, caplog):
-    assert kernels.use_attention(transformer, "auto", CPU) == "native" and not caplog.records
+    assert attention_kernels.use_attention(transformer, "auto", CPU) == "native" and not caplog.records
 
 
 def test_only_attention_without_a_mask_changes_its_kernels(transformer, monkeypatch):
     """torch's plain formula stands in for a faster kernel; the subjects' attention, which may be masked, keeps its."""
-    monkeypatch.setitem(kernels.BACKENDS, "flash", AttentionBackendName._NATIVE_MATH)
+    monkeypatch.setitem(attention_kernels.BACKENDS, "flash", AttentionBackendName._NATIVE_MATH)
     before = velocity(transformer)
-    assert kernels.use_attention(transformer, "flash", CPU) == "flash"
+    assert attention_kernels.use_attention(transformer, "flash", CPU) == "flash"
     changed = {
         name for name, part in transformer.named_modules() if _backend(part) is AttentionBackendName._NATIVE_MATH
     }
@@ -66,14 +69,14 @@ def test_without_a_compiler_the_blocks_stay_as_they_are(transformer, caplog, mon
 
     before = velocity(transformer)
     monkeypatch.setattr(torch, "compile", no_compiler)
-    kernels.set_up(transformer, Machine(compile=True), CPU)
+    attention_kernels.set_up(transformer, MachineOptions(compile=True), CPU)
     assert "not compiled" in caplog.text and "no working C++ compiler" in caplog.text
     assert torch.equal(velocity(transformer), before)
 
 
 def test_blocks_that_visit_are_not_compiled(transformer, caplog):
     before = velocity(transformer)
-    kernels.set_up(transformer, Machine(compile=True), CPU, visiting=True)
+    attention_kernels.set_up(transformer, MachineOptions(compile=True), CPU, visiting=True)
     assert "they visit the device" in caplog.text and transformer.blocks[0]._compiled_call_impl is None
     assert torch.equal(velocity(transformer), before)
 
@@ -82,6 +85,6 @@ def test_blocks_that_visit_are_not_compiled(transformer, caplog):
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, of every kind
 def test_compiled_blocks_differ_by_rounding_alone(transformer, caplog):
     before = velocity(transformer)
-    if not kernels.compile_blocks(transformer):
+    if not attention_kernels.compile_blocks(transformer):
         pytest.skip(caplog.text)
     torch.testing.assert_close(velocity(transformer), before, rtol=1e-4, atol=1e-4)

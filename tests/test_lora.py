@@ -18,11 +18,12 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine import lora, tiny
+from engine import tiny
 from engine.job import Lora
+from engine.loading import lora
 from engine.messages import StudioError
-from engine.model import IdentityWanTransformer3DModel
-from engine.subject_tower import References
+from engine.models.identity_wan import IdentityWanTransformer3DModel
+from engine.models.subject_tower import References
 
 RANK, ALPHA = 3, 6.0
 PLAIN = {

@@ -11,11 +11,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from app import cli
-from engine import presets, tiny, video
+from engine import presets, tiny
 from engine.job import GenerateJob, Lora, make_job, read_job
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import video
 from engine.messages import Cancelled, Message, Progress, Saved, StudioError
-from engine.run import KeptLatents, run
+from engine.pipelines.files import KeptLatents
+from engine.run import run
 
 QUICK = ["--steps", "2", "--frames", "5"]
 

@@ -14,11 +14,17 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
 from app.full_size import qwen_7b, wan
-from engine import conditioning, counts, load, memory, presets, quantize
+from engine import presets
+from engine.diffusion import conditioning
+from engine.hardware import costs
+from engine.hardware.oom import OutOfMemory, classify_oom
+from engine.hardware.plan import make_plan
+from engine.hardware.probe import Hardware
 from engine.job import make_job
-from engine.memory import Hardware
+from engine.loading import quantize
+from engine.loading.parts import usual_dtype
+from engine.models.subject_tower import References
 from engine.presets import Shape
-from engine.subject_tower import References
 from tests.live_bytes import LiveBytes, fused_attention
 
 WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2)}
@@ -56,7 +62,7 @@ def held(model: nn.Module) -> int:
 def test_the_weights_of_every_shape_are_predicted_within_a_hundredth(name: str, precision: Any) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     expected = held(built(SHAPES[name], dtype))
-    assert counts.transformer_weights(SHAPES[name]).num_bytes(precision) == pytest.approx(expected, rel=0.01)
+    assert costs.transformer_weights(SHAPES[name]).num_bytes(precision) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_published_encoders_and_vae_are_counted_right() -> None:
@@ -66,7 +72,7 @@ def test_the_published_encoders_and_vae_are_counted_right() -> None:
         )
         vlm = Qwen2_5_VLForConditionalGeneration(qwen_7b())
         vae = AutoencoderKLWan()
-    for model, weights in ((text, counts.UMT5_XXL), (vlm, counts.QWEN_7B), (vae, counts.WAN_VAE)):
+    for model, weights in ((text, costs.UMT5_XXL), (vlm, costs.QWEN_7B), (vae, costs.WAN_VAE)):
         assert weights.num_bytes("fp32") == pytest.approx(held(model), rel=0.01)
 
 
@@ -74,7 +80,7 @@ def test_the_headers_of_a_folder_say_what_its_model_holds() -> None:
     toybox = presets.load("toybox")
     for part in ("transformer", "text_encoder", "vlm", "vae"):
         numbers = sum(p.stat().st_size for p in toybox.place(part).glob("*.safetensors")) / 2  # they lie there in fp16
-        assert counts.part_weights(toybox, part).num_bytes("fp32") == pytest.approx(4 * numbers, rel=0.02)
+        assert costs.part_weights(toybox, part).num_bytes("fp32") == pytest.approx(4 * numbers, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["wan-1.3b", "wan-14b", "vace-1.3b", "vace-14b"])
@@ -95,7 +101,7 @@ def test_what_a_forward_holds_beside_its_weights_is_predicted_within_three_hundr
     with torch.no_grad(), fused_attention(monkeypatch), LiveBytes(model) as live:
         model(latents, time, text, return_dict=False, **beside)
     tokens = grid[0] * grid[1] * grid[2] // 4
-    assert counts.forward_bytes(shape, tokens, plain) == pytest.approx(live.peak, rel=0.03)
+    assert costs.forward_bytes(shape, tokens, plain) == pytest.approx(live.peak, rel=0.03)
 
 
 @pytest.mark.parametrize("plain", [2, 4])
@@ -109,7 +115,7 @@ def test_what_a_forward_holds_with_sources_beside_the_clip_is_predicted_within_t
     job, _ = presets.resolve(
         make_job(preset=preset.name, prompt=" ".join(f"@s{n}" for n in range(pictures)), subjects=subjects)
     )
-    load, dtype = counts.load_of(job, preset), torch.bfloat16 if plain == 2 else torch.float32
+    load, dtype = costs.load_of(job, preset), torch.bfloat16 if plain == 2 else torch.float32
     model = built(SMALL, dtype, layers=2)
     with torch.device("meta"):
         latents, text = torch.empty(1, 16, 21, 60, 106), torch.empty(1, 512, 4096)
@@ -122,18 +128,18 @@ def test_what_a_forward_holds_with_sources_beside_the_clip_is_predicted_within_t
         conditions.predict(latents, 0.5, "full")
         conditions.predict(latents, 0.5, "none")
     assert seen == [load.tokens, load.tokens - load.source_tokens]
-    assert counts.forward_bytes(SMALL, load.tokens, plain) == pytest.approx(live.peak, rel=0.03)
+    assert costs.forward_bytes(SMALL, load.tokens, plain) == pytest.approx(live.peak, rel=0.03)
 
 
 def test_the_identity_cache_is_predicted_within_a_hundredth(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SHAPES["id-crafter-1.3b"]
     model = built(shape)
     with torch.device("meta"):
-        pictures, states = torch.empty(1, 3, 1, 16, 60, 60), torch.empty(1, counts.VLM_TOKENS, 3584)
+        pictures, states = torch.empty(1, 3, 1, 16, 60, 60), torch.empty(1, costs.VLM_TOKENS, 3584)
     with torch.no_grad(), fused_attention(monkeypatch):
         cache = model.encode_identity(References(pictures, vlm_states=states))
-    load = counts.Load(1, 1, 1, 3, 3 * 900 + counts.VLM_TOKENS, 1, 1)
-    assert counts.cache_bytes(shape, load, 2) == pytest.approx(cache.num_bytes(), rel=0.01)
+    load = costs.Load(1, 1, 1, 3, 3 * 900 + costs.VLM_TOKENS, 1, 1)
+    assert costs.cache_bytes(shape, load, 2) == pytest.approx(cache.num_bytes(), rel=0.01)
 
 
 @pytest.mark.parametrize("frames", [3])
@@ -147,20 +153,20 @@ def test_what_the_vae_holds_while_it_decodes_is_predicted_within_three_hundredth
             vae._conv_idx = [0]
             hidden = vae.post_quant_conv(latent)
             vae.decoder(hidden, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0)
-    assert pytest.approx(live.peak, rel=0.03) == counts.DECODE * 240 * 416
+    assert pytest.approx(live.peak, rel=0.03) == costs.DECODE * 240 * 416
 
 
 def test_operations_of_a_forward_are_those_that_the_paper_of_the_model_has() -> None:
-    load = counts.Load(32760, 21, 480 * 832, 0, 0, 1, 1)
-    assert counts.flops(SMALL, load) == pytest.approx(283e12, rel=0.01)
-    assert counts.flops(LARGE, load) == pytest.approx(1678e12, rel=0.01)
+    load = costs.Load(32760, 21, 480 * 832, 0, 0, 1, 1)
+    assert costs.flops(SMALL, load) == pytest.approx(283e12, rel=0.01)
+    assert costs.flops(LARGE, load) == pytest.approx(1678e12, rel=0.01)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0not json"])
 def test_a_file_with_a_lying_header_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(Exception, match=r"model\.safetensors is no whole safetensors file"):
-        counts.header(tmp_path / "model.safetensors")
+        costs.header(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -186,14 +192,14 @@ def test_a_file_with_a_lying_header_is_refused_by_name(content: bytes, tmp_path:
     ],
 )
 def test_one_lack_of_memory_is_told_from_another(error: Exception, what: str) -> None:
-    with pytest.raises(memory.OutOfMemory) as lack, memory.classify_oom():
+    with pytest.raises(OutOfMemory) as lack, classify_oom():
         raise error
     assert lack.value.what == what
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), OSError(13, "Permission denied")])
 def test_any_other_fault_passes_through_unchanged(error: Exception) -> None:
-    with pytest.raises(type(error)) as same, memory.classify_oom():
+    with pytest.raises(type(error)) as same, classify_oom():
         raise error
     assert same.value is error
 
@@ -203,13 +209,13 @@ def test_any_other_fault_passes_through_unchanged(error: Exception) -> None:
 def test_quantized_weights_are_predicted_within_a_hundredth_of_what_the_layers_hold(name: str, precision: Any) -> None:
     shape = SHAPES[name]
     expected = quantize.predicted_bytes(lambda: wan(shape), precision)
-    assert counts.transformer_weights(shape).num_bytes(precision) == pytest.approx(expected, rel=0.01)
+    assert costs.transformer_weights(shape).num_bytes(precision) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "cuda", "xpu"])
 def test_a_plan_counts_in_what_each_device_computes_in(kind: str) -> None:
     job, preset = presets.resolve(make_job(preset="wan-1.3b", prompt="a beach"))
-    made = memory.make_plan(job, preset, Hardware(kind, "a machine", 10**12, 10**12, 10**12))
+    made = make_plan(job, preset, Hardware(kind, "a machine", 10**12, 10**12, 10**12))
     bits = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     for part in ("transformer", "text_encoder", "vae"):
-        assert made.parts[part].precision == bits[load.usual_dtype(part, torch.device(kind))]
+        assert made.parts[part].precision == bits[usual_dtype(part, torch.device(kind))]

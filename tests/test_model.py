@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import tiny
-from engine.model import SLOT_KEY, IdentityWanTransformer3DModel, is_identity_key, parameter_counts
-from engine.subject_tower import References
+from engine.models.identity_wan import SLOT_KEY, IdentityWanTransformer3DModel, is_identity_key, parameter_counts
+from engine.models.subject_tower import References
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}

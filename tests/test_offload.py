@@ -11,9 +11,10 @@ from optimum.quanto import QLinear, qint8
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from engine import offload, tiny
-from engine.offload import PLACES, into_a_file, visiting, weights_of
-from engine.subject_tower import References
+from engine import tiny
+from engine.loading import offload
+from engine.loading.offload import PLACES, into_a_file, visiting, weights_of
+from engine.models.subject_tower import References
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import video
+from engine.media import video
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ def test_two_processes_that_share_a_clip_give_what_one_gives():
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo listens on the loopback by its Linux name")
 def test_the_generate_verb_in_two_processes_saves_the_clip_of_one(tiny_root: Path, tmp_path: Path):
     script = (
-        "import sys, torch; from pathlib import Path; from engine import paths; from app import cli; "
+        "import sys, torch; from pathlib import Path; from engine import paths, presets; from app import cli; "
         f"torch.set_num_threads(1); paths.ROOT = Path({str(tiny_root)!r}); sys.exit(cli.main(sys.argv[1:]))"
     )
     (tmp_path / "clip.py").write_text(script, encoding="utf-8")

@@ -22,11 +22,12 @@ import torch
 from app import models
 from app.pulls import Pulls
 from app.tabs import models as models_tab
-from engine import hub as hub_module
-from engine import presets, run, tiny, video
-from engine.hub import Hub
+from engine import presets, run, tiny
+from engine.hub import cache as hub_module
+from engine.hub.cache import Hub
 from engine.job import make_job
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import video
 from engine.messages import StudioError
 from engine.presets import HubFiles, Preset
 from tests.hub_server import Fault

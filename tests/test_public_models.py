@@ -18,12 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import conditioning, encode, pictures, run, sampling, tiny
-from engine.guidance import guided
+from engine import run, tiny
+from engine.diffusion import conditioning, solvers
+from engine.diffusion.guidance import guided
 from engine.job import GenerateJob, Sampling, make_job
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import pictures
 from engine.messages import StudioError
-from engine.model import IdentityWanTransformer3DModel
+from engine.models.identity_wan import IdentityWanTransformer3DModel
+from engine.pipelines import encode
 from engine.presets import Preset
 
 WAN = {
@@ -88,8 +91,8 @@ def ours(made: GenerateJob, kind: Preset, pool: ModelPool, noise: Tensor) -> Ten
     """Final latents of the clip, with the frames that a conditioning puts in front still there."""
     encoded = encode.job_states(made, kind, pool)
     conditions = conditioning.prepare(kind.conditioning, pool.part("transformer", kind), encoded)
-    steps = sampling.UniPC(4, 5.0)
-    return sampling.denoise(
+    steps = solvers.UniPC(4, 5.0)
+    return solvers.denoise(
         noise, lambda x, t: guided(made.sampling, lambda b: conditions.predict(x, t, b)), steps, lambda step: None
     )
 
@@ -254,10 +257,10 @@ def test_pictures_behind_the_clip_are_phantoms_published_sampler(phantom, count:
     conditions = conditioning.prepare("frames", transformer, encoded)
     settings = Sampling(guidance="dual", subject_scale=5.0, text_scale=7.5)
     clip = of["latents"].shape[1]
-    mine = sampling.denoise(
+    mine = solvers.denoise(
         of["noise"][None, :, :clip],
         lambda x, t: guided(settings, lambda b: conditions.predict(x, t, b)),
-        sampling.wan_unipc(6, 5.0),
+        solvers.wan_unipc(6, 5.0),
         lambda step: None,
     )
     assert float((mine[0] - of["latents"]).abs().max()) < 1e-4 < float(mine.std())

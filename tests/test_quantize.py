@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from app import bench_weights
-from engine import encode, load, quantize, tiny, weights
-from engine.model import IdentityWanTransformer3DModel
-from engine.presets import ROOT
+from engine import tiny
+from engine.hardware.plan import make_plan
+from engine.loading import build, quantize
+from engine.loading.parts import Part, load_part
+from engine.loading.pool import ModelPool
+from engine.models import encoders
+from engine.models.identity_wan import IdentityWanTransformer3DModel
+from engine.paths import ROOT
 from tests.wan_files import plain, side
 
 CPU = torch.device("cpu")
@@ -133,7 +138,7 @@ def test_the_compute_dtype_may_be_bf16(precision: quantize.Precision) -> None:
 def test_loading_equals_rounding_a_loaded_model(tmp_path: Path, kind: str, precision: quantize.Precision) -> None:
     model: Any = {"plain": plain, "side": side, "subjects": lambda: tiny.stir(tiny.transformer())}[kind]()
     model.save_pretrained(tmp_path / kind)
-    streamed = load.load_part("transformer", tmp_path / kind, CPU, precision)
+    streamed = load_part("transformer", tmp_path / kind, CPU, precision)
     rounded = filled(model, precision)
     layers = [(name, m) for name, m in streamed.named_modules() if isinstance(m, (QLinear, Linear4bit))]
     assert len(layers) > 15
@@ -168,11 +173,11 @@ def test_the_size_is_known_beforehand(tmp_path: Path, precision: quantize.Precis
         model.save_pretrained(tmp_path / str(number))
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         told = quantize.predicted_bytes(partial(type(model), **config), precision, usual)
-        made = weights.transformer(tmp_path / str(number), usual, precision=precision)
+        made = build.transformer(tmp_path / str(number), usual, precision=precision)
         assert quantize.num_bytes(made) == told
     text = tiny.text_encoder(300)
     text.save_pretrained(tmp_path / "text")
-    made = weights.encoder(UMT5EncoderModel, tmp_path / "text", usual, precision=precision)
+    made = build.encoder(UMT5EncoderModel, tmp_path / "text", usual, precision=precision)
     assert quantize.num_bytes(made) == quantize.predicted_bytes(lambda: UMT5EncoderModel(text.config), precision, usual)
 
 
@@ -193,14 +198,14 @@ def test_full_sizes_are_a_few_gigabytes_and_take_no_memory() -> None:
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vlm"])
-def test_encoders_are_loaded_as_transformers_loads_them_and_rounded_the_same_way(part: load.Part) -> None:
+def test_encoders_are_loaded_as_transformers_loads_them_and_rounded_the_same_way(part: Part) -> None:
     folder = ROOT / "assets" / "toybox" / part
-    theirs, ours = load.load_part(part, folder, CPU), load.load_part(part, folder, CPU, "fp32")
+    theirs, ours = load_part(part, folder, CPU), load_part(part, folder, CPU, "fp32")
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(ours.state_dict()[key], tensor) for key, tensor in theirs.state_dict().items())
     assert all(torch.equal(ours.get_buffer(key), table) for key, table in theirs.named_buffers())
     for precision in ROUNDED:
-        rounded = load.load_part(part, folder, CPU, precision)
+        rounded = load_part(part, folder, CPU, precision)
         assert quantize.num_bytes(rounded) < 0.6 * quantize.num_bytes(theirs)
         assert sum(isinstance(m, (QLinear, Linear4bit)) for m in rounded.modules()) > 10
 
@@ -211,11 +216,11 @@ def test_rounded_text_states_stay_near_and_half_a_text_encoder_is_refused(tmp_pa
     from engine.messages import StudioError
 
     folder = ROOT / "assets" / "toybox" / "text_encoder"
-    words = load.load_part("tokenizer", folder.parent / "tokenizer", CPU)
+    words = load_part("tokenizer", folder.parent / "tokenizer", CPU)
 
     def states(precision: quantize.Precision | None) -> Tensor:
-        return encode.text_states(
-            ["a fox chases a red car on a beach"], words, load.load_part(folder.name, folder, CPU, precision)
+        return encoders.text_states(
+            ["a fox chases a red car on a beach"], words, load_part(folder.name, folder, CPU, precision)
         )
 
     for precision, limit in (("int8", 0.01), ("nf4", 0.1)):
@@ -225,7 +230,7 @@ def test_rounded_text_states_stay_near_and_half_a_text_encoder_is_refused(tmp_pa
     del held["encoder.block.1.layer.0.SelfAttention.o.weight"]
     save_file(held, tmp_path / "model.safetensors")
     with pytest.raises(StudioError, match="1 of its weights are missing"):
-        load.load_part("text_encoder", tmp_path, CPU, "int8")
+        load_part("text_encoder", tmp_path, CPU, "int8")
 
 
 def test_toyboxs_velocity_moves_by_no_more_than_promised() -> None:
@@ -236,14 +241,14 @@ def test_toyboxs_velocity_moves_by_no_more_than_promised() -> None:
 
 
 def test_a_warm_worker_tells_one_precision_from_another(tiny_toybox: Path) -> None:
-    from engine import memory, presets
+    from engine import presets
     from engine.job import make_job
 
-    pool, preset = load.ModelPool(CPU), presets.load("toybox")
+    pool, preset = ModelPool(CPU), presets.load("toybox")
 
     def part(precision: str | None) -> Any:
         job, _ = presets.resolve(make_job(prompt="rain", precision=precision))
-        pool.follow(memory.make_plan(job, preset, pool.hardware()))
+        pool.follow(make_plan(job, preset, pool.hardware()))
         return pool.part("transformer", preset)
 
     first = part("int8")

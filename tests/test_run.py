@@ -13,13 +13,18 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from engine import encode, load, memory, pictures, presets, tiny, video
-from engine import run as engine_run
+from engine import presets, tiny
+from engine.hardware.oom import OutOfMemory, classify_oom
+from engine.hardware.plan import make_plan
+from engine.identity.report import STRIP, read_report
 from engine.job import GenerateJob, make_job, read_job
-from engine.load import ModelPool
+from engine.loading.parts import _LOADERS, load_part
+from engine.loading.pool import ModelPool
+from engine.media import pictures, video
 from engine.messages import Cancelled, Message, Preview, Progress, Saved, StudioError
-from engine.model import IdentityWanTransformer3DModel
-from engine.report import STRIP, read_report
+from engine.models.identity_wan import IdentityWanTransformer3DModel
+from engine.pipelines import encode
+from engine.pipelines import files as engine_run
 from engine.run import run
 
 
@@ -347,9 +352,9 @@ def test_memory_that_runs_out_while_a_part_is_read_is_no_damaged_file(toybox, mo
     def too_large(*_):
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9437184 bytes.")
 
-    monkeypatch.setitem(load._LOADERS, "vae", too_large)
-    with pytest.raises(memory.OutOfMemory), memory.classify_oom():
-        load.load_part("vae", toybox.place("vae"), torch.device("cpu"))
+    monkeypatch.setitem(_LOADERS, "vae", too_large)
+    with pytest.raises(OutOfMemory), classify_oom():
+        load_part("vae", toybox.place("vae"), torch.device("cpu"))
 
 
 def test_memory_that_runs_out_twice_is_explained_with_what_to_make_smaller(toybox, tmp_path):
@@ -387,7 +392,7 @@ def test_a_clip_whose_blocks_visit_the_device_is_the_same_clip(toybox, tmp_path,
     monkeypatch.setenv("IDCRAFTER_MODELS", str(tmp_path / "models"))
     expected = _make(_job(tmp_path), tmp_path / "a", pool)
     job, preset = presets.resolve(_job(tmp_path))
-    plan = memory.make_plan(job, preset, pool.hardware())
+    plan = make_plan(job, preset, pool.hardware())
     parts = {part: replace(fit, where=where) if part != "vae" else fit for part, fit in plan.parts.items()}
     sparing = ModelPool(torch.device("cpu"))
     sparing.follow(replace(plan, parts=parts))
@@ -406,7 +411,7 @@ def test_a_clip_whose_blocks_visit_the_device_is_the_same_clip(toybox, tmp_path,
 @contextmanager
 def monkeypatched_plan(plan):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(memory, "plan_or_raise", lambda *_: plan)
+        patched.setattr("engine.run.plan_or_raise", lambda *_: plan)
         yield
 
 
@@ -438,7 +443,7 @@ def test_a_preset_without_judges_makes_clips_without_a_report(toybox, tmp_path, 
 
 
 def test_a_part_that_takes_long_to_load_says_how_far_it_is_and_may_be_cancelled(toybox, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.run.LOADING_GAP_S", 0.0)
+    monkeypatch.setattr("engine.pipelines.progress.LOADING_GAP_S", 0.0)
     listener = Listener()
     run(_job(tmp_path), listener, outputs=tmp_path / "a", pool=ModelPool(torch.device("cpu")))
     told = [m for m in listener.heard if isinstance(m, Progress) and m.note.startswith("loading the ")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from engine import sampling
+from engine.diffusion import solvers
 from engine.messages import Cancelled, StudioError
 
 SHAPE = (1, 4, 3, 6, 8)
@@ -18,24 +18,24 @@ def one_seed():
     torch.manual_seed(0)
 
 
-def _ignore(step: sampling.Step) -> None:
+def _ignore(step: solvers.Step) -> None:
     pass
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 def test_noise_levels_fall_from_one_to_zero_by_wans_rule(shift):
-    levels = sampling.sigmas(50, shift)
+    levels = solvers.sigmas(50, shift)
     assert levels[0] == 1 and levels[-1] == 0 and bool((levels.diff() < 0).all())
     assert levels[25].item() == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=1e-6)
     theirs = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    theirs.set_timesteps(sigmas=sampling.sigmas(50, shift)[:-1].tolist())
+    theirs.set_timesteps(sigmas=solvers.sigmas(50, shift)[:-1].tolist())
     torch.testing.assert_close(theirs.sigmas.float(), levels)
 
 
 def test_noising_and_the_velocity_lead_back_to_the_clip():
     x_0, noise = torch.randn(3, *SHAPE[1:]), torch.randn(3, *SHAPE[1:])
     sigma = torch.tensor([0.0, 0.4, 1.0])
-    noisy, velocity = sampling.noised(x_0, noise, sigma)
+    noisy, velocity = solvers.noised(x_0, noise, sigma)
     assert torch.equal(noisy[0], x_0[0]) and torch.equal(noisy[2], noise[2])
     torch.testing.assert_close(noisy - sigma.view(3, 1, 1, 1, 1) * velocity, x_0)
 
@@ -44,7 +44,7 @@ def test_noising_and_the_velocity_lead_back_to_the_clip():
 @pytest.mark.parametrize("steps", [1, 7])
 def test_an_exact_velocity_is_followed_back_to_the_clip(name, steps):
     x_0, noise = torch.randn(SHAPE), torch.randn(SHAPE)
-    final = sampling.denoise(noise, lambda x, s: noise - x_0, sampling.SOLVERS[name](steps, 3.0), _ignore)
+    final = solvers.denoise(noise, lambda x, s: noise - x_0, solvers.SOLVERS[name](steps, 3.0), _ignore)
     torch.testing.assert_close(final, x_0, rtol=0, atol=1e-4)
 
 
@@ -59,7 +59,7 @@ def test_the_second_order_solver_needs_fewer_steps():
     noise = torch.randn(SHAPE)
 
     def error(name, steps):
-        final = sampling.denoise(noise, velocity, sampling.SOLVERS[name](steps, 1.0), _ignore)
+        final = solvers.denoise(noise, velocity, solvers.SOLVERS[name](steps, 1.0), _ignore)
         return (final - (2 + 0.5 * noise)).abs().mean().item()
 
     assert error("euler", 40) < 0.6 * error("euler", 20) < 0.3 * error("euler", 5)
@@ -70,11 +70,11 @@ def test_steps_are_made_in_full_precision():
     """A model in bf16 must not drag the latents down with it: below one step, bf16 rounding is larger than the step."""
     x_0, noise = torch.randn(SHAPE), torch.randn(SHAPE)
     half = (noise - x_0).bfloat16()
-    final = sampling.denoise(noise, lambda x, s: half, sampling.Euler(50, 3.0), _ignore)
-    assert sampling.denoise(noise.bfloat16(), lambda x, s: half, sampling.Euler(2, 3.0), _ignore).dtype == torch.float32
+    final = solvers.denoise(noise, lambda x, s: half, solvers.Euler(50, 3.0), _ignore)
+    assert solvers.denoise(noise.bfloat16(), lambda x, s: half, solvers.Euler(2, 3.0), _ignore).dtype == torch.float32
     rounded = noise.bfloat16()
     for index in range(50):
-        rounded = sampling.Euler(50, 3.0).step(half, rounded, index)
+        rounded = solvers.Euler(50, 3.0).step(half, rounded, index)
     assert (final - x_0).abs().mean() < 0.5 * (rounded.float() - x_0).abs().mean()
 
 
@@ -90,14 +90,14 @@ def test_a_broken_prediction_stops_in_that_step_and_names_suspects(poison):
         return velocity
 
     with pytest.raises(StudioError, match=r"step 3 of 8.*guidance scale"):
-        sampling.denoise(torch.randn(SHAPE), predict, sampling.Euler(8, 3.0), _ignore)
+        solvers.denoise(torch.randn(SHAPE), predict, solvers.Euler(8, 3.0), _ignore)
     assert len(asked) == 3
 
 
 def test_a_clip_of_one_flat_colour_is_stopped():
     noise = torch.randn(SHAPE)
     with pytest.raises(StudioError, match="one flat colour"):
-        sampling.denoise(noise, lambda x, s: x / s, sampling.Euler(4, 3.0), _ignore)
+        solvers.denoise(noise, lambda x, s: x / s, solvers.Euler(4, 3.0), _ignore)
 
 
 def test_cancelling_ends_the_loop_within_one_step():
@@ -107,18 +107,18 @@ def test_cancelling_ends_the_loop_within_one_step():
         asked.append(sigma)
         return torch.randn(SHAPE)
 
-    def on_step(step: sampling.Step) -> None:
+    def on_step(step: solvers.Step) -> None:
         if step.index == 1:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        sampling.denoise(torch.randn(SHAPE), predict, sampling.Euler(8, 3.0), on_step)
+        solvers.denoise(torch.randn(SHAPE), predict, solvers.Euler(8, 3.0), on_step)
     assert len(asked) == 2
 
 
 def test_every_step_is_told_with_the_clip_as_the_model_sees_it():
     x_0, noise, told = torch.randn(SHAPE), torch.randn(SHAPE), []
-    sampling.denoise(noise, lambda x, s: noise - x_0, sampling.Euler(5, 3.0), told.append)
+    solvers.denoise(noise, lambda x, s: noise - x_0, solvers.Euler(5, 3.0), told.append)
     assert [step.index for step in told] == [0, 1, 2, 3, 4] and told[0].sigma == 1
     for step in told:
         torch.testing.assert_close(step.x_0, x_0, rtol=0, atol=1e-5)
@@ -126,7 +126,7 @@ def test_every_step_is_told_with_the_clip_as_the_model_sees_it():
 
 @pytest.mark.parametrize("shared", [0.0, 0.6, 1.0])
 def test_frames_share_as_much_of_their_starting_noise_as_asked_and_each_is_plain_noise(shared):
-    noise = sampling.starting_noise((1, 16, 5, 32, 32), torch.Generator().manual_seed(3), shared)
+    noise = solvers.starting_noise((1, 16, 5, 32, 32), torch.Generator().manual_seed(3), shared)
     frames = noise[0].transpose(0, 1).flatten(1)
     expected = torch.full((5, 5), shared).fill_diagonal_(1.0)
     torch.testing.assert_close(torch.corrcoef(frames), expected, atol=0.04, rtol=0)
@@ -134,5 +134,5 @@ def test_frames_share_as_much_of_their_starting_noise_as_asked_and_each_is_plain
 
 
 def test_without_sharing_the_starting_noise_is_the_generators_own():
-    noise = sampling.starting_noise((1, 2, 3, 4, 4), torch.Generator().manual_seed(3))
+    noise = solvers.starting_noise((1, 2, 3, 4, 4), torch.Generator().manual_seed(3))
     assert torch.equal(noise, torch.randn((1, 2, 3, 4, 4), generator=torch.Generator().manual_seed(3)))

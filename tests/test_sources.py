@@ -15,11 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import conditioning, encode, guidance, pictures, presets, run, sampling, tiny, video
-from engine.conditioning import Encoded
+from engine import presets, run, tiny
+from engine.diffusion import conditioning, guidance, solvers
+from engine.diffusion.conditioning import Encoded
 from engine.job import GenerateJob, Sampling, make_job
-from engine.load import ModelPool
-from engine.offload import into_a_file, visiting
+from engine.loading.offload import into_a_file, visiting
+from engine.loading.pool import ModelPool
+from engine.media import pictures, video
+from engine.pipelines import encode, generate
+from engine.pipelines.prompt import render, render_job
 from engine.presets import Preset
 
 # bytedance/Bernini 8c805a5 (its `sample` and its preparation of pictures) was run once on the weights that this holds.
@@ -63,9 +67,9 @@ def final(transformer: Any, case: dict[str, Tensor], kind: Any = "projected") ->
     """The clip that the preset's settings draw from the case's noise, in six steps."""
     conditions = conditioning.prepare("sources", transformer, encoded_of(case))
     settings = Sampling(guidance=kind, subject_scale=4.5, text_scale=4.0)
-    solver = sampling.wan_unipc(6, 5.0)
-    predict = run.guided_prediction(make_job(prompt="x", sampling=settings.model_dump()), conditions, solver)
-    return sampling.denoise(case["noise"], predict, solver, lambda step: None)
+    solver = solvers.wan_unipc(6, 5.0)
+    predict = generate.guided_prediction(make_job(prompt="x", sampling=settings.model_dump()), conditions, solver)
+    return solvers.denoise(case["noise"], predict, solver, lambda step: None)
 
 
 # --- the published sampler ---
@@ -189,7 +193,7 @@ def test_a_mention_names_the_pictures_by_their_numbers_among_those_that_are_show
     ann, ben, cat = made.subjects
     ben = ben.model_copy(update={"weight": 0.0, "noun": "my ben"})
     cat = cat.model_copy(update={"pictures": cat.pictures * 2})
-    written = encode.render("@cat, @ann and @ben. @ann waves.", (ann, ben, cat), "image")
+    written = render("@cat, @ann and @ben. @ann waves.", (ann, ben, cat), "image")
     expected = "the big cat from image1 and image2, the big ann from image0 and my ben. the big ann from image0 waves."
     assert written == expected
 
@@ -197,9 +201,9 @@ def test_a_mention_names_the_pictures_by_their_numbers_among_those_that_are_show
 def test_the_prompt_says_first_what_is_asked_for(preset: Preset) -> None:
     words = "You are a helpful assistant specialized in"
     somebody, nobody = job((40, 16)), make_job(prompt="a beach")
-    assert encode.render_job(somebody, preset) == f"{words} subject-to-video generation.the big ann from image0 meet"
-    assert encode.render_job(nobody, preset) == f"{words} text-to-video generation.a beach"
-    assert encode.render_job(nobody, preset.model_copy(update={"conditioning": "frames"})) == "a beach"
+    assert render_job(somebody, preset) == f"{words} subject-to-video generation.the big ann from image0 meet"
+    assert render_job(nobody, preset) == f"{words} text-to-video generation.a beach"
+    assert render_job(nobody, preset.model_copy(update={"conditioning": "frames"})) == "a beach"
 
 
 def test_a_job_with_sources_becomes_a_clip_of_its_own_frames_alone(

@@ -14,9 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
-from engine import counts, load, pickles, presets, quantize, weights
+from engine import presets
+from engine.hardware import costs
+from engine.hub import pickles
+from engine.loading import build, quantize
+from engine.loading.parts import load_part
+from engine.loading.pool import ModelPool
+from engine.loading.quantize import Precision
 from engine.messages import StudioError
-from engine.quantize import Precision
 from tests.wan_files import scaled_fp8, stirred, unscaled, write_gguf
 
 CPU = torch.device("cpu")
@@ -67,7 +72,7 @@ def as_llama(held: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: Path, precision: Precision | None = None, usual: torch.dtype = torch.float32) -> UMT5EncoderModel:
-    made: Any = weights.encoder(UMT5EncoderModel, path, usual, precision=precision)
+    made: Any = build.encoder(UMT5EncoderModel, path, usual, precision=precision)
     return made.eval()
 
 
@@ -164,7 +169,7 @@ def test_gguf_is_what_its_own_library_reads(held: dict[str, Tensor], tmp_path: P
 def test_a_folder_of_shards_without_a_config_is_read_by_its_shapes(held: dict[str, Tensor], tmp_path: Path) -> None:
     for number, part in enumerate((list(held)[::2], list(held)[1::2])):
         save_file({key: held[key] for key in part}, tmp_path / f"text-{number}.safetensors")
-    assert load.load_part("text_encoder", tmp_path, CPU).config.d_ff == SIZES["d_ff"]
+    assert load_part("text_encoder", tmp_path, CPU).config.d_ff == SIZES["d_ff"]
 
 
 @pytest.mark.parametrize("precision", [None, "int8", "nf4"])
@@ -226,7 +231,7 @@ def test_a_wrong_or_half_file_is_refused_by_name(
 ) -> None:
     save_file(change(held), tmp_path / "half.safetensors")
     with pytest.raises(StudioError, match=reason) as refusal:
-        load.load_part("text_encoder", tmp_path / "half.safetensors", CPU)
+        load_part("text_encoder", tmp_path / "half.safetensors", CPU)
     assert refusal.value.what == "half.safetensors cannot be loaded."
 
 
@@ -234,7 +239,7 @@ def test_a_umt5_of_another_width_than_the_presets_is_refused(held: dict[str, Ten
     save_file(held, tmp_path / "small.safetensors")
     wan = presets.load("wan-1.3b")
     parts = wan.components.model_copy(update={"text_encoder": str(tmp_path / "small.safetensors")})
-    pool = load.ModelPool(CPU)
+    pool = ModelPool(CPU)
     with pytest.raises(StudioError, match=r"small\.safetensors cannot be loaded\. .* are 256 wide, not 4,096"):
         pool.part("text_encoder", wan.model_copy(update={"components": parts}))
     fitting = wan.shape.model_copy(update={"text_dim": 256}) if wan.shape else None
@@ -245,9 +250,9 @@ def test_a_umt5_of_another_width_than_the_presets_is_refused(held: dict[str, Ten
 def test_a_vlm_in_a_single_file_is_refused(held: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(held, tmp_path / "vlm.safetensors")
     with pytest.raises(StudioError, match="The folder is not there"):
-        load.load_part("vlm", tmp_path / "vlm.safetensors", CPU)
+        load_part("vlm", tmp_path / "vlm.safetensors", CPU)
     with pytest.raises(StudioError, match=r"The config\.json that belongs to its weights is not there"):
-        weights.encoder(Qwen2_5_VLForConditionalGeneration, tmp_path / "vlm.safetensors", torch.float32)
+        build.encoder(Qwen2_5_VLForConditionalGeneration, tmp_path / "vlm.safetensors", torch.float32)
 
 
 # --- counted beforehand ----------------------------------------------------------------------------------------------
@@ -264,7 +269,7 @@ def test_a_plan_counts_the_same_whatever_the_layout(
 
     def told(name: str) -> float:
         parts = toybox.components.model_copy(update={"text_encoder": str(tmp_path / name)})
-        return counts.part_weights(toybox.model_copy(update={"components": parts}), "text_encoder").num_bytes(precision)
+        return costs.part_weights(toybox.model_copy(update={"components": parts}), "text_encoder").num_bytes(precision)
 
     assert told("ours.safetensors") == told("wan.safetensors")
     truly = quantize.num_bytes(read(tmp_path / "wan.safetensors", precision, torch.bfloat16))
@@ -277,5 +282,5 @@ def test_a_gguf_whose_header_is_not_read_beforehand_counts_as_the_published_one(
     write_gguf(tmp_path / "text.gguf", as_llama(held), "Q8_0")
     toybox = presets.load("toybox")
     parts = toybox.components.model_copy(update={"text_encoder": str(tmp_path / "text.gguf")})
-    told = counts.part_weights(toybox.model_copy(update={"components": parts}), "text_encoder")
-    assert told == counts.UMT5_XXL
+    told = costs.part_weights(toybox.model_copy(update={"components": parts}), "text_encoder")
+    assert told == costs.UMT5_XXL

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import presets
-from engine.model import IdentityAttention, IdentityWanTransformer3DModel
-from engine.subject_tower import LayerIdentity, References
+from engine.models.identity_wan import IdentityAttention, IdentityWanTransformer3DModel
+from engine.models.subject_tower import LayerIdentity, References
 from train import cpu_attention
 from train.data.batch import Batch, Blank, cut_from_clip
 from train.data.cache import Cache

@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from engine import encode, load, memory, offload, presets, tiny
+from engine import presets, tiny
+from engine.hardware.plan import SLACK, Plan, make_plan
+from engine.hardware.probe import GB, Hardware
 from engine.job import make_job
-from engine.load import ModelPool
-from engine.memory import GB, Hardware, Plan
+from engine.loading import offload
+from engine.loading import pool as pool_module
+from engine.loading.parts import load_part
+from engine.loading.pool import VISITING, ModelPool
+from engine.loading.quantize import num_bytes
+from engine.models.vae import picture_latents
+from engine.pipelines import encode
 from engine.presets import Preset
-from engine.quantize import num_bytes
 
 CPU = torch.device("cpu")
 JOB = make_job(prompt="a beach", num_frames=5, width=32, height=32, sampling={"num_inference_steps": 1})
@@ -38,7 +44,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def plan_of(preset: Preset, here: Hardware = ROOMY, **fits: dict[str, Any]) -> Plan:
     """The plan for a roomy machine, then with this one in its place and parts changed."""
-    made = memory.make_plan(presets.resolve(JOB)[0], preset, ROOMY)
+    made = make_plan(presets.resolve(JOB)[0], preset, ROOMY)
     parts = {part: replace(fit, **{"precision": "fp32", **fits.get(part, {})}) for part, fit in made.parts.items()}
     return replace(made, machine=here, parts=parts)
 
@@ -46,7 +52,7 @@ def plan_of(preset: Preset, here: Hardware = ROOMY, **fits: dict[str, Any]) -> P
 def test_two_large_encoders_are_never_in_memory_together(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, others = ModelPool(CPU), []
     for kept, expected in ((2**40, [True]), (0, [False])):
-        monkeypatch.setattr(load, "KEEP_ENCODERS_BYTES", kept)
+        monkeypatch.setattr(pool_module, "KEEP_ENCODERS_BYTES", kept)
         for part, other in (("text_encoder", "vlm"), ("vlm", "text_encoder")):
             pool.empty()
             first = weakref.ref(pool.part(part, preset))
@@ -85,7 +91,7 @@ def test_the_second_clips_text_encoder_makes_the_transformer_leave_where_both_do
     transformer = num_bytes(pool.part("transformer", preset))
     needed = fit.device + fit.working + (fit.memory if where == "disk" else 0) + transformer
     less = 1.1 if enough else 0.99
-    here = room(int(needed * memory.SLACK * less), int((fit.memory + transformer) * less))
+    here = room(int(needed * SLACK * less), int((fit.memory + transformer) * less))
     pool.follow(replace(clip, machine=here, parts={**clip.parts, "text_encoder": fit}))
     with pool.at_work("text_encoder", preset):
         assert ("transformer" in pool._parts) == enough
@@ -97,16 +103,16 @@ def test_pictures_are_encoded_without_what_leaves_the_vae_no_room(preset: Preset
     clip = plan_of(preset)
     beside = num_bytes(pool.part("transformer", preset)) + num_bytes(pool.part("vae", preset))
     free = beside + 1000 if enough else beside
-    pool.follow(plan_of(preset, replace(ROOMY, vram=int(free * memory.SLACK)), vae={"working": 900}))
+    pool.follow(plan_of(preset, replace(ROOMY, vram=int(free * SLACK)), vae={"working": 900}))
     assert clip.parts["vae"].device == num_bytes(pool.part("vae", preset))
     with pool.at_work("vae", preset):
         assert ("transformer" in pool._parts) == enough and "vae" in pool._parts
 
 
 def test_large_encoders_have_left_when_pictures_are_encoded(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "KEEP_ENCODERS_BYTES", 0)
+    monkeypatch.setattr(pool_module, "KEEP_ENCODERS_BYTES", 0)
     pool, there = ModelPool(CPU), []
-    plain = encode.picture_latents
+    plain = picture_latents
     monkeypatch.setattr(encode, "picture_latents", lambda *given: there.append(set(pool._parts)) or plain(*given))
     subject = {"name": "fox", "pictures": [{"path": "fox.png"}]}
     monkeypatch.setattr(encode, "prepare_subject", lambda *_, size: [np.zeros((size, size, 3), np.uint8)])
@@ -122,13 +128,13 @@ def test_blocks_that_are_to_wait_in_files_are_there_before_the_next_ones_are_rea
 ) -> None:
     folder, files = tmp_path / "files", []
     place = preset.place(part)
-    model = load.load_part(part, place, CPU, keep=folder, tell=lambda _: files.append(len(list(folder.glob("*")))))
-    lists = [offload._find(model, name) for names in load.VISITING[part] for name in names]
+    model = load_part(part, place, CPU, keep=folder, tell=lambda _: files.append(len(list(folder.glob("*")))))
+    lists = [offload._find(model, name) for names in VISITING[part] for name in names]
     blocks = [block for found in lists for block in found or ()]
     assert files[-1] == len(blocks) - 1 and sorted(files) == files and len(list(folder.glob("*"))) == len(blocks)
     mapped = sum(path.stat().st_size for path in folder.glob("*"))
     assert mapped >= sum(num_bytes(block) for block in blocks)
-    whole = load.load_part(part, place, CPU).state_dict()
+    whole = load_part(part, place, CPU).state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
 
 
@@ -147,7 +153,7 @@ def test_where_device_and_memory_are_one_what_is_held_on_either_counts_as_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = Hardware("mps", "Apple silicon", 8 * GB, 8 * GB, GB)
-    monkeypatch.setattr(memory, "probe_hardware", lambda profile: free)
+    monkeypatch.setattr(pool_module, "probe_hardware", lambda profile: free)
     pool = ModelPool(torch.device("mps"))
     monkeypatch.setattr(pool, "_held", lambda kind: {"transformer": {"mps": 4 * GB, "cpu": GB}.get(kind, 0)})
     assert pool.hardware().ram == pool.hardware().vram == 13 * GB

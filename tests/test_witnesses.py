@@ -29,15 +29,16 @@ from transformers.models.sam2.configuration_sam2 import (
     Sam2VisionConfig,
 )
 
-from engine import presets, tiny, witnesses
-from engine.faces import FaceFiles, Faces
-from engine.identity import Assignment, Detections, Reporter
+from engine import presets, tiny
+from engine.identity.faces import FaceFiles, Faces
+from engine.identity.report import read_report
+from engine.identity.reporter import Assignment, Detections, Reporter
+from engine.identity.things import THINGS, Things
 from engine.job import GenerateJob, make_job
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
 from engine.messages import StudioError
-from engine.report import read_report
+from engine.pipelines.report import assign_evaluators
 from engine.run import run
-from engine.witnesses import THINGS, Things
 from tests.onnx_files import write_faces
 
 RED, MAGENTA, BLUE = (255, 0, 0), (255, 0, 255), (0, 0, 255)
@@ -254,7 +255,7 @@ def job_of(folder: Path) -> GenerateJob:
 
 
 def who_answers(folder: Path, preset: presets.Preset) -> list[tuple[str, tuple[str, ...]]]:
-    found = witnesses.assign_evaluators(job_of(folder), preset, ModelPool(torch.device("cpu")))
+    found = assign_evaluators(job_of(folder), preset, ModelPool(torch.device("cpu")))
     return [(answer.witness.title.split(",")[0], tuple(name for name, _ in answer.subjects)) for answer in found]
 
 

@@ -12,15 +12,15 @@ from PIL import Image
 
 from app.queue import Queue, Row
 from app.worker import WorkerKeeper
-from engine import video
 from engine.job import GenerateJob, make_job, read_job
+from engine.media import video
 
 # What the child imports in place of engine.run: the same, with the tiny weights in the preset's place.
 ENGINE = """
 from functools import partial
 from pathlib import Path
 from engine import paths
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
 from engine.run import run as make
 paths.ROOT = Path({root!r})
 run = partial(make, pool=ModelPool())

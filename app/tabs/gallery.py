@@ -22,7 +22,7 @@ from app.library import Clip
 from app.stage import video
 from app.studio import Studio
 from app.tabs.wiring import CLICKS, Ticket, select, sending
-from engine import foreign, lora_files, presets
+from engine import lora_files, presets, wan2gp
 from engine.job import GenerateJob
 from engine.messages import StudioError
 
@@ -73,7 +73,7 @@ def layout() -> GalleryTab:
         grid = gr.HTML("", js_on_load=CLICKS, elem_id="posters", apply_default_css=False)
         drop = gr.File(
             label="Drop a clip here, of this studio or of Wan2GP, to open its settings in Generate",
-            file_types=[".mp4", ".webm", ".mkv", *foreign.PICTURES],
+            file_types=[".mp4", ".webm", ".mkv", *wan2gp.PICTURES],
             height=96,
             elem_id="drop-clip",
         )
@@ -233,7 +233,7 @@ def act(studio: Studio, view: View, what: str, id: str) -> tuple[View, Ticket | 
 
 def export(clip: Clip, kind: str) -> Path:
     """The clip in another format, as one file that a browser can take; PNG frames travel as a zip."""
-    from engine import video as files
+    from engine.media import video as files
 
     made = files.export(clip.path, EXPORTS[kind])
     if not made.is_dir():

@@ -22,7 +22,7 @@ from app.pulls import ADD, ADOPT, Pull, Pulls
 from app.studio import Studio
 from app.tabs.wiring import CLICKS, quiet
 from engine import presets
-from engine.hub import Hub
+from engine.hub.cache import Hub
 from engine.messages import StudioError
 from engine.paths import models_dir
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page, expect
 
-from engine import video
+from engine.media import video
 from tests.journeys.conftest import Server, quick, wait_for
 from tests.journeys.test_queue_and_gallery import tab
 from tests.journeys.test_the_page_itself import faults
@@ -25,7 +25,7 @@ def shelf(server: Server) -> Iterator[Path]:
     from safetensors.torch import save_file
 
     from engine import presets
-    from engine.load import load_part
+    from engine.loading.parts import load_part
 
     toybox = presets.load("toybox")
     width = load_part("transformer", toybox.place("transformer"), torch.device("cpu")).config

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page, expect
 
-from engine import presets, video
+from engine import presets
 from engine.job import read_job
+from engine.media import video
 from tests.journeys.conftest import ROOT, Server, Watched, endless, open_page, quick, wait_for
 
 pytestmark = pytest.mark.browser

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from engine.report import STRIP, read_report
+from engine.identity.report import STRIP, read_report
 from tests.journeys.conftest import Server, quick, wait_for
 
 pytestmark = pytest.mark.browser

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import video
 from engine.job import GenerateJob, write_job
+from engine.media import video
 from engine.messages import Message, Progress, Saved, StudioError
 
 STEP_S = 0.05

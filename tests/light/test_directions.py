@@ -77,7 +77,7 @@ def test_only_the_worker_and_its_kin_reach_for_the_engine(module: str):
 
 
 def test_the_rooms_hold_what_the_page_needs_in_the_light_ring():
-    needed = {"engine.job", "engine.messages", "engine.presets", "engine.pictures", "engine.video"}
+    needed = {"engine.job", "engine.messages", "engine.presets", "engine.media.pictures", "engine.media.video"}
     assert needed & set(ALL) <= set(LIGHT)
 
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from app import library
-from engine import foreign, presets, video
+from engine import presets, wan2gp
+from engine.media import video
 from engine.messages import StudioError
 
 # The settings of one clip, as they are written with it.
@@ -52,10 +53,10 @@ def phantom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("model", foreign.NEAREST)
+@pytest.mark.parametrize("model", wan2gp.NEAREST)
 def test_every_model_that_has_a_preset_here_is_drawn_with_it(model: str) -> None:
-    found = foreign.read(json.dumps({**SETTINGS, "model_type": model}))
-    assert found.job.preset == foreign.NEAREST[model][0] and "model" not in found.said
+    found = wan2gp.read(json.dumps({**SETTINGS, "model_type": model}))
+    assert found.job.preset == wan2gp.NEAREST[model][0] and "model" not in found.said
 
 
 def clip(folder: Path, settings: dict[str, Any], name: str = "wan2gp.mp4") -> Path:
@@ -64,8 +65,8 @@ def clip(folder: Path, settings: dict[str, Any], name: str = "wan2gp.mp4") -> Pa
     return folder / name
 
 
-def read(**changes: Any) -> foreign.Foreign:
-    return foreign.read(json.dumps({**SETTINGS, **changes}))
+def read(**changes: Any) -> wan2gp.Foreign:
+    return wan2gp.read(json.dumps({**SETTINGS, **changes}))
 
 
 def test_a_clip_of_wan2gp_opens_with_prompt_seed_size_length_and_steps(phantom: Path) -> None:
@@ -103,16 +104,16 @@ def test_a_picture_of_wan2gp_opens_as_a_clip_of_one_frame(phantom: Path, suffix:
     path, words = phantom / f"picture.{suffix}", json.dumps({**SETTINGS, "image_mode": 1, "prompt": "Ein Füchslein"})
     text, exif = PngImagePlugin.PngInfo(), Image.Exif()
     text.add_itxt("comment", words)
-    exif.get_ifd(foreign.EXIF_FOLDER)[foreign.USER_COMMENT] = b"UNICODE\0" + words.encode("utf-16-le")
+    exif.get_ifd(wan2gp.EXIF_FOLDER)[wan2gp.USER_COMMENT] = b"UNICODE\0" + words.encode("utf-16-le")
     Image.new("RGB", (64, 64)).save(path, **({"pnginfo": text} if suffix == "png" else {"exif": exif}))
     job = library.open_clip(path).job
     assert (job.num_frames, job.prompt) == (1, "Ein Füchslein" if suffix == "png" else json.loads(words)["prompt"])
 
 
 def test_our_own_documents_are_never_taken_for_wan2gps(tmp_path: Path) -> None:
-    assert not foreign.is_foreign('{"version": 3, "preset": "toybox", "prompt": "a beach"}')
+    assert not wan2gp.is_foreign('{"version": 3, "preset": "toybox", "prompt": "a beach"}')
     for text in ("", "[1]", "{", '{"type": "WanGP"}', "just a comment", "[" * 9000, "{" * 9000, "1" * 2**21):
-        assert not foreign.is_foreign(text)
+        assert not wan2gp.is_foreign(text)
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "letter.jpg").write_bytes(b"Dear aunt,")
     for name, said in (("plain.png", "carries no settings"), ("letter.jpg", "cannot be read as a picture")):
@@ -143,11 +144,11 @@ def test_a_hostile_value_in_any_place_is_left_behind(phantom: Path, value: objec
     for field in SETTINGS:
         if field == "prompt":
             continue
-        found = foreign.read(json.dumps({**SETTINGS, field: value}))
+        found = wan2gp.read(json.dumps({**SETTINGS, field: value}))
         filled, _ = presets.resolve(found.job)
         assert filled.prompt and len(found.said) < 400
     with pytest.raises(StudioError):
-        foreign.read(json.dumps({**SETTINGS, "prompt": None}))
+        wan2gp.read(json.dumps({**SETTINGS, "prompt": None}))
 
 
 def test_a_lora_is_only_a_name_to_look_for(phantom: Path) -> None:

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from engine import hub as hub_module
-from engine import transfer
-from engine.hub import Hub, Wanted
+from engine.hub import cache as hub_module
+from engine.hub import download
+from engine.hub.cache import Hub, Wanted
 from engine.messages import StudioError
 from tests.hub_server import COMMIT, Fault, HubServer
 
@@ -109,7 +109,7 @@ def test_a_server_that_never_answers_well_is_given_up_with_a_sentence_and_the_ne
     server: HubServer, tmp_path: Path
 ) -> None:
     hub = hub_at(server, tmp_path)
-    server.faults += [Fault(drop_after=1_000_000)] + [Fault(status=500)] * transfer.TRIES
+    server.faults += [Fault(drop_after=1_000_000)] + [Fault(status=500)] * download.TRIES
     with pytest.raises(StudioError, match="goes on where it stopped"):
         hub.pull([MODEL[0]], quiet)
     assert hub.local(MODEL[0]) is None
@@ -140,7 +140,7 @@ def test_a_server_that_cannot_go_on_from_the_middle_starts_again(server: HubServ
 
 def test_a_part_of_another_version_is_not_gone_on_from(server: HubServer, tmp_path: Path) -> None:
     """If-Range names the version; a server that has another one sends all of it."""
-    server.faults += [Fault(drop_after=500_000)] + [Fault(status=500)] * transfer.TRIES
+    server.faults += [Fault(drop_after=500_000)] + [Fault(status=500)] * download.TRIES
     hub = hub_at(server, tmp_path)
     with pytest.raises(StudioError):
         hub.pull([MODEL[0]], quiet)
@@ -182,17 +182,17 @@ def test_a_disk_that_is_too_small_is_found_out_before(
 def test_a_disk_that_fills_up_on_the_way_is_said_and_the_part_stays(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub, real = hub_at(server, tmp_path), transfer._copy
+    hub, real = hub_at(server, tmp_path), download._copy
 
     def full(answer, file, have, say):
         file.write(answer.read(1_000_000))
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transfer, "_copy", full)
+    monkeypatch.setattr(download, "_copy", full)
     with pytest.raises(StudioError, match="No space left"):
         hub.pull([MODEL[0]], quiet)
     assert len(server.faults) == 0 and next(tmp_path.rglob("*.part")).stat().st_size == 1_000_000
-    monkeypatch.setattr(transfer, "_copy", real)
+    monkeypatch.setattr(download, "_copy", real)
     hub.pull([MODEL[0]], quiet)
     assert whole(hub, [MODEL[0]])
 
@@ -235,7 +235,7 @@ def test_an_empty_file_is_a_file(server: HubServer, tmp_path: Path) -> None:
 
 
 def test_answers_without_a_byte_are_not_waited_for_forever(server: HubServer, tmp_path: Path) -> None:
-    server.faults += [Fault(drop_after=0)] * transfer.TRIES
+    server.faults += [Fault(drop_after=0)] * download.TRIES
     with pytest.raises(StudioError, match="could not be fetched whole"):
         hub_at(server, tmp_path).pull([MODEL[0]], quiet)
 
@@ -332,7 +332,7 @@ def test_offline_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server
 PULL = """
 import sys
 from pathlib import Path
-from engine.hub import Hub, Wanted
+from engine.hub.cache import Hub, Wanted
 hub = Hub(Path(sys.argv[1]), pause=lambda failures: 0.1)
 hub.pull([Wanted("own/model", "model.safetensors")], lambda here, total, name: None)
 """

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from engine import hub as hub_module
-from engine.hub import Hub, Unreachable, Wanted, is_file
+from engine.hub import cache as hub_module
+from engine.hub.cache import Hub, Unreachable, Wanted, is_file
 from engine.messages import StudioError
 from tests.hub_server import COMMIT, Fault, HubServer
 from tests.light.test_hub import leftovers, quiet

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from app import library
-from engine import pictures, presets, video
+from engine import presets
 from engine.job import GenerateJob, make_job, write_job
+from engine.media import pictures, video
 from engine.messages import Message, StudioError
 from tests.light.small_engine import write_clip
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 import pytest
 
 from app import settings
-from engine import machine
-from engine.machine import Machine
+from engine.hardware.options import MachineOptions, alone_with, machine_options
 from engine.messages import StudioError
 
 
-@pytest.mark.parametrize("given", [Machine(), Machine("cuda:1", "sage", True), Machine("cpu", "native", False)])
-def test_what_is_written_into_the_environment_is_read_back(given: Machine) -> None:
-    assert machine.of(given.variables()) == given
+@pytest.mark.parametrize(
+    "given", [MachineOptions(), MachineOptions("cuda:1", "sage", True), MachineOptions("cpu", "native", False)]
+)
+def test_what_is_written_into_the_environment_is_read_back(given: MachineOptions) -> None:
+    assert machine_options(given.variables()) == given
 
 
 def test_nothing_said_is_the_fastest_device_and_whatever_kernels_serve_it() -> None:
-    assert machine.of({}) == Machine("", "auto", False)
+    assert machine_options({}) == MachineOptions("", "auto", False)
 
 
 @pytest.mark.parametrize("variables", [{"IDCRAFTER_ATTENTION": "magic"}, {"IDCRAFTER_DEVICE": "cuda:x"}])
 def test_a_word_that_names_nothing_is_refused_with_those_that_do(variables: dict[str, str]) -> None:
     with pytest.raises(StudioError) as refused:
-        machine.of(variables)
+        machine_options(variables)
     assert "sage" in refused.value.why or "cuda" in refused.value.why
 
 
@@ -39,6 +40,6 @@ def test_devices_are_listed_with_commas() -> None:
 )
 def test_a_process_sees_its_own_card_among_those_its_parent_sees(seen: str | None, device: str, wanted: str) -> None:
     before = {} if seen is None else {"CUDA_VISIBLE_DEVICES": seen}
-    after = machine.alone_with(device, before)
+    after = alone_with(device, before)
     assert after["CUDA_VISIBLE_DEVICES"] == wanted and after["IDCRAFTER_DEVICE"] == device.partition(":")[0]
-    assert machine.alone_with("", before) == before
+    assert alone_with("", before) == before

@@ -18,9 +18,9 @@ import pytest
 from huggingface_hub import constants
 
 from app import cli, models, models_add
-from engine import hub as hub_module
 from engine import presets
-from engine.hub import Hub
+from engine.hub import cache as hub_module
+from engine.hub.cache import Hub
 from engine.messages import StudioError
 from engine.paths import ROOT
 from engine.presets import HubFiles, Preset

@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageDraw
 
-from engine import pictures, presets
+from engine import presets
 from engine.job import GenerateJob, Picture, make_job, read_job, write_job
+from engine.media import pictures
 from engine.messages import StudioError
 
 Pixels = NDArray[np.uint8]

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from app import cli
-from engine import counts, memory, presets
+from engine import presets
+from engine.hardware import costs
+from engine.hardware.oom import OutOfMemory
+from engine.hardware.plan import SLACK, Plan, cheaper, explain_oom, make_plan, plan_or_raise
+from engine.hardware.probe import GB, Hardware
 from engine.job import GenerateJob, Lora, Picture, Sampling, Subject
-from engine.memory import GB, Hardware, Plan
 from engine.messages import StudioError
 from engine.presets import Components, HubFiles, Preset, Shape, Size
 
@@ -50,9 +53,7 @@ def job_of(**changes: Any) -> GenerateJob:
 
 
 def planned(shape: Shape, vram: float, ram: float = 64, **changes: Any) -> Plan:
-    return memory.make_plan(
-        job_of(**changes), preset_of(shape), replace(CARD, vram=round(vram * GB), ram=round(ram * GB))
-    )
+    return make_plan(job_of(**changes), preset_of(shape), replace(CARD, vram=round(vram * GB), ram=round(ram * GB)))
 
 
 def while_sampling(made: Plan) -> int:
@@ -98,12 +99,12 @@ def test_a_small_card_decodes_in_tiles() -> None:
 
 def test_more_of_anything_never_needs_less() -> None:
     preset = preset_of(SMALL)
-    base = memory.make_plan(job_of(), preset, CARD)
+    base = make_plan(job_of(), preset, CARD)
     for more in ({"num_frames": 121}, {"width": 1280, "height": 720}):
-        assert while_sampling(memory.make_plan(job_of(**more), preset, CARD)) > while_sampling(base)
-        assert memory.make_plan(job_of(**more), preset, CARD).petaflop > base.petaflop
+        assert while_sampling(make_plan(job_of(**more), preset, CARD)) > while_sampling(base)
+        assert make_plan(job_of(**more), preset, CARD).petaflop > base.petaflop
     twice = job_of().subjects[0].model_copy(update={"pictures": (Picture(path="a.png"), Picture(path="b.png"))})
-    with_two = memory.make_plan(job_of().model_copy(update={"subjects": (twice,)}), preset, CARD)
+    with_two = make_plan(job_of().model_copy(update={"subjects": (twice,)}), preset, CARD)
     assert while_sampling(with_two) > while_sampling(base)
 
 
@@ -119,25 +120,25 @@ def test_sources_are_counted_by_their_own_sizes_in_the_forwards_that_read_them()
         0: fox.model_copy(update={"weight": 0.0}),
     }
     for tokens, subject in shown.items():
-        load = counts.load_of(whole.model_copy(update={"subjects": (subject,)}), preset)
+        load = costs.load_of(whole.model_copy(update={"subjects": (subject,)}), preset)
         assert (load.source_tokens, load.tokens) == (tokens, clip + tokens)
-    alone, both = (counts.load_of(job, preset) for job in (nobody, whole))
-    expected = 50 * (2 * counts.flops(SMALL, both) + counts.flops(SMALL, alone))  # dual: one of three reads none
-    assert counts.clip_flops(SMALL, both) == pytest.approx(expected)
+    alone, both = (costs.load_of(job, preset) for job in (nobody, whole))
+    expected = 50 * (2 * costs.flops(SMALL, both) + costs.flops(SMALL, alone))  # dual: one of three reads none
+    assert costs.clip_flops(SMALL, both) == pytest.approx(expected)
 
 
 def test_a_job_that_does_not_fit_is_refused_with_changes_that_do() -> None:
     preset, here = preset_of(LARGE), replace(CARD, vram=round(5.3 * GB))
     with pytest.raises(StudioError) as refused:
-        memory.plan_or_raise(job_of(), preset, here)
+        plan_or_raise(job_of(), preset, here)
     assert "VRAM does not suffice" in refused.value.why
-    offered = [job for words, job in memory.cheaper(job_of(), preset) if words in refused.value.next_step]
-    assert offered and all(memory.make_plan(job, preset, here).fits for job in offered)
+    offered = [job for words, job in cheaper(job_of(), preset) if words in refused.value.next_step]
+    assert offered and all(make_plan(job, preset, here).fits for job in offered)
 
 
 def test_where_nothing_fits_no_change_is_promised() -> None:
     with pytest.raises(StudioError, match="smaller preset"):
-        memory.plan_or_raise(job_of(), preset_of(LARGE), replace(CARD, vram=GB))
+        plan_or_raise(job_of(), preset_of(LARGE), replace(CARD, vram=GB))
 
 
 def test_a_profile_takes_from_the_card_and_where_memory_is_shared_from_the_machine() -> None:
@@ -149,12 +150,12 @@ def test_a_profile_takes_from_the_card_and_where_memory_is_shared_from_the_machi
 
 def test_on_a_processor_everything_is_counted_as_its_memory() -> None:
     here = Hardware("cpu", "a processor", 64 * GB, 64 * GB, 100 * GB)
-    made = memory.make_plan(job_of(), preset_of(SMALL), here)
+    made = make_plan(job_of(), preset_of(SMALL), here)
     assert made.binding[0] == "RAM" and made.parts["transformer"].precision == "fp32"
 
 
 def test_the_explanation_offers_what_needs_a_third_less() -> None:
-    said = memory.explain_oom(memory.OutOfMemory("VRAM"), job_of(), preset_of(SMALL), replace(CARD, vram=8 * GB))
+    said = explain_oom(OutOfMemory("VRAM"), job_of(), preset_of(SMALL), replace(CARD, vram=8 * GB))
     assert "card" in said.what and "frames" in said.next_step
 
 
@@ -178,14 +179,12 @@ def test_a_lora_is_counted_where_it_computes_and_one_that_is_missing_or_weighs_n
         job_of(loras=[Lora(path=str(path), weight=weight)])
         for path, weight in ((file, 0.5), (file, 0.0), (tmp_path / "none.safetensors", 1.0))
     ]  # fmt: skip
-    plain = memory.make_plan(job_of(), preset, CARD)
-    more = while_sampling(memory.make_plan(weighs, preset, CARD)) - while_sampling(plain)
-    assert more == pytest.approx(3_000_000 * memory.SLACK, abs=1)
-    assert memory.make_plan(nothing, preset, CARD) == memory.make_plan(missing, preset, CARD) == plain
+    plain = make_plan(job_of(), preset, CARD)
+    more = while_sampling(make_plan(weighs, preset, CARD)) - while_sampling(plain)
+    assert more == pytest.approx(3_000_000 * SLACK, abs=1)
+    assert make_plan(nothing, preset, CARD) == make_plan(missing, preset, CARD) == plain
     processor = replace(CARD, device="cpu", vram=CARD.ram)
-    more = while_sampling(memory.make_plan(weighs, preset, processor)) - while_sampling(
-        memory.make_plan(job_of(), preset, processor)
-    )
+    more = while_sampling(make_plan(weighs, preset, processor)) - while_sampling(make_plan(job_of(), preset, processor))
     assert more == 6_000_000, "in fp32"
 
 
@@ -195,10 +194,10 @@ def test_judges_are_counted_in_the_machines_memory_where_they_are_here_and_asked
     header = json.dumps({"w": {"dtype": "F16", "shape": [1000, 1000], "data_offsets": [0, 2_000_000]}}).encode()
     (seen / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     judged = bare.model_copy(update={"components": bare.components.model_copy(update={"detector": str(seen)})})
-    more = memory.make_plan(job_of(), judged, CARD).ram - memory.make_plan(job_of(), bare, CARD).ram
+    more = make_plan(job_of(), judged, CARD).ram - make_plan(job_of(), bare, CARD).ram
     assert more == 4_000_000, "they compute in fp32"
     nobody = job_of().model_copy(update={"subjects": ()})
-    assert memory.make_plan(nobody, judged, CARD).ram == memory.make_plan(nobody, bare, CARD).ram
+    assert make_plan(nobody, judged, CARD).ram == make_plan(nobody, bare, CARD).ram
 
 
 def test_blocks_that_wait_in_files_are_counted_on_the_disk_and_nowhere_else() -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from app import models
 from app.pulls import ADD, ADOPT, Pull, Pulls
-from engine.hub import Hub
+from engine.hub.cache import Hub
+from engine.hub.download import TRIES
 from engine.presets import Preset
-from engine.transfer import TRIES
 from tests.hub_server import Fault
 from tests.light import test_models
 from tests.light.test_hub import leftovers, quiet

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine import video
+from engine.media import video
 from engine.messages import Cancelled, StudioError
 
 Frames = NDArray[np.uint8]
@@ -179,7 +179,7 @@ WRITE_LIMITED = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from engine import video
+from engine.media import video
 from engine.messages import StudioError
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 noise = np.random.default_rng(0)

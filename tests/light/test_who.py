@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from app import who
-from engine.report import REPORT, IdentityReport, SubjectReport, read_report
+from engine.identity.report import REPORT, IdentityReport, SubjectReport, read_report
 
 FOX = SubjectReport("fox", "toybox reward", own=(0.8, 0.9, None, 0.7), other=(0.2, 0.1, None, 0.3))
 KITE = SubjectReport("kite", "toybox reward", own=(0.4, 0.5, 0.6, 0.5), other=(0.6, 0.7, 0.2, 0.9))

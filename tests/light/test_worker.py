@@ -16,8 +16,9 @@ import pytest
 
 from app.queue import Queue, Row
 from app.worker import LOOK_S, WorkerKeeper
-from engine import platform_calls, video
+from engine import platform_calls
 from engine.job import GenerateJob, make_job, read_job
+from engine.media import video
 from engine.messages import StudioError
 from engine.platform_calls import try_lock
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine import presets, run, video
+from engine import presets, run
 from engine.job import GenerateJob
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import video
 from engine.messages import Message
 
 

@@ -3,7 +3,7 @@
 In:  a preset and jobs for it.
 Out: figures by word: steps computed, likeness to the whole clip in dB, change of the weakest likeness; written, where
      asked for, into the preset's own file (`Preset.caching`).
-Knows nothing of how steps are chosen (engine/caching.py), or of where the jobs come from.
+Knows nothing of how steps are chosen (engine/diffusion/step_cache.py), or of where the jobs come from.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from engine import presets, run, video
-from engine.guidance import branches
+from engine import presets, run
+from engine.diffusion.guidance import branches
 from engine.job import GenerateJob
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import video
 from engine.messages import Message
 from train.runs.metrics import duration
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.model import IdentityAttention
-from engine.subject_tower import LayerIdentity
+from engine.models.identity_wan import IdentityAttention
+from engine.models.subject_tower import LayerIdentity
 
 REACH = 0.7  # tokens; how far from the right part of a picture a look may land
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from engine.job import Document
+from engine.document import Document
 
 
 class SftConfig(Document):

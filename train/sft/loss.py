@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.sampling import noised, shifted, starting_noise
-from engine.subject_tower import References
+from engine.diffusion.solvers import noised, shifted, starting_noise
+from engine.models.subject_tower import References
 from train.data.batch import Batch, Blank, cut_from_clip
 from train.sft.attention_losses import (
     Seen,

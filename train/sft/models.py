@@ -15,7 +15,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import nn
 
-from engine.model import IdentityWanTransformer3DModel
+from engine.models.identity_wan import IdentityWanTransformer3DModel
 from train.runs import checkpoint
 from train.sft.config import SftConfig, read_run
 

@@ -32,13 +32,16 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
-from engine import decode, presets, video
-from engine.encode import clip_latents, render
+from engine import presets
+from engine.identity.crops import cut_out, to_unit
+from engine.identity.toybox import MOMENTS, SEEN, Judges, finder
 from engine.job import GenerateJob, Subject, make_job
-from engine.judges import MOMENTS, SEEN, Judges, cut_out, finder, to_unit
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import video
 from engine.messages import StudioError
+from engine.models.vae import clip_latents, decode_frames
 from engine.paths import ROOT
+from engine.pipelines.prompt import render
 from train.evaluation.clips import frames_of
 from train.evaluation.statistics import Interval, as_text, interval, spearman
 from train.runs.metrics import duration
@@ -265,7 +268,7 @@ def round_trip(frames: np.ndarray, vae: AutoencoderKLWan) -> np.ndarray:
     """uint8 (F, H, W, 3) -> the same through the VAE."""
     with torch.no_grad():
         latents = clip_latents(torch.from_numpy(frames)[None], vae)
-        return np.concatenate([np.stack(group) for group in decode.decode_frames(latents, vae)])
+        return np.concatenate([np.stack(group) for group in decode_frames(latents, vae)])
 
 
 def agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder: Path, other: Judges) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.job import GenerateJob, Sampling, make_job
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
 from train.evaluation.clips import as_png, frames_of
 from train.toybox import world
 from train.toybox.world import captions

@@ -20,7 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.judges import Judges
+from engine.identity.toybox import Judges
 from train.toybox import world
 from train.toybox.benchmark import Case, case, judge, judges_of, round_trip
 from train.toybox.recipe import ASSETS

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine import presets
+from engine.identity.crops import CROP, cut_out, to_unit
+from engine.identity.toybox import FROZEN, MOMENTS, STILL, Judges
 from engine.job import Sampling
-from engine.judges import CROP, FROZEN, MOMENTS, STILL, Judges, cut_out, to_unit
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
 from train.cpu_attention import quick
 from train.evaluation.clips import frames_of
 from train.runs import checkpoint, metrics

@@ -24,10 +24,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine import pictures, presets
+from engine import presets
+from engine.identity.crops import WHITE, to_unit
+from engine.identity.toybox import SEEN, Judges, locate
 from engine.job import GenerateJob, Picture, make_job
-from engine.judges import SEEN, WHITE, Judges, locate, to_unit
-from engine.load import ModelPool
+from engine.loading.pool import ModelPool
+from engine.media import pictures
 from train.evaluation.clips import as_png, frames_of
 from train.evaluation.statistics import interval
 from train.toybox.benchmark import CANDIDATES, judges_of

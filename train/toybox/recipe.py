@@ -129,7 +129,8 @@ def cache(state: Path, seconds: float, size: Size) -> bool:
     import numpy as np
     from safetensors.torch import save_file
 
-    from engine.encode import picture_latents, text_states
+    from engine.models.encoders import text_states
+    from engine.models.vae import picture_latents
     from train.toybox.scenes import Encoders, write_cache
 
     encoders = Encoders.load(state / "parts" if (state / "parts").is_dir() else ASSETS)

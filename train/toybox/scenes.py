@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 
-from engine import encode
+from engine.models.encoders import text_states, vlm_states
+from engine.models.vae import clip_latents, picture_latents
 from train.distributed import Team
 from train.runs.metrics import Meter
 from train.toybox import world
@@ -112,17 +113,17 @@ def make_shard(number: int, encoders: Encoders, form: Format = Format()) -> dict
     vae = encoders.vae
     with stills(vae):
         flat = [p for row in references for subject in row for p in subject]
-        pages = [encode.picture_latents(flat[i : i + 32], vae) for i in range(0, len(flat), 32)]
+        pages = [picture_latents(flat[i : i + 32], vae) for i in range(0, len(flat), 32)]
         step = 4 if kind == "clip" else 32
         frames = [
             torch.from_numpy(np.stack([c.frames for c in clips[i : i + step]])) for i in range(0, len(clips), step)
         ]
-        latents = torch.cat([encode.clip_latents(part, vae) for part in frames])
+        latents = torch.cat([clip_latents(part, vae) for part in frames])
     shape = (len(clips), subjects, pictures)
     cells = latents.shape[-1]
-    text = encode.text_states(captions, encoders.tokenizer, encoders.text_encoder)
+    text = text_states(captions, encoders.tokenizer, encoders.text_encoder)
     seen = [
-        encode.vlm_states(captions[i : i + 32], references[i : i + 32], encoders.vlm_tokenizer, encoders.vlm)
+        vlm_states(captions[i : i + 32], references[i : i + 32], encoders.vlm_tokenizer, encoders.vlm)
         for i in range(0, len(clips), 32)
     ]
     longest = max(states.shape[1] for states, _ in seen)

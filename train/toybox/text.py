@@ -29,7 +29,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from engine.encode import vlm_inputs
+from engine.models.encoders import vlm_inputs
 from train.runs import checkpoint, metrics
 from train.toybox import world
 from train.toybox.world.captions import CAMERA_WORDS, described, noun, with_article

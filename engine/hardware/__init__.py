@@ -1,0 +1,1 @@
+"""What a machine has, what a clip costs, and which way of keeping the parts fits. Imports no torch."""

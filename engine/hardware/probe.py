@@ -1,0 +1,81 @@
+"""What this machine has to work with at this moment.
+
+In:  the profile a person chose.
+Out: `Hardware`: the device, and how much of its memory, of the machine's memory and of the disk is free.
+Knows nothing of models or jobs. Imports no torch: NVIDIA's own tool is asked.
+
+Units: bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+
+import psutil
+
+from engine.paths import models_dir
+from engine.platform_calls import NO_WINDOW
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What there is to work with, free at this moment."""
+
+    device: str  # "cuda", "mps", "xpu" or "cpu"
+    name: str
+    vram: int  # of the card; where card and machine share memory, and on a processor, the same as `ram`
+    ram: int
+    disk: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether device and machine have one memory."""
+        return self.device in ("cpu", "mps")
+
+    def shrunk(self) -> Hardware:
+        """Two thirds of both memories: what to plan with when the first plan did not hold."""
+        return replace(self, vram=self.vram * 2 // 3, ram=self.ram * 2 // 3)
+
+    def limited(self, profile: str) -> Hardware:
+        """With no more memory on the device than a profile allows: "auto" and "all" leave it, "8" is 8 GB."""
+        if profile in ("auto", "all"):
+            return self
+        vram = min(self.vram, round(float(profile) * GB))
+        return replace(self, vram=vram, ram=min(self.ram, vram) if self.shared else self.ram)
+
+
+def probe_hardware(profile: str) -> Hardware:
+    """What there is here, as it is now; asks NVIDIA's own tool, and imports nothing heavy."""
+    here = psutil.virtual_memory()
+    disk = shutil.disk_usage(next(folder for folder in (models_dir(), *models_dir().parents) if folder.exists())).free
+    card = _nvidia(whole=profile == "all")
+    if card is not None:
+        return Hardware("cuda", *card, here.available, disk).limited(profile)
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    found = Hardware("mps", "Apple silicon", here.available, here.available, disk)
+    return (found if apple else replace(found, device="cpu", name="the processor alone")).limited(profile)
+
+
+def _nvidia(*, whole: bool) -> tuple[str, int] | None:
+    """Name and memory of the first NVIDIA card: what is free, or all of it."""
+    tool = shutil.which("nvidia-smi")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or seen in ("", "-1"):
+        return None
+    only = ["-i", seen.split(",")[0]] if seen else []
+    asked = [tool, *only, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(
+            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True,
+            creationflags=NO_WINDOW,
+        ).stdout  # fmt: skip
+        name, free, total = (part.strip() for part in said.splitlines()[0].split(","))
+        return name, round((float(total) if whole else float(free)) * 2**20)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # a driver that does not answer is a card that cannot be used

@@ -1,0 +1,114 @@
+"""The identity report of a clip: per subject and frame the likeness to its own pictures and to the hardest other's.
+
+In:  figures that a judge found (`engine.identity.reporter`), or the JSON beside a clip.
+Out: an `IdentityReport` and what follows from it: score, presence, margin, worst frames, the weakest subject.
+Knows nothing of torch or of pages. Figures of different judges are not comparable, so every subject names its own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+VERSION = 2
+REPORT, STRIP = ".identity.json", ".who.webp"  # beside the clip: the report; some frames with outlines
+MAX_BYTES = 2**20
+# One colour per subject, by its place in the job: outlines have it, and so has its name wherever a dark page shows it.
+COLOURS = ("#ff9a76", "#6ed3c2", "#b8a4ff", "#7fc4ff", "#f48fc0", "#c5d86d", "#e0b080", "#9fb4c8")
+
+
+@dataclass(frozen=True)
+class SubjectReport:
+    """One subject over all frames; None where it cannot be seen."""
+
+    name: str
+    judge: str
+    """Who found the figures."""
+    own: tuple[float | None, ...]
+    """Likeness to its own pictures, cosine, -1 to 1."""
+    other: tuple[float | None, ...]
+    """Likeness to whichever other subject's pictures it resembles most; None when it is alone."""
+
+    @property
+    def presence(self) -> float:
+        """Share of frames in which it can be seen."""
+        return sum(value is not None for value in self.own) / max(1, len(self.own))
+
+    @property
+    def score(self) -> float:
+        """Mean likeness over all frames; a frame without it counts as 0, so that hiding does not pay."""
+        return sum(max(0.0, value) for value in self.own if value is not None) / max(1, len(self.own))
+
+    @property
+    def margin(self) -> float | None:
+        """How much more it looks like itself than like any other, mean over the frames in which it is seen."""
+        gaps = [a - b for a, b in zip(self.own, self.other, strict=True) if a is not None and b is not None]
+        return sum(gaps) / len(gaps) if gaps else None
+
+    @property
+    def worst_frames(self) -> tuple[int, ...]:
+        """The three frames in which it looks least like itself, missing ones first."""
+        order = sorted(range(len(self.own)), key=lambda i: -2.0 if self.own[i] is None else float(self.own[i] or 0.0))
+        return tuple(sorted(order[:3]))
+
+
+@dataclass(frozen=True)
+class IdentityReport:
+    """What judges say of one clip."""
+
+    fps: float
+    """Of the clip."""
+    every: int
+    """Figure k is of the clip's frame k times this."""
+    subjects: tuple[SubjectReport, ...]
+    """In the order of the job."""
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Everyone who was asked, in the order of their first subjects."""
+        return tuple(dict.fromkeys(subject.judge for subject in self.subjects))
+
+    def by(self, judge: str) -> tuple[SubjectReport, ...]:
+        """The subjects whose figures compare with each other."""
+        return tuple(subject for subject in self.subjects if subject.judge == judge)
+
+    @property
+    def weakest(self) -> float:
+        """What variants are sorted by: the score of the subject that looks least like itself, by the first judge."""
+        return min((subject.score for judge in self.judges[:1] for subject in self.by(judge)), default=0.0)
+
+    def as_json(self) -> str:
+        """The report as it stands beside the clip."""
+        sums = ("score", "presence", "margin", "worst_frames")
+        subjects = [{**asdict(each), **{name: getattr(each, name) for name in sums}} for each in self.subjects]
+        values = {"version": VERSION, "fps": self.fps, "every": self.every, "weakest": self.weakest}
+        return json.dumps({**values, "subjects": subjects})
+
+
+def read_report(clip: Path) -> IdentityReport | None:
+    """The report beside a clip; None when there is none, or when another version or another program wrote it."""
+    path = clip.with_suffix(REPORT)
+    try:
+        if not 0 < path.stat().st_size <= MAX_BYTES:
+            return None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["version"] not in (1, VERSION):
+            return None
+        # Version 1 had one judge for all, and every frame was judged.
+        subjects = tuple(
+            SubjectReport(
+                str(each["name"]),
+                str(each.get("judge") or values["judge"]),
+                _likenesses(each["own"]),
+                _likenesses(each["other"]),
+            )
+            for each in values["subjects"]
+        )
+        return IdentityReport(float(values["fps"]), int(values.get("every", 1)), subjects)
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours: the clip is shown without a report
+        return None
+
+
+def _likenesses(values: list[float | None]) -> tuple[float | None, ...]:
+    return tuple(None if value is None else float(value) for value in values)

@@ -1,0 +1,1 @@
+"""The networks, and functions that call them. Knows nothing of jobs, files or devices."""
