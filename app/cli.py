@@ -145,7 +145,7 @@ def studio(arguments: list[str]) -> int:
     os.environ.update({"IDCRAFTER_MODELS": str(settings.models_dir), **settings.machine})
     if settings.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from app import main as page
+    from app.page import server as page
 
     page.serve(settings)
     return 0
@@ -249,7 +249,7 @@ def generate(arguments: list[str]) -> int:
     os.environ.update(machine_of(given, os.environ).variables())
     if given.models_dir:
         os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
-    from app import generate as one_clip
+    from app.verbs import generate as one_clip
 
     return one_clip.main(given)
 
@@ -320,7 +320,7 @@ def plan(arguments: list[str]) -> int:
         raise Usage(f"The size {given.size!r} is no WxH. Write it as 832x480.")
     if given.models_dir:
         os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
-    from app import plan as planner
+    from app.verbs import plan as planner
 
     return planner.main(given)
 
@@ -338,9 +338,9 @@ more_than_nothing.__name__ = "number"  # what argparse calls it where it is none
 
 def models(arguments: list[str]) -> int:
     """The models: what they need, what is here, and bringing the rest."""
-    from app import models_cli
+    from app.verbs import models as verb
 
-    return models_cli.main(models_cli.parser(Parser).parse_args(arguments))
+    return verb.main(verb.parser(Parser).parse_args(arguments))
 
 
 def doctor(arguments: list[str]) -> int:
@@ -352,14 +352,14 @@ def doctor(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.models_dir:
         os.environ["IDCRAFTER_MODELS"] = str(given.models_dir.expanduser().resolve())
-    from app import doctor as checks
+    from app.verbs import doctor as checks
 
     return checks.main(outputs=given.outputs.expanduser().resolve(), port=given.port)
 
 
 def bench(arguments: list[str]) -> int:
     """Measure what docs/measurements.md claims."""
-    from app import bench as measurements
+    from app.bench import runner as measurements
 
     return measurements.main(arguments)
 
@@ -392,7 +392,7 @@ def check(arguments: list[str]) -> int:
 
 def lock(arguments: list[str]) -> int:
     """For developers: make requirements.txt from requirements.in and what is installed."""
-    from app import lock as maker
+    from app.verbs import lock as maker
 
     return maker.main(arguments)
 

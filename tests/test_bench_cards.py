@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from app import bench_cards
-from app.bench_cards import SHAPES, WAYS, WORDS, Way, cards, drawn, fits, main, measure, measure_decode
+from app.bench import cards as bench_cards
+from app.bench.cards import SHAPES, WAYS, WORDS, Way, _child, cards, drawn, fits, main, measure, measure_decode
 from engine import presets
 from engine.hardware import costs
 from engine.hardware.plan import CONTEXT
@@ -114,7 +114,7 @@ def test_every_preset_size_and_profile_of_a_card_is_measured_once_and_compared(
 def test_a_child_that_is_killed_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     killed = subprocess.CompletedProcess([], -9, "", "")
     monkeypatch.setattr(bench_cards.subprocess, "run", lambda *_, **__: killed)
-    assert bench_cards._child([]) == "failed: it ended with code -9 and said nothing"
+    assert _child([]) == "failed: it ended with code -9 and said nothing"
 
 
 def test_without_a_card_the_rows_stay_open() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
-from app import full_size
+from app.bench import random_files
 from engine import presets, run, tiny
 from engine.job import GenerateJob, make_job
 from engine.loading.pool import ModelPool
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain, side = shape, shape.model_copy(update={"vace_layers": 1})
     for name, each in (("none", plain), ("frames", plain), ("side", side)):
         torch.manual_seed(0)
-        full_size.wan(each).save_pretrained(root / name)
+        random_files.wan(each).save_pretrained(root / name)
     return root
 
 
@@ -100,10 +100,10 @@ def test_the_same_document_makes_a_clip_on_wan_at_its_full_size(
     """1.3B in fp32 as one file of 5.7 GB, in Wan's own names, and Wan's own VAE; only the encoder is small."""
     preset = presets.load("phantom-1.3b")
     assert preset.shape is not None
-    shapes = full_size.shapes_of(lambda: full_size.wan(preset.shape))
+    shapes = random_files.shapes_of(lambda: random_files.wan(preset.shape))
     transformer = room / "phantom.safetensors"
-    assert full_size.write_random(transformer, full_size.in_wans_names(shapes)) == 4 * 1_418_996_800
-    full_size.WRITERS["vae"](preset, room / "vae")
+    assert random_files.write_random(transformer, random_files.in_wans_names(shapes)) == 4 * 1_418_996_800
+    random_files.WRITERS["vae"](preset, room / "vae")
     words = UMT5Config(vocab_size=len(tiny.tokenizer()), d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=1)
     UMT5EncoderModel(words).save_pretrained(room / "text_encoder")
     parts = {part: str(room / part) for part in ("vae", "text_encoder")}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app import cli, generate
+from app import cli
+from app.verbs import generate
 from engine import presets
 from engine.job import read_job
 from engine.media import video

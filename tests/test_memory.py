@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
-from app.full_size import qwen_7b, wan
+from app.bench.random_files import qwen_7b, wan
 from engine import presets
 from engine.diffusion import conditioning
 from engine.hardware import costs

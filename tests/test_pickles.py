@@ -19,9 +19,9 @@ import psutil
 import pytest
 import torch
 
-from app import models
-from app.pulls import Pulls
-from app.tabs import models as models_tab
+from app.library import models
+from app.library.downloads import Pulls
+from app.page.tabs import models as models_tab
 from engine import presets, run, tiny
 from engine.hub import cache as hub_module
 from engine.hub.cache import Hub

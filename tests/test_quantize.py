@@ -17,7 +17,7 @@ from optimum.quanto import quantize as by_quanto
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from app import bench_weights
+from app.bench import weights
 from engine import tiny
 from engine.hardware.plan import make_plan
 from engine.loading import build, quantize
@@ -234,9 +234,9 @@ def test_rounded_text_states_stay_near_and_half_a_text_encoder_is_refused(tmp_pa
 
 
 def test_toyboxs_velocity_moves_by_no_more_than_promised() -> None:
-    errors, sizes = bench_weights.one_forward_errors("toybox", (("creaturething", 2, 2),), ("int8", "nf4"))
+    errors, sizes = weights.one_forward_errors("toybox", (("creaturething", 2, 2),), ("int8", "nf4"))
     for precision, error in errors.items():
-        assert 0 < error <= (bench_weights.LIMITS[precision] or 1)
+        assert 0 < error <= (weights.LIMITS[precision] or 1)
     assert sizes["nf4"] < 0.8 * sizes["int8"] < 0.4 * sizes["full"]
 
 

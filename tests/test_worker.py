@@ -10,8 +10,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from app.keeper import WorkerKeeper
 from app.queue import Queue, Row
-from app.worker import WorkerKeeper
 from engine.job import GenerateJob, make_job, read_job
 from engine.media import video
 

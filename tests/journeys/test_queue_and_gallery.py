@@ -11,8 +11,8 @@ import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
-from app import library
-from app.subjects import Subjects
+from app.library.clips import Clip, compare_clips, list_clips
+from app.library.subjects import Subjects
 from tests.journeys.conftest import Server, endless, open_page, quick, wait_for
 
 pytestmark = pytest.mark.browser
@@ -93,24 +93,24 @@ def workers(server: Server) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def clips(server: Server) -> list[library.Clip]:
+def clips(server: Server) -> list[Clip]:
     """At least two finished clips."""
-    found = library.clips(server.home)
+    found = list_clips(server.home)
     if len(found) < 2:
         pytest.fail("the journeys before this one make clips; run the whole folder")
     return found
 
 
-def test_the_gallery_shows_all_clips_after_a_restart(page: Page, server: Server, clips: list[library.Clip]) -> None:
+def test_the_gallery_shows_all_clips_after_a_restart(page: Page, server: Server, clips: list[Clip]) -> None:
     page.goto("about:blank")  # an open page would complain, rightly, that its server has gone
     server.stop()
     server.start()
     open_page(page, server)
     tab(page, "Gallery")
-    expect(page.locator("#posters .poster")).to_have_count(len(library.clips(server.home)))
+    expect(page.locator("#posters .poster")).to_have_count(len(list_clips(server.home)))
 
 
-def test_an_open_clip_shows_its_document_and_gives_its_settings_back(page: Page, clips: list[library.Clip]) -> None:
+def test_an_open_clip_shows_its_document_and_gives_its_settings_back(page: Page, clips: list[Clip]) -> None:
     clip = clips[0]
     assert clip.job is not None
     tab(page, "Gallery")
@@ -122,7 +122,7 @@ def test_an_open_clip_shows_its_document_and_gives_its_settings_back(page: Page,
     expect(page.locator("#prompt textarea")).to_have_value(clip.job.prompt)
 
 
-def test_two_clips_stand_side_by_side_with_what_differs(page: Page, clips: list[library.Clip]) -> None:
+def test_two_clips_stand_side_by_side_with_what_differs(page: Page, clips: list[Clip]) -> None:
     tab(page, "Gallery")
     for clip in clips[:2]:
         page.locator(f"#posters [data-act=compare][data-clip='{clip.id}']").click()
@@ -130,11 +130,11 @@ def test_two_clips_stand_side_by_side_with_what_differs(page: Page, clips: list[
             "aria-pressed", "true"
         )
     expect(page.locator("#detail video")).to_have_count(2)
-    differences = library.compare(clips[0], clips[1])
+    differences = compare_clips(clips[0], clips[1])
     expect(page.locator("#detail table.document tr")).to_have_count(len(differences))
 
 
-def test_a_dropped_clip_opens_its_settings_in_generate(page: Page, clips: list[library.Clip], tmp_path: Path) -> None:
+def test_a_dropped_clip_opens_its_settings_in_generate(page: Page, clips: list[Clip], tmp_path: Path) -> None:
     clip = clips[0]
     assert clip.job is not None
     elsewhere = tmp_path / "from a friend.mp4"
@@ -154,7 +154,7 @@ def test_a_video_without_a_document_is_refused_in_words(page: Page, tmp_path: Pa
 
 
 def test_a_clip_is_exported_and_deleted_only_after_a_question(page: Page, server: Server) -> None:
-    clip = library.clips(server.home)[-1]
+    clip = list_clips(server.home)[-1]
     tab(page, "Gallery")
     page.locator(f"#posters [data-act=open][data-clip='{clip.id}']").click()
     page.locator("#detail [data-act=gif]").click()

@@ -14,7 +14,8 @@ from gradio_client import Client
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from app import estimate, look
+from app import estimate
+from app.page import theme
 from engine import paths
 from tests.journeys.conftest import Server, open_page, wait_for
 from tests.journeys.test_queue_and_gallery import tab
@@ -51,9 +52,9 @@ def test_axe_finds_no_serious_fault_on_any_tab(page: Page, axe: str) -> None:
 
 
 def test_axe_finds_no_serious_fault_in_the_light_theme(page: Page, axe: str) -> None:
-    page.add_style_tag(content=look.css("light"))
+    page.add_style_tag(content=theme.css("light"))
     ground = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ground')")
-    assert ground.strip() == look.LIGHT["ground"]
+    assert ground.strip() == theme.LIGHT["ground"]
     page.locator("#prompt textarea").fill("")
     page.locator("#go").click()
     expect(page.locator("#form .refusal")).to_be_visible()

@@ -152,7 +152,7 @@ def test_a_browser_opens_only_where_there_is_a_screen():
 
 
 def test_options_override_the_document(here: Path, monkeypatch: pytest.MonkeyPatch):
-    from app import generate
+    from app.verbs import generate
 
     line = [
         "good.json",
@@ -177,7 +177,7 @@ def test_options_override_the_document(here: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_picture_may_have_a_comma_in_its_name(here: Path):
-    from app import generate
+    from app.verbs import generate
 
     both = here / "red,blue.png"
     Image.new("RGB", (8, 8)).save(both)

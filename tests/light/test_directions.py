@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"engine": ("engine",), "train": ("engine", "train"), "app": ("engine", "train", "app")}
 HEAVY_IN_APP = {
     "app.worker",
-    "app.bench",
-    "app.bench_cards",
-    "app.bench_full",
-    "app.bench_weights",
-    "app.full_size",
-    "app.generate",
-    "app.probe",
+    "app.bench.runner",
+    "app.bench.cards",
+    "app.bench.full_clips",
+    "app.bench.weights",
+    "app.bench.random_files",
+    "app.verbs.generate",
+    "app.verbs.torch_probe",
 }  # these run the engine; the rest of app is light
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "optimum", "torchvision", "gguf"}
 

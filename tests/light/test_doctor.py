@@ -6,8 +6,8 @@ import socket
 from importlib import metadata
 from pathlib import Path
 
-from app import doctor
-from app.lock import LOCK
+from app.verbs import doctor
+from app.verbs.lock import LOCK
 
 
 def test_the_lock_is_what_is_installed_here():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from app import library
+from app.library.clips import open_clip
 from engine import presets, wan2gp
 from engine.media import video
 from engine.messages import StudioError
@@ -70,7 +70,7 @@ def read(**changes: Any) -> wan2gp.Foreign:
 
 
 def test_a_clip_of_wan2gp_opens_with_prompt_seed_size_length_and_steps(phantom: Path) -> None:
-    found = library.open_clip(clip(phantom, SETTINGS))
+    found = open_clip(clip(phantom, SETTINGS))
     job = found.job
     assert (job.preset, job.prompt) == ("phantom-14b", "A red fox runs along the beach, kitehome above it")
     assert (job.seed, job.width, job.height, job.num_frames) == (1234567890123, 832, 480, 81)
@@ -106,7 +106,7 @@ def test_a_picture_of_wan2gp_opens_as_a_clip_of_one_frame(phantom: Path, suffix:
     text.add_itxt("comment", words)
     exif.get_ifd(wan2gp.EXIF_FOLDER)[wan2gp.USER_COMMENT] = b"UNICODE\0" + words.encode("utf-16-le")
     Image.new("RGB", (64, 64)).save(path, **({"pnginfo": text} if suffix == "png" else {"exif": exif}))
-    job = library.open_clip(path).job
+    job = open_clip(path).job
     assert (job.num_frames, job.prompt) == (1, "Ein Füchslein" if suffix == "png" else json.loads(words)["prompt"])
 
 
@@ -118,7 +118,7 @@ def test_our_own_documents_are_never_taken_for_wan2gps(tmp_path: Path) -> None:
     (tmp_path / "letter.jpg").write_bytes(b"Dear aunt,")
     for name, said in (("plain.png", "carries no settings"), ("letter.jpg", "cannot be read as a picture")):
         with pytest.raises(StudioError, match=said):
-            library.open_clip(tmp_path / name)
+            open_clip(tmp_path / name)
 
 
 HOSTILE = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.lock import LOCK, SOURCE
+from app.verbs.lock import LOCK, SOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = {".safetensors", ".png", ".webp", ".mp4", ".gif", ".ico", ".jpg", ".woff2"}

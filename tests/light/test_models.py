@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from app import cli, models, models_add
+from app import cli
+from app.library import add_model, models
 from engine import presets
 from engine.hub import cache as hub_module
 from engine.hub.cache import Hub
@@ -162,7 +163,7 @@ def total(preset: Preset, home: Home, *, judges: bool = False) -> int:
 def test_the_shape_that_toybox_names_is_its_configs() -> None:
     vae = json.loads((ROOT / "assets" / "toybox" / "vae" / "config.json").read_text(encoding="utf-8"))
     shape = presets.load("toybox").shape
-    assert shape == models_add._shape(CONFIG, "toybox", shape)
+    assert shape == add_model._shape(CONFIG, "toybox", shape)
     assert shape is not None and (shape.vae_spatial, shape.z_dim) == (vae["scale_factor_spatial"], vae["z_dim"])
 
 
@@ -517,7 +518,7 @@ def test_what_cannot_be_played_is_refused_in_one_sentence_and_leaves_no_preset(
     home: Home, repo: str, reason: str
 ) -> None:
     with pytest.raises(StudioError, match=reason):
-        models_add.add(repo, home.hub)
+        add_model.add(repo, home.hub)
     assert not list((home.folder / "models").rglob("*.json"))
 
 

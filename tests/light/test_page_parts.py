@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app import estimate, markup, stage
-from app.form import Cast, Form, Slot, free_name, renamed
+from app import estimate
+from app.library.subjects import Subjects
+from app.page import clip_view, markup
+from app.page.generate_form import Cast, Form, Slot, free_name, renamed
+from app.page.tabs import queue as queue_tab
 from app.queue import Queue, Row
-from app.subjects import Subjects
-from app.tabs import queue as queue_tab
 from engine import presets
 from engine.job import GenerateJob, Picture
 from engine.messages import Progress, Saved, StudioError
@@ -146,24 +147,24 @@ def row_of(job: GenerateJob, folder: Path) -> Row:
 def test_the_stage_shows_what_runs_then_what_waits_then_what_ended_last(job: GenerateJob, tmp_path: Path) -> None:
     queue = Queue(tmp_path / "queue.db")
     first, second, third = (queue.add(job) for _ in range(3))
-    assert [row.id for row in stage.on_stage(queue.rows())] == [first]
+    assert [row.id for row in clip_view.on_stage(queue.rows())] == [first]
     queue.take("w")
     queue.finish(first, Saved(tmp_path / "a.mp4", tmp_path / "a.json", tmp_path / "a.webp", 2.0, 17))
-    assert [row.id for row in stage.on_stage(queue.rows())] == [second]
+    assert [row.id for row in clip_view.on_stage(queue.rows())] == [second]
     queue.cancel(second)
     queue.cancel(third)
-    assert [row.id for row in stage.on_stage(queue.rows())] == [first]
+    assert [row.id for row in clip_view.on_stage(queue.rows())] == [first]
 
 
 def test_variants_of_one_group_stand_together_with_the_clip_they_came_from(job: GenerateJob, tmp_path: Path) -> None:
     queue = Queue(tmp_path / "queue.db")
     first = queue.add(job)
-    more = [queue.add(job, group=f"{stage.LIKE}{first}") for _ in range(3)]
+    more = [queue.add(job, group=f"{clip_view.LIKE}{first}") for _ in range(3)]
     queue.add(job)
     queue.take("w")
     queue.cancelled(first)
     queue.take("w")
-    assert [row.id for row in stage.on_stage(queue.rows())] == [first, *more]
+    assert [row.id for row in clip_view.on_stage(queue.rows())] == [first, *more]
 
 
 def test_variants_stand_as_they_were_asked_for_until_all_have_ended_then_the_likest_comes_first(
@@ -177,18 +178,18 @@ def test_variants_stand_as_they_were_asked_for_until_all_have_ended_then_the_lik
         queue.finish(
             row.id, Saved(tmp_path / "a.mp4", tmp_path / "a.json", tmp_path / "a.webp", 2.0, 17, None, weakest)
         )
-    assert [row.id for row in stage.on_stage(queue.rows())] == ids[1:]
+    assert [row.id for row in clip_view.on_stage(queue.rows())] == ids[1:]
     queue.cancel(ids[4])
-    assert [row.id for row in stage.on_stage(queue.rows())] == [ids[2], ids[3], ids[0], ids[1]]
+    assert [row.id for row in clip_view.on_stage(queue.rows())] == [ids[2], ids[3], ids[0], ids[1]]
 
 
 def test_a_second_sanity_check_shows_its_own_clip_and_not_the_first_ones(job: GenerateJob, tmp_path: Path) -> None:
     queue = Queue(tmp_path / "queue.db")
     for weakest in (0.9, 0.1):
-        latest = queue.add(job, group=stage.SANITY)
+        latest = queue.add(job, group=clip_view.SANITY)
         queue.take("w")
         queue.finish(latest, Saved(tmp_path / "a.mp4", tmp_path / "a.json", tmp_path / "a.webp", 2, 9, None, weakest))
-        assert [row.id for row in stage.on_stage(queue.rows())] == [latest]
+        assert [row.id for row in clip_view.on_stage(queue.rows())] == [latest]
 
 
 def test_a_wish_for_a_likeness_is_checked_and_nought_is_no_wish(form: Form) -> None:
@@ -206,7 +207,7 @@ def test_what_a_person_wrote_is_shown_as_text(form: Form, cast: Cast, tmp_path: 
     id = queue.add(hostile)
     queue.take("w")
     queue.report(id, Progress("sample", 1, 2, note="<b>"))
-    shown = stage.render(queue.rows())
+    shown = clip_view.render(queue.rows())
     assert "<script" not in shown and "<b>1</b>" in shown and "&lt;b&gt;" in shown
 
 
@@ -244,7 +245,7 @@ def test_a_clip_that_is_asked_to_stop_says_so_until_its_worker_hears_it(job: Gen
     queue.report(id, Progress("sample", 3, 30, eta_s=900))
     queue.cancel(id)
     [row] = queue.rows()
-    shown = stage.render([row])
+    shown = clip_view.render([row])
     assert "Cancelling" in shown and "left" not in shown and 'data-act="cancel"' not in shown
     listed = queue_tab.render_rows([row])
     assert "Cancelling" in listed and 'data-act="cancel"' not in listed
@@ -253,4 +254,4 @@ def test_a_clip_that_is_asked_to_stop_says_so_until_its_worker_hears_it(job: Gen
 def test_stage_and_queue_name_the_model_of_a_job(job: GenerateJob, tmp_path: Path) -> None:
     queue = Queue(tmp_path / "queue.db")
     queue.add(job)
-    assert "Toybox" in stage.render(queue.rows()) and "Toybox" in queue_tab.render_rows(queue.rows())
+    assert "Toybox" in clip_view.render(queue.rows()) and "Toybox" in queue_tab.render_rows(queue.rows())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from app import models
-from app.pulls import ADD, ADOPT, Pull, Pulls
+from app.library import models
+from app.library.downloads import ADD, ADOPT, Pull, Pulls
 from engine.hub.cache import Hub
 from engine.hub.download import TRIES
 from engine.presets import Preset

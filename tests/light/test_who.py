@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app import who
+from app.page import identity_panel
 from engine.identity.report import REPORT, IdentityReport, SubjectReport, read_report
 
 FOX = SubjectReport("fox", "toybox reward", own=(0.8, 0.9, None, 0.7), other=(0.2, 0.1, None, 0.3))
@@ -60,7 +60,7 @@ def test_figures_of_two_judges_share_neither_plot_nor_table_nor_the_weakest(tmp_
     assert mixed.judges == ("faces", "things") and mixed.by("things") == (dog,)
     assert mixed.weakest == anna.score  # 0.25 of another judge says nothing against 0.65 of this one
     (tmp_path / f"clip{REPORT}").write_text(mixed.as_json(), encoding="utf-8")
-    shown = who.panel(tmp_path / "clip.mp4", ["anna", "dog"])
+    shown = identity_panel.panel(tmp_path / "clip.mp4", ["anna", "dog"])
     plots = shown.split("<svg")[1:]
     assert len(plots) == 2
     assert "@anna" in plots[0] and "@dog" not in plots[0] and "Judged by faces" in plots[0]
@@ -74,15 +74,15 @@ def test_figures_of_two_judges_share_neither_plot_nor_table_nor_the_weakest(tmp_
 def test_what_is_no_report_is_not_shown(tmp_path: Path, text: str) -> None:
     (tmp_path / f"clip{REPORT}").write_text(text, encoding="utf-8")
     assert read_report(tmp_path / "clip.mp4") is None
-    assert who.panel(tmp_path / "clip.mp4", ["a"]) == ""
-    assert who.line(tmp_path / "clip.mp4", ["a"]) == ""
+    assert identity_panel.panel(tmp_path / "clip.mp4", ["a"]) == ""
+    assert identity_panel.line(tmp_path / "clip.mp4", ["a"]) == ""
 
 
 def test_a_curve_breaks_where_the_subject_cannot_be_seen() -> None:
-    plot = who.plot(REPORTED.subjects, ["fox", "kite"])
+    plot = identity_panel.plot(REPORTED.subjects, ["fox", "kite"])
     assert len(re.findall('<polyline class="own"', plot)) == 2  # the fox's first two frames; the kite's four
     assert len(re.findall('<circle class="own"', plot)) == 1  # the fox's last frame
-    highest, lowest = who._y(1.0), who._y(0.0)
+    highest, lowest = identity_panel._y(1.0), identity_panel._y(0.0)
     heights = [float(point.split(",")[1]) for line in re.findall('points="([^"]*)"', plot) for point in line.split()]
     assert all(highest <= height <= lowest for height in heights)
 
@@ -90,6 +90,6 @@ def test_a_curve_breaks_where_the_subject_cannot_be_seen() -> None:
 def test_the_panel_says_who_looks_like_somebody_else_and_escapes_names(tmp_path: Path) -> None:
     hostile = IdentityReport(8, 1, (SubjectReport("<i>", "<b>", (0.1,), (0.9,)), FOX))
     (tmp_path / f"clip{REPORT}").write_text(hostile.as_json(), encoding="utf-8")
-    shown = who.panel(tmp_path / "clip.mp4", ["fox"])
+    shown = identity_panel.panel(tmp_path / "clip.mp4", ["fox"])
     assert "&lt;i&gt; looks more like another" in shown
     assert "<i>" not in shown and "<b>;" not in shown

@@ -14,8 +14,9 @@ from typing import TypeVar
 import psutil
 import pytest
 
+from app.keeper import WorkerKeeper
 from app.queue import Queue, Row
-from app.worker import LOOK_S, WorkerKeeper
+from app.worker import LOOK_S
 from engine import platform_calls
 from engine.job import GenerateJob, make_job, read_job
 from engine.media import video
@@ -168,7 +169,8 @@ def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
 STUDIO = """
 import sys, time
 from pathlib import Path
-from app.worker import LOOK_S, WorkerKeeper
+from app.keeper import WorkerKeeper
+from app.worker import LOOK_S
 keeper = WorkerKeeper(Path(sys.argv[1]), Path(sys.argv[2]), run="tests.light.small_engine:run")
 keeper.start()
 while True:
@@ -232,7 +234,9 @@ def test_a_worker_by_hand_needs_no_page(house: House) -> None:
 
 
 def test_the_worker_module_is_light() -> None:
-    check = "import sys, app.worker, app.library; sys.exit(any(m in sys.modules for m in ('torch', 'gradio', 'cv2')))"
+    check = (
+        "import sys, app.worker, app.library.clips; sys.exit(any(m in sys.modules for m in ('torch', 'gradio', 'cv2')))"
+    )
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
@@ -283,9 +287,9 @@ def test_a_worker_sees_its_own_device_and_its_share_of_the_cores(tmp_path: Path,
         told.append({name: env.get(name) for name in ("IDCRAFTER_DEVICE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")})
         raise OSError("no process is wanted here")
 
-    monkeypatch.setattr("app.worker.subprocess.Popen", listen)
+    monkeypatch.setattr("app.keeper.subprocess.Popen", listen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    monkeypatch.setattr("app.worker.os.cpu_count", lambda: 16)
+    monkeypatch.setattr("app.keeper.os.cpu_count", lambda: 16)
     keeper = WorkerKeeper(tmp_path / "queue.db", tmp_path, devices=("cuda:0", "cuda:1"))
     keeper.start()
     keeper.stop()

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from app.models import NO_LICENCE, no_licence
+from app.library.models import NO_LICENCE, no_licence
 from engine import presets
 from engine.hub.cache import Hub, Wanted
 from engine.messages import StudioError

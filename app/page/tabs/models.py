@@ -17,10 +17,12 @@ from typing import Any
 import gradio as gr
 from huggingface_hub import constants
 
-from app import markup, models
-from app.pulls import ADD, ADOPT, Pull, Pulls
-from app.studio import Studio
-from app.tabs.wiring import CLICKS, quiet
+from app import wording
+from app.library import models
+from app.library.downloads import ADD, ADOPT, Pull, Pulls
+from app.page import markup
+from app.page.context import Studio
+from app.page.tabs.wiring import CLICKS, quiet
 from engine import presets
 from engine.hub.cache import Hub
 from engine.messages import StudioError
@@ -95,7 +97,7 @@ def _judging() -> str:
         if part in presets.OPTIONAL
         for files in own
     )
-    return markup.size(sum(files.num_bytes for files in named))
+    return wording.size(sum(files.num_bytes for files in named))
 
 
 def likes() -> list[tuple[str, str]]:
@@ -119,7 +121,7 @@ def missing(studio: Studio, name: str) -> str:
     found = models.state(preset, studio.pulls.hub()) if preset else None
     if preset is None or found is None or found.here:
         return ""
-    what = f"{markup.size(found.bytes_to_fetch)} to fetch" if found.to_fetch else "it needs a checkpoint of yours"
+    what = f"{wording.size(found.bytes_to_fetch)} to fetch" if found.to_fetch else "it needs a checkpoint of yours"
     words = f"The files of {escape(preset.title)} are not here yet: {what}."
     return f'<p class="refusal">{words} {markup.button("Open Models", "models")}</p>'
 
@@ -127,7 +129,7 @@ def missing(studio: Studio, name: str) -> str:
 def render_head(studio: Studio) -> str:
     """The disk, and whether anything can be fetched at all."""
     cache = Path(constants.HF_HUB_CACHE)
-    parts = [f"{markup.size(_free(cache))} free in {escape(str(cache))}"]
+    parts = [f"{wording.size(_free(cache))} free in {escape(str(cache))}"]
     if constants.HF_HUB_OFFLINE:
         parts.append("offline: what is here works, and nothing is fetched")
     if studio.pulls.has_token:
@@ -188,11 +190,11 @@ def _sizes(found: models.State, free: int, busy: bool) -> str:
     if found.fetched:
         return ""
     low = " low" if found.bytes_to_fetch + found.bytes_to_convert > free else ""
-    arrived = f", {markup.size(found.arrived)} of it under way" if found.arrived and not busy else ""
-    more = f" and {markup.size(found.bytes_to_convert)} to make safetensors of it" if found.bytes_to_convert else ""
+    arrived = f", {wording.size(found.arrived)} of it under way" if found.arrived and not busy else ""
+    more = f" and {wording.size(found.bytes_to_convert)} to make safetensors of it" if found.bytes_to_convert else ""
     return (
-        f'<span class="disk{low}"><b>{markup.size(found.bytes_to_fetch)}</b> to fetch{arrived}{more}, '
-        f"{markup.size(free)} free</span>"
+        f'<span class="disk{low}"><b>{wording.size(found.bytes_to_fetch)}</b> to fetch{arrived}{more}, '
+        f"{wording.size(free)} free</span>"
     )
 
 
@@ -205,11 +207,11 @@ def _progress(pull: Pull | None) -> str:
     if not pull.busy and pull.stage != "paused":
         return markup.note(pull.said)
     share = 100 * pull.here / pull.total if pull.total else 0
-    figures = [f"{markup.size(pull.here)} of {markup.size(pull.total)}"] if pull.total else []
+    figures = [f"{wording.size(pull.here)} of {wording.size(pull.total)}"] if pull.total else []
     if pull.stage == "fetching" and pull.bytes_per_s:
-        figures.append(f"{markup.size(pull.bytes_per_s)}/s")
+        figures.append(f"{wording.size(pull.bytes_per_s)}/s")
     if pull.stage == "fetching" and pull.seconds_left is not None:
-        figures.append(f"{markup.duration(pull.seconds_left)} left")
+        figures.append(f"{wording.duration(pull.seconds_left)} left")
     figures.append(escape(pull.file))
     alone = f" · {escape(', '.join(pull.by_library))}: fetched by the library, begins anew after a pause"
     return (
@@ -249,7 +251,7 @@ def _question(found: models.State, hub: Hub) -> str:
     """Asked in the page before anything is taken away."""
     name, gone = found.preset.name, models.removal(found.preset, hub)
     words = (
-        f"Remove {markup.files(len(gone.files))}, {markup.size(gone.num_bytes)}?{escape(gone.kept)} "
+        f"Remove {wording.files(len(gone.files))}, {wording.size(gone.num_bytes)}?{escape(gone.kept)} "
         "Other programs that use this cache would have to fetch them again."
     )
     yes = markup.button("Remove", "remove", kind="danger", title=f"Remove {found.preset.title} for good", name=name)

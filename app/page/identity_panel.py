@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from app import markup
+from app.page import markup
 from engine.identity.report import STRIP, IdentityReport, SubjectReport, read_report
 
 WIDTH, HEIGHT = 560, 150  # of the plot, in its own units

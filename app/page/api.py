@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 
 from app import estimate as costs
-from app import library
+from app.library.clips import list_clips
+from app.page.context import Studio
 from app.queue import Row
-from app.studio import Studio
 from engine import lora_files
 from engine import presets as models
 from engine.job import GenerateJob, read_job
@@ -66,7 +66,7 @@ def register(studio: Studio) -> None:
 
     def clips() -> dict[str, Any]:
         """Finished clips, newest first: {"clips": [{"id", "clip", "prompt", "seed", "created"}]}."""
-        found = library.clips(studio.settings.outputs)
+        found = list_clips(studio.settings.outputs)
         # "clip" and not "path": Gradio's clients take {"path": ...} for a file and fetch it.
         shown = [
             {

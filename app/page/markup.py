@@ -88,25 +88,3 @@ def data_url(pixels: np.ndarray, *, side: int = 0) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=88)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: `8 s`, `2 min`, `1 h 20 min`."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def files(count: int) -> str:
-    """`1 file`, `2 files`."""
-    return f"{count} file" if count == 1 else f"{count} files"
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 10 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -1,4 +1,4 @@
-"""What loading and rounding weights costs: measurements of app/bench.py that need files and processes of their own.
+"""What loading and rounding weights costs: measurements that need files and processes of their own.
 
 In:  room for a 5.7 GB file in a temporary folder; the preset whose rounding is measured.
 Out: figures for the report. A child of this module loads that file while its parent watches its memory.
@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from app import full_size
-from app.bench import Figure
-from app.bench_full import watched
+from app.bench import random_files
+from app.bench.full_clips import watched
+from app.bench.report import Figure
 from engine import presets
 from engine.loading.pool import ModelPool
 from engine.messages import StudioError
@@ -35,9 +35,9 @@ def loading(_: str) -> Iterator[Figure]:
     from engine.loading import quantize
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        file, shapes = Path(folder) / "wan-1.3b.safetensors", full_size.shapes_of(_wan)
+        file, shapes = Path(folder) / "wan-1.3b.safetensors", random_files.shapes_of(_wan)
         largest = 4 * max(math.prod(shape) for shape in shapes.values())
-        full_size.write_random(file, full_size.in_wans_names(shapes))
+        random_files.write_random(file, random_files.in_wans_names(shapes))
         for precision in ("int8", "nf4"):
             peak, told = _watched("ours", file, precision)
             limit = told["size"] + largest + SPARE
@@ -68,7 +68,7 @@ def loading(_: str) -> Iterator[Figure]:
 def _wan() -> Any:
     shape = presets.load("wan-1.3b").shape
     assert shape is not None
-    return full_size.wan(shape)
+    return random_files.wan(shape)
 
 
 def _usual() -> Any:
@@ -79,7 +79,7 @@ def _usual() -> Any:
 
 def _watched(how: str, file: Path, precision: str) -> tuple[int, dict[str, Any]]:
     """Peak of a child's private memory while it loads, and what it said at the end."""
-    command = [sys.executable, "-X", "utf8", "-m", "app.bench_weights", how, str(file), precision]
+    command = [sys.executable, "-X", "utf8", "-m", "app.bench.weights", how, str(file), precision]
     code, said = watched(command)
     if code or not said:
         raise StudioError(
@@ -237,7 +237,7 @@ def _noting(predict: Callable[..., Any], passed: list[tuple[Any, float, Any]]) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m app.bench_weights", description="A child of the measurements.")
+    parser = argparse.ArgumentParser(prog="python -m app.bench.weights", description="A child of the measurements.")
     parser.add_argument("how", choices=("ours", "library"))
     parser.add_argument("file", type=Path)
     parser.add_argument("precision")

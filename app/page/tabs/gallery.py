@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from app import library, markup, who
-from app.form import PRECISIONS
-from app.library import Clip
-from app.stage import video
-from app.studio import Studio
-from app.tabs.wiring import CLICKS, Ticket, select, sending
+from app import wording
+from app.library.clips import Clip, compare_clips, delete_clip, find_clip, list_clips, open_clip
+from app.page import identity_panel, markup
+from app.page.clip_view import video
+from app.page.context import Studio
+from app.page.generate_form import PRECISIONS
+from app.page.tabs.wiring import CLICKS, Ticket, select, sending
 from engine import lora_files, presets, wan2gp
 from engine.job import GenerateJob
 from engine.messages import StudioError
@@ -85,7 +86,7 @@ def layout() -> GalleryTab:
 
 def render_grid(studio: Studio, view: View | None = None) -> str:
     """All clips, newest first."""
-    clips = library.clips(studio.settings.outputs)
+    clips = list_clips(studio.settings.outputs)
     if not clips:
         return markup.empty("No clips yet", "What you make in Generate stays here, through refresh and restart.")
     chosen = {view.open, view.other} - {""} if view else set()
@@ -122,7 +123,7 @@ def _words(clip: Clip) -> str:
 
 def render_detail(studio: Studio, view: View) -> str:
     """The open clip with its document, or two clips with what differs."""
-    found = {clip.id: clip for clip in library.clips(studio.settings.outputs)}
+    found = {clip.id: clip for clip in list_clips(studio.settings.outputs)}
     shown = [found[id] for id in (view.open, view.other) if id in found]
     if not shown:
         return ""
@@ -137,7 +138,7 @@ def render_detail(studio: Studio, view: View) -> str:
 
 
 def _who(clip: Clip) -> str:
-    return who.panel(clip.path, [subject.name for subject in clip.job.subjects] if clip.job else [])
+    return identity_panel.panel(clip.path, [subject.name for subject in clip.job.subjects] if clip.job else [])
 
 
 def _tools(clip: Clip, view: View) -> str:
@@ -163,7 +164,7 @@ def _two(first: Clip, second: Clip) -> str:
         f"{markup.button('Reuse settings', 'reuse', clip=clip.id) if clip.job else ''}</div></div>"
         for clip in (first, second)
     )
-    differences = library.compare(first, second)
+    differences = compare_clips(first, second)
     rows = "".join(
         f"<tr><th scope='row'>{escape(field)}</th><td>{escape(str(a))}</td><td>{escape(str(b))}</td></tr>"
         for field, a, b in differences
@@ -220,9 +221,9 @@ def act(studio: Studio, view: View, what: str, id: str) -> tuple[View, Ticket | 
         return view.compare(id), None
     if what in ("ask", "keep"):
         return replace(view, sure=what == "ask", said=""), None
-    clip = library.find(studio.settings.outputs, id)
+    clip = find_clip(studio.settings.outputs, id)
     if what == "delete":
-        library.delete(clip)
+        delete_clip(clip)
         return View(), None
     if what == "reuse" and clip.job is not None:
         return view, Ticket.of(studio.own(clip.job))
@@ -245,7 +246,7 @@ def export(clip: Clip, kind: str) -> Path:
 
 def _link(path: Path) -> str:
     name = escape(path.name)
-    size = markup.size(path.stat().st_size)
+    size = wording.size(path.stat().st_size)
     link = f'<a href="{markup.file_url(path)}" download="{name}">{name}</a>'
     return f'<p class="note" role="status">Ready: {link}, {size}</p>'
 
@@ -268,7 +269,7 @@ def wire(tab: GalleryTab, studio: Studio, ticket: gr.State, tabs: gr.Tabs) -> Se
         if not path:
             return [gr.skip()] * 4
         try:
-            opened = library.open_clip(Path(path))
+            opened = open_clip(Path(path))
             found = Ticket.of(studio.own(opened.job), said=opened.said)
         except StudioError as error:
             return [markup.refusal(error), gr.skip(), gr.skip(), None]

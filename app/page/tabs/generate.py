@@ -15,16 +15,17 @@ from typing import Any
 
 import gradio as gr
 
-from app import estimate, markup, stage
-from app.form import PRECISIONS, SEEDS, Cast, Form, Slot
+from app import estimate, wording
+from app.page import clip_view, markup
+from app.page.context import SANITY, Studio, first_example
+from app.page.generate_form import PRECISIONS, SEEDS, Cast, Form, Slot
+from app.page.tabs import cast as cast_panel
+from app.page.tabs import loras as lora_panel
+from app.page.tabs import models as models_tab
+from app.page.tabs.cast import CastPanel
+from app.page.tabs.loras import LoraPanel
+from app.page.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from app.queue import Row
-from app.studio import SANITY, Studio, first_example
-from app.tabs import cast as cast_panel
-from app.tabs import loras as lora_panel
-from app.tabs import models as models_tab
-from app.tabs.cast import CastPanel
-from app.tabs.loras import LoraPanel
-from app.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from engine import presets
 from engine.job import read_job
 from engine.messages import StudioError
@@ -66,7 +67,7 @@ class GenerateTab:
     go: gr.Button
     stop_editing: gr.Button
     sanity: gr.Button
-    stage: gr.HTML
+    clip_view: gr.HTML
     editing: gr.State
 
     @property
@@ -103,7 +104,7 @@ def layout(studio: Studio) -> GenerateTab:
             about = gr.HTML(_about(preset), apply_default_css=False)
             cost, go, stop_editing, sanity = _go(form, refused)
         with gr.Column(elem_id="stage-column", min_width=320):
-            shown = gr.HTML(stage.render([]), js_on_load=CLICKS, elem_id="stage", apply_default_css=False)
+            shown = gr.HTML(clip_view.render([]), js_on_load=CLICKS, elem_id="stage", apply_default_css=False)
     return GenerateTab(
         panel=panel,
         loras=loras,
@@ -118,7 +119,7 @@ def layout(studio: Studio) -> GenerateTab:
         go=go,
         stop_editing=stop_editing,
         sanity=sanity,
-        stage=shown,
+        clip_view=shown,
         editing=editing,
     )
 
@@ -211,7 +212,7 @@ def _go(form: dict[str, Any], refused: dict[str, gr.HTML]) -> tuple[gr.HTML, gr.
         refused["go"] = _beside()
         cost = gr.HTML("", elem_id="cost", apply_default_css=False)
         with gr.Row():
-            counts = [("1 clip", 1), *((str(count), count) for count in range(2, stage.MOST + 1))]
+            counts = [("1 clip", 1), *((str(count), count) for count in range(2, clip_view.MOST + 1))]
             form["count"] = gr.Radio(
                 counts, value=1, label="Clips, one seed each", elem_id="count", min_width=160, scale=0
             )
@@ -280,11 +281,11 @@ def cost_line(studio: Studio, form: Form, cast: Cast) -> str:
     basis = escape("from your own clips" if costs.learnt else f"first guess, on {preset.cost.on}")
     low = " low" if costs.disk_is_low else ""
     return (
-        f'<p class="cost"><span title="{basis}"><b>{markup.duration(costs.seconds * form.count)}</b>{many}</span>'
+        f'<p class="cost"><span title="{basis}"><b>{wording.duration(costs.seconds * form.count)}</b>{many}</span>'
         f'<span class="{"" if costs.fits else "low"}" title="{escape(costs.memory)}">'
-        f"<b>{markup.size(costs.memory_mb * 1e6)}</b> memory</span>"
-        f'<span class="disk{low}"><b>{markup.size(costs.clip_bytes * form.count)}</b> disk, '
-        f"{markup.size(costs.free_bytes)} free</span></p>"
+        f"<b>{wording.size(costs.memory_mb * 1e6)}</b> memory</span>"
+        f'<span class="disk{low}"><b>{wording.size(costs.clip_bytes * form.count)}</b> disk, '
+        f"{wording.size(costs.free_bytes)} free</span></p>"
     )
 
 
@@ -304,10 +305,10 @@ def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
 
 def paint_stage(rows: Sequence[Row], paused: bool) -> str:
     """The stage for the queue as it stands."""
-    shown = stage.on_stage(rows)
+    shown = clip_view.on_stage(rows)
     ids = {row.id for row in shown}
     behind = sum(row.state == "waiting" and row.id not in ids for row in rows)
-    return stage.render(shown, waiting=behind, paused=paused)
+    return clip_view.render(shown, waiting=behind, paused=paused)
 
 
 def opening(studio: Studio) -> tuple[Form, Cast]:
@@ -345,11 +346,11 @@ def more_seeds(studio: Studio, row: Row) -> None:
     """Three more clips like this one, with the next seeds, side by side with it."""
     if row.job is None:
         return
-    group = row.group or f"{stage.LIKE}{row.id}"
+    group = row.group or f"{clip_view.LIKE}{row.id}"
     highest = max(
         other.job.seed for other in studio.queue.rows() if other.job and (other.id == row.id or other.group == group)
     )
-    for number in range(1, stage.MOST):
+    for number in range(1, clip_view.MOST):
         studio.queue.add(row.job.model_copy(update={"seed": highest + number}), group=group)
 
 
@@ -363,7 +364,7 @@ def act(studio: Studio, what: str, row: Row) -> Ticket | None:
     elif what == "variants":
         more_seeds(studio, row)
     elif what == "finish" and row.job is not None:
-        queue.add(stage.finished(row.job))
+        queue.add(clip_view.finished(row.job))
     elif what in ("reuse", "seed") and row.job is not None:
         return Ticket.of(row.job)
     return None
@@ -443,7 +444,7 @@ def _wire_go(tab: GenerateTab, studio: Studio) -> list[Any]:
         return [0, *_button(0)]
 
     def check_sanity() -> None:
-        studio.queue.add(read_job(SANITY.read_text(encoding="utf-8")), group=stage.SANITY)
+        studio.queue.add(read_job(SANITY.read_text(encoding="utf-8")), group=clip_view.SANITY)
 
     inputs = [tab.editing, tab.panel.cast, *tab.panel.fields, *tab.loras.fields, *tab.values]
     buttons = [tab.editing, tab.go, tab.stop_editing]
@@ -464,7 +465,7 @@ def _wire_stage(tab: GenerateTab, studio: Studio, ticket: gr.State) -> Any:
             return [markup.refusal(error), gr.skip()]
         return ["", found or gr.skip()]
 
-    return tab.stage.click(pressed, None, [tab.refused["go"], ticket], **sending())
+    return tab.clip_view.click(pressed, None, [tab.refused["go"], ticket], **sending())
 
 
 def _wire_open(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) -> None:

@@ -41,13 +41,13 @@ class Clip:
     outputs: Path
 
 
-def clips(outputs: Path) -> list[Clip]:
+def list_clips(outputs: Path) -> list[Clip]:
     """Every clip below the outputs folder, newest first. Files that nobody can read are shown by name, not refused."""
     found = [clip for path in _mp4s(outputs) if (clip := _clip(outputs, path)) is not None]
     return sorted(found, key=lambda clip: (clip.created, clip.id), reverse=True)
 
 
-def find(outputs: Path, id: str) -> Clip:
+def find_clip(outputs: Path, id: str) -> Clip:
     """The clip of that id. Where the document beside it is missing, the one inside the file is read.
 
     Raises:
@@ -66,7 +66,7 @@ def find(outputs: Path, id: str) -> Clip:
     return clip
 
 
-def delete(clip: Clip) -> None:
+def delete_clip(clip: Clip) -> None:
     """Remove a clip, its document, poster and report; nothing else, and nothing outside the outputs folder.
 
     Raises:
@@ -87,7 +87,7 @@ def delete(clip: Clip) -> None:
         ) from error
 
 
-def compare(a: Clip, b: Clip) -> list[tuple[str, str, str]]:
+def compare_clips(a: Clip, b: Clip) -> list[tuple[str, str, str]]:
     """Where the documents of two clips differ: field, value in `a`, value in `b`, in the order of the document.
 
     Pictures are the same when their files' hashes are. A value that only one of them has is "-" in the other.

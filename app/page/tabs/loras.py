@@ -16,7 +16,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.tabs.wiring import quiet
+from app.page.tabs.wiring import quiet
 from engine import lora_files
 from engine.job import GenerateJob, Lora
 

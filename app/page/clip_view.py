@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app import markup, who
+from app import wording
+from app.page import identity_panel, markup
+from app.page.context import ASSETS, prepared
 from app.queue import Row
-from app.studio import ASSETS, prepared
 from engine import presets
 from engine.job import GenerateJob, Subject
 from engine.messages import StudioError
@@ -106,7 +107,7 @@ def _cell(row: Row, *, alone: bool) -> str:
     prompt = f'<p class="said">{markup.prompt_text(job.prompt, names)}</p>' if job and alone else ""
     seed = f'<span class="fact">seed <b>{job.seed}</b></span>' if job else ""
     clip = Path(str((row.saved or {}).get("clip", ""))) if row.state == "done" else None
-    likeness = "" if clip is None else who.panel(clip, names) if alone else who.line(clip, names)
+    likeness = "" if clip is None else identity_panel.panel(clip, names) if alone else identity_panel.line(clip, names)
     return (
         f'<section class="cell {row.state}" data-row="{row.id}" aria-label="Clip {row.id}, {row.state}">'
         f'{frame}<div class="under">{below}{prompt}<p class="facts">{seed}{_facts(row, alone)}</p>{likeness}'
@@ -129,7 +130,7 @@ def _running(row: Row) -> tuple[str, str]:
     said = "Cancelling" if row.cancel else STAGES.get(str(progress.get("stage")), "Starting")
     counted = f"{said}, step {step} of {total}" if progress.get("stage") == "sample" and total else said
     eta = None if row.cancel else progress.get("eta_s")
-    left = f"about {markup.duration(float(eta))} left" if eta is not None else ""
+    left = f"about {wording.duration(float(eta))} left" if eta is not None else ""
     picture = _preview(row.preview)
     frame = f'<img class="draft" alt="Preview of the clip so far" src="{picture}">' if picture else _cast(row.job)
     return f'<div class="frame busy">{frame}</div>', _bar(share, counted, left, escape(str(progress.get("note") or "")))
@@ -238,7 +239,7 @@ def _facts(row: Row, alone: bool) -> str:
     if is_draft(job, preset):
         facts.append("draft")
     if row.state == "done" and row.started and row.finished:
-        facts.append(f"made in {markup.duration(row.finished - row.started)}")
+        facts.append(f"made in {wording.duration(row.finished - row.started)}")
     return "".join(f'<span class="fact">{escape(fact)}</span>' for fact in facts)
 
 

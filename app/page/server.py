@@ -14,16 +14,16 @@ from typing import Any
 
 import gradio as gr
 
-from app import api, look
+from app.keeper import WorkerKeeper
+from app.page import api, theme
+from app.page.clip_view import STAGES
+from app.page.context import ASSETS, SAMPLES, Studio
+from app.page.tabs import gallery, generate
+from app.page.tabs import models as models_tab
+from app.page.tabs import queue as queue_tab
+from app.page.tabs.wiring import Ticket, quiet
 from app.queue import Row
 from app.settings import Settings
-from app.stage import STAGES
-from app.studio import ASSETS, SAMPLES, Studio
-from app.tabs import gallery, generate
-from app.tabs import models as models_tab
-from app.tabs import queue as queue_tab
-from app.tabs.wiring import Ticket, quiet
-from app.worker import WorkerKeeper
 from engine.messages import StudioError
 
 TITLE = "ID-Crafter Studio"
@@ -58,7 +58,7 @@ def build(settings: Settings) -> gr.Blocks:
             *queue_tab.wire(third, studio, ticket, tabs),
             *models_tab.wire(fourth, studio),
         ]
-        queue_shows = [first.stage, second.grid, third.head, third.rows, bell]
+        queue_shows = [first.clip_view, second.grid, third.head, third.rows, bell]
         asks = [first.form["preset"], fourth.asked]
         pulls_show = [*fourth.shown, first.form["preset"], first.lack, fourth.like]
         _wire_looks(page, studio, asks, queue_shows, pulls_show, changed)
@@ -159,7 +159,7 @@ def launch(page: gr.Blocks, settings: Settings) -> str:
     Raises:
         StudioError: the port is taken.
     """
-    served = [settings.outputs, SAMPLES, look.STUDIO, ASSETS / "sanity.mp4", ASSETS / "sanity.webp"]
+    served = [settings.outputs, SAMPLES, theme.STUDIO, ASSETS / "sanity.mp4", ASSETS / "sanity.webp"]
     try:
         _, url, _ = page.launch(
             server_name=settings.host,
@@ -177,12 +177,12 @@ def launch(page: gr.Blocks, settings: Settings) -> str:
             allowed_paths=[str(path.resolve()) for path in served],
             blocked_paths=[str(settings.data.resolve())],
             max_file_size=UPLOAD_LIMIT,
-            favicon_path=str(look.ICON),
+            favicon_path=str(theme.ICON),
             pwa=True,
             mcp_server=True,
-            theme=look.StudioTheme(),
-            css=look.css(settings.theme),
-            head=look.head(settings.theme),
+            theme=theme.StudioTheme(),
+            css=theme.css(settings.theme),
+            head=theme.head(settings.theme),
         )
     except OSError as error:
         raise StudioError(

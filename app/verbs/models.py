@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.markup import duration, files, size
+from app.wording import duration, files, size
 from engine.messages import StudioError
 from engine.paths import models_dir
 
 if TYPE_CHECKING:  # for real only once HF_HUB_OFFLINE is set, which the library reads when it is imported
-    from app.models import Speed
+    from app.library.models import Speed
     from engine.hub.cache import Hub, Plan
     from engine.presets import Preset
 
@@ -99,7 +99,7 @@ def main(given: argparse.Namespace) -> int:
 
 def list_presets(given: argparse.Namespace, hub: Hub) -> int:
     """A table; asks nobody."""
-    from app import models
+    from app.library import models
     from engine import presets
 
     rows = [("preset", "state", "to fetch", "licence", "page")]
@@ -120,7 +120,7 @@ def list_presets(given: argparse.Namespace, hub: Hub) -> int:
 
 def plan(given: argparse.Namespace, hub: Hub) -> int:
     """Every file, then the sum and the disk."""
-    from app import models
+    from app.library import models
 
     preset = _preset(given.name)
     asked = models.plan(preset, hub, judges=given.judges)
@@ -139,7 +139,7 @@ def plan(given: argparse.Namespace, hub: Hub) -> int:
 
 def pull(given: argparse.Namespace, hub: Hub) -> int:
     """Say what it costs, ask, fetch."""
-    from app import models
+    from app.library import models
 
     preset = _preset(given.name)
     if not given.accept_no_licence:
@@ -170,7 +170,7 @@ def pull(given: argparse.Namespace, hub: Hub) -> int:
 
 def verify(given: argparse.Namespace, hub: Hub) -> int:
     """Hash what is here."""
-    from app import models
+    from app.library import models
 
     preset, line = _preset(given.name), Line(None)
     broken = models.verify(preset, hub, line.say)
@@ -189,7 +189,7 @@ def verify(given: argparse.Namespace, hub: Hub) -> int:
 
 def remove(given: argparse.Namespace, hub: Hub) -> int:
     """Say what goes and what stays, ask, take away."""
-    from app import models
+    from app.library import models
 
     preset = _preset(given.name)
     found = models.removal(preset, hub)
@@ -207,7 +207,7 @@ def remove(given: argparse.Namespace, hub: Hub) -> int:
 
 def adopt(given: argparse.Namespace, hub: Hub) -> int:
     """Look through folders of other programs."""
-    from app import models
+    from app.library import models
 
     folders = [folder.expanduser().resolve() for folder in given.folders]
     line = Line(None)
@@ -223,11 +223,11 @@ def adopt(given: argparse.Namespace, hub: Hub) -> int:
 
 def add(given: argparse.Namespace, hub: Hub) -> int:
     """A repository of one's own becomes a preset."""
-    from app import models, models_add
+    from app.library import add_model, models
 
     if given.like:
         _preset(given.like)
-    preset = models_add.add(given.repo, hub, like=given.like, accept_no_licence=given.accept_no_licence)
+    preset = add_model.add(given.repo, hub, like=given.like, accept_no_licence=given.accept_no_licence)
     left = models.state(preset, hub)
     print(f"{preset.name} is added ({preset.conditioning}); {size(left.bytes_to_fetch)} to fetch.")
     print(f"Fetch it with `python launch.py models pull {preset.name}`.")
@@ -302,14 +302,14 @@ def _sum(asked: Plan) -> str:
 
 
 def _licences(preset: Preset, *, judges: bool) -> list[str]:
-    from app import models
+    from app.library import models
 
     named = models.named_files(preset, judges=judges)
     return list(dict.fromkeys(f"{files.repo} {files.licence or models.NO_LICENCE}" for files in named))
 
 
 def _say_what_is_yours(preset: Preset, hub: Hub) -> None:
-    from app import models
+    from app.library import models
 
     for part in models.state(preset, hub).own:
         place = models_dir() / str(getattr(preset.components, part))

@@ -5,8 +5,8 @@ Out: one line of JSON: seconds a step, peak bytes, what the plan had said. Witho
 Knows nothing of files: every weight is drawn where it is needed, one tensor at a time.
 
     python launch.py bench cards                                    # everything, an hour or two; no model is needed
-    python -m app.bench_cards --size 1.3B --where memory --precision bf16 --cap 8
-    python -m app.bench_cards --preset phantom-14b --where memory --precision int8 --width 1280 --height 720
+    python -m app.bench.cards --size 1.3B --where memory --precision bf16 --cap 8
+    python -m app.bench.cards --preset phantom-14b --where memory --precision int8 --width 1280 --height 720
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
-from app.bench import Figure, sample_job
-from app.full_size import wan
+from app.bench.random_files import wan
+from app.bench.report import Figure
+from app.bench.speed import sample_job
 from engine import presets
 from engine.hardware import costs
 from engine.hardware.options import Profile
@@ -371,7 +372,7 @@ def _off(key: str, what: str, planned: float, measured: float) -> Figure:
 
 def _child(arguments: list[str]) -> dict[str, float] | str:
     """What that process measured, or why it did not, in a line."""
-    command = [sys.executable, "-X", "utf8", "-m", "app.bench_cards", *arguments]
+    command = [sys.executable, "-X", "utf8", "-m", "app.bench.cards", *arguments]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if ran.returncode:
         said = ran.stderr.strip().splitlines() or [f"it ended with code {ran.returncode} and said nothing"]
@@ -381,7 +382,7 @@ def _child(arguments: list[str]) -> dict[str, float] | str:
 
 def main() -> None:
     """One way, as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m app.bench_cards")
+    parser = argparse.ArgumentParser(prog="python -m app.bench.cards")
     parser.add_argument("--size", choices=SHAPES, default="tiny")
     parser.add_argument("--preset", help="the shape of a preset instead of a size")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp8", "int8", "nf4"), default="fp32")

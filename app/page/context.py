@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from app.form import Cast, Form, Slot
-from app.pulls import Pulls
+from app.library.downloads import Pulls
+from app.library.subjects import Subjects
+from app.page.generate_form import Cast, Form, Slot
 from app.queue import Queue
 from app.settings import Settings
-from app.subjects import Subjects
 from engine import lora_files, presets
 from engine.job import GenerateJob, Picture
 from engine.media import pictures

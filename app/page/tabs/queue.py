@@ -15,11 +15,12 @@ from typing import Any
 
 import gradio as gr
 
-from app import markup
+from app import wording
+from app.page import markup
+from app.page.clip_view import STAGES, thumb
+from app.page.context import Studio
+from app.page.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from app.queue import Row
-from app.stage import STAGES, thumb
-from app.studio import Studio
-from app.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from engine import presets
 from engine.job import Subject
 from engine.messages import StudioError
@@ -123,7 +124,7 @@ def _when(row: Row) -> str:
         return "next" if row.position == 0 else f"{row.position} before it"
     if row.finished:
         ago = time.time() - row.finished
-        return "just now" if ago < 60 else f"{markup.duration(ago)} ago"
+        return "just now" if ago < 60 else f"{wording.duration(ago)} ago"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 In:  the outputs folder and the port that a studio would use.
 Out: one line a check on stdout, marked ok, warn or FAIL; exit code 1 when something stands in the way.
-Knows nothing of torch: what torch finds is asked of `app.probe`, in a process that may crash.
+Knows nothing of torch: what torch finds is asked of `app.verbs.torch_probe`, in a process that may crash.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import psutil
 
-from app.plan import typical
 from app.settings import check_port
+from app.verbs.plan import typical
 from engine import presets
 from engine.hardware.options import machine_options
 from engine.hardware.plan import make_plan
@@ -200,9 +200,9 @@ def torch_and_device() -> Iterator[Finding]:
 
 
 def ask_probe() -> dict[str, Any] | str:
-    """What `app.probe` found, or the reason why it could not say."""
+    """What `app.verbs.torch_probe` found, or the reason why it could not say."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-P", "-m", "app.probe"]
+    command = [sys.executable, "-P", "-m", "app.verbs.torch_probe"]
     try:
         answer = subprocess.run(
             command, capture_output=True, encoding="utf-8", timeout=300, env=environment, check=False

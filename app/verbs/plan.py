@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from app.markup import duration
+from app.wording import duration
 from engine import presets
 from engine.hardware.plan import Plan, make_plan, plan_or_raise
 from engine.hardware.probe import GB, Hardware, probe_hardware

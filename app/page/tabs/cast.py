@@ -15,10 +15,10 @@ from typing import Any
 
 import gradio as gr
 
-from app import markup
-from app.form import MAX_PICTURES, Cast, Slot, renamed
-from app.studio import Studio, prepared, sample_slot, samples
-from app.tabs.wiring import CLICKS, quiet
+from app.page import markup
+from app.page.context import Studio, prepared, sample_slot, samples
+from app.page.generate_form import MAX_PICTURES, Cast, Slot, renamed
+from app.page.tabs.wiring import CLICKS, quiet
 from engine import presets
 from engine.job import NAME, Subject
 from engine.messages import StudioError

@@ -4,7 +4,7 @@ In:  room for a preset's files in a temporary folder.
 Out: figures for the report. A child of this module makes the clip while its parent watches its memory.
 Knows nothing of how figures are written down. The clip is noise: what it needs does not hang on what the weights say.
 
-    python -m app.bench_full phantom-1.3b 256 256 17 FOLDER
+    python -m app.bench.full_clips phantom-1.3b 256 256 17 FOLDER
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 
 import psutil
 
-from app.bench import SAMPLES, Figure
-from app.full_size import write_files
+from app.bench.random_files import write_files
+from app.bench.report import Figure
+from app.bench.speed import SAMPLES
 from engine import presets
 from engine.hardware.plan import CONTEXT, plan_or_raise
 from engine.hardware.probe import GB
@@ -65,7 +66,7 @@ def full(_: str) -> Iterator[Figure]:
                 "IDCRAFTER_PROFILE": profile,
             }
             size = map(str, (width, height, frames))
-            command = [sys.executable, "-X", "utf8", "-m", "app.bench_full", preset, *size, folder]
+            command = [sys.executable, "-X", "utf8", "-m", "app.bench.full_clips", preset, *size, folder]
             code, said = watched(command, environment)
             key = f"full-{preset}-{width}x{height}x{frames}-{profile}"
             most = "all memory" if profile == "auto" else f"at most {profile} GB"
@@ -170,7 +171,9 @@ def tell(what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m app.bench_full", description="A clip from files of full size.")
+    parser = argparse.ArgumentParser(
+        prog="python -m app.bench.full_clips", description="A clip from files of full size."
+    )
     parser.add_argument("preset")
     parser.add_argument("width", type=int)
     parser.add_argument("height", type=int)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from app import markup, models, models_add
+from app import wording
+from app.library import add_model, models
 from engine import presets
 from engine.hub.cache import Hub, Plan, Say
 from engine.messages import StudioError
@@ -108,7 +109,7 @@ class Pulls:
             alone = tuple(found.wanted.path for found in plan.missing if found.xet)
             self._set(name, stage="fetching", by_library=alone)
             count = models.pull(preset, hub, say, judges=judges, accept_no_licence=True)
-            return f"{markup.files(count)} {'is' if count == 1 else 'are'} here, each one checked."
+            return f"{wording.files(count)} {'is' if count == 1 else 'are'} here, each one checked."
 
         self._begin(name, work)
 
@@ -123,7 +124,7 @@ class Pulls:
                 return "Every file that is here is whole."
             raise StudioError(
                 f"{broken[0].path} was damaged"
-                + (f", and {markup.files(len(broken) - 1)} more." if len(broken) > 1 else "."),
+                + (f", and {wording.files(len(broken) - 1)} more." if len(broken) > 1 else "."),
                 "What was damaged has been taken away.",
                 "Fetch it again.",
             )
@@ -149,7 +150,7 @@ class Pulls:
         """Begin to make a preset of a repository."""
 
         def work(hub: Hub, say: Say) -> str:
-            preset = models_add.add(repo.strip(), hub, like=like, accept_no_licence=accept_no_licence)
+            preset = add_model.add(repo.strip(), hub, like=like, accept_no_licence=accept_no_licence)
             return f"{preset.name} is added."
 
         self._begin(ADD, work)

@@ -1,0 +1,1 @@
+"""`python launch.py bench`: every figure of docs/measurements.md, measured and written. Knows nothing of the page."""
