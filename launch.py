@@ -39,7 +39,7 @@ class Sorry(Exception):
 def main(arguments: list[str]) -> int:
     """Refuse, install or start. Returns the exit code of the studio; 1 with a sentence when it cannot start."""
     try:
-        sorry = refusal(sys.version_info[:2], platform.system(), platform.machine())
+        sorry = find_obstacle(sys.version_info[:2], platform.system(), platform.machine())
         if sorry:
             raise sorry
         if asks_for_help(arguments):
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
 # --- may this machine run it? ----------------------------------------------------------------------------------------
 
 
-def refusal(python: tuple[int, ...], system: str, machine: str) -> Sorry | None:
+def find_obstacle(python: tuple[int, ...], system: str, machine: str) -> Sorry | None:
     """The sentence for a machine that cannot run the studio, or None for one that can."""
     version = ".".join(map(str, python))
     if not OLDEST <= tuple(python) <= NEWEST:
@@ -91,7 +91,9 @@ def better_python() -> str:
 def works(python: str) -> bool:
     """Whether this name starts a Python; a version manager may answer to names of Pythons it does not have."""
     program = shutil.which(python)
-    return program is not None and subprocess.run([program, "-c", ""], capture_output=True, check=False).returncode == 0
+    if program is None:
+        return False
+    return subprocess.run([program, "-c", ""], capture_output=True, check=False).returncode == 0
 
 
 def asks_for_help(arguments: list[str]) -> bool:
@@ -110,7 +112,7 @@ def torch_plans(
     Args:
         system: "Linux", "Windows" or "Darwin".
         nvidia: driver's major version and compute capability of the weakest card, or None without an NVIDIA card.
-        index_url: TORCH_INDEX_URL; not empty: only this index is asked.
+        index_url: TORCH_INDEX_URL; when it is not empty, only this index is asked.
         lock: path of the lock, which pins what a CUDA build needs besides its own libraries.
 
     Only Linux builds for CUDA have dependencies outside the lock, so only they are resolved; the others go in alone.
@@ -118,13 +120,17 @@ def torch_plans(
     pin = f"torch=={TORCH}"
     if index_url:
         # A mirror holds its own choice of versions; the lock, which follows, puts its pins back.
-        alone = () if system == "Linux" else ("--no-deps",)
-        return ((*alone, "--index-url", index_url, pin),)
+        from_mirror = ("--index-url", index_url, pin)
+        if system == "Linux":
+            return (from_mirror,)
+        return (("--no-deps", *from_mirror),)
     if system == "Linux" and nvidia:
         published = ("--constraint", lock, pin)  # for CUDA 13
         name = cuda_build(*nvidia)
+        if name == "cu130":
+            return (published,)
         older = ("--constraint", lock, "--extra-index-url", f"{PYTORCH_INDEX}/{name}", f"{pin}+{name}")
-        return (published,) if name == "cu130" else (older, published)
+        return (older, published)
     if system == "Linux":
         # The plain name would bring gigabytes of CUDA; only the CPU build carries the mark +cpu.
         return (("--no-deps", f"{pin}+cpu"), ("--no-deps", "--index-url", f"{PYTORCH_INDEX}/cpu", pin))
@@ -135,29 +141,43 @@ def torch_plans(
 
 def cuda_build(driver: int, compute: float) -> str:
     """PyTorch's build for a card: CUDA 13 wants driver 580 and Turing (7.5), CUDA 12.6 serves the rest."""
-    return "cu130" if driver >= 580 and compute >= 7.5 else "cu126"
+    if driver >= 580 and compute >= 7.5:
+        return "cu130"
+    return "cu126"
 
 
 def find_nvidia() -> tuple[int, float] | None:
     """Driver and compute capability as nvidia-smi tells them; None when there is no such card or no driver."""
-    beside_windows = Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32" / "nvidia-smi.exe"
-    program = shutil.which("nvidia-smi") or (str(beside_windows) if beside_windows.is_file() else None)
+    program = shutil.which("nvidia-smi")
     if not program:
-        return None
+        beside_windows = Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32" / "nvidia-smi.exe"
+        if not beside_windows.is_file():
+            return None
+        program = str(beside_windows)
     query = [program, "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return read_nvidia(answer.stdout) if answer.returncode == 0 else None
+    if answer.returncode != 0:
+        return None
+    return read_nvidia(answer.stdout)
 
 
 def read_nvidia(answer: str) -> tuple[int, float] | None:
     """The weakest card among lines such as `581.29, 8.6`; a number that is missing counts as a recent one."""
     cards = [line.split(",") for line in answer.splitlines() if line.strip()]
-    drivers = [int(found.group()) for card in cards if (found := re.match(r"\d+", card[0].strip()))]
-    computes = [float(found.group()) for card in cards if (found := re.match(r"[\d.]+", card[-1].strip()))]
-    return (min(drivers, default=999), min(computes, default=99.0)) if cards else None
+    if not cards:
+        return None
+    drivers, computes = [], []
+    for card in cards:
+        driver = re.match(r"\d+", card[0].strip())
+        if driver:
+            drivers.append(int(driver.group()))
+        compute = re.match(r"[\d.]+", card[-1].strip())
+        if compute:
+            computes.append(float(compute.group()))
+    return min(drivers, default=999), min(computes, default=99.0)
 
 
 def fingerprint() -> str:
@@ -167,16 +187,20 @@ def fingerprint() -> str:
 
 def is_installed() -> bool:
     """Whether .venv holds what this lock names."""
-    return venv_python().exists() and STAMP.is_file() and STAMP.read_text(encoding="utf-8").strip() == fingerprint()
+    if not venv_python().exists() or not STAMP.is_file():
+        return False
+    return STAMP.read_text(encoding="utf-8").strip() == fingerprint()
 
 
 def venv_python() -> Path:
     """The Python inside .venv."""
-    return VENV / "Scripts" / "python.exe" if os.name == "nt" else VENV / "bin" / "python"
+    if os.name == "nt":
+        return VENV / "Scripts" / "python.exe"
+    return VENV / "bin" / "python"
 
 
 def has_pip() -> bool:
-    """Whether .venv is whole: it lacks pip when its making was cut off, and runs no more when its Python went away."""
+    """Whether .venv is complete: without pip its creation was interrupted; without its base Python it does not run."""
     if not venv_python().exists():
         return False
     question = [str(venv_python()), "-m", "pip", "--version"]
@@ -187,13 +211,38 @@ def has_pip() -> bool:
 
 
 def install() -> None:
-    """Make .venv, put torch and then the lock into it, see that torch loads, and stamp it.
+    """Make .venv, put torch and then the lock into it, check that torch loads, and write the stamp.
 
     Raises:
-        Sorry: a step failed; names the log.
+        Sorry: a step failed; the text names the log.
     """
     began = time.monotonic()
     say(f"Setting up the studio in {VENV} (once; later starts skip this). Details: {LOG}")
+    prepare_folder()
+    nvidia = find_nvidia()
+    plans = torch_plans(platform.system(), nvidia, os.environ.get("TORCH_INDEX_URL", ""), str(LOCK))
+    torch_title = f"PyTorch {TORCH} (the largest part)"
+    if nvidia:
+        torch_title = f"PyTorch {TORCH}, for NVIDIA (the largest part)"
+    if not venv_python().exists():
+        with Step(1, "a Python environment of its own") as step:
+            step.run([sys.executable, "-m", "venv", str(VENV)])
+    with Step(2, torch_title) as step:
+        step.pip_first_of(plans)
+    with Step(3, "the other libraries", total=count_packages(LOCK)) as step:
+        step.pip_first_of((("--no-deps", "--requirement", str(LOCK)),))
+    with Step(4, "does PyTorch load?") as step:
+        step.run([str(venv_python()), "-c", "import torch; print(torch.__version__)"])
+    STAMP.write_text(fingerprint() + "\n", encoding="utf-8")
+    say(f"Ready after {clock(time.monotonic() - began)}.")
+
+
+def prepare_folder() -> None:
+    """An empty or complete .venv without a stamp, and a new log in it.
+
+    Raises:
+        Sorry: the folder cannot be written.
+    """
     try:
         if VENV.exists() and not has_pip():
             shutil.rmtree(VENV)
@@ -205,20 +254,6 @@ def install() -> None:
             f"{VENV} cannot be written.", f"{error.strerror}.", "Put the studio's folder where you may write."
         ) from None
 
-    nvidia = find_nvidia()
-    plans = torch_plans(platform.system(), nvidia, os.environ.get("TORCH_INDEX_URL", ""), str(LOCK))
-    if not venv_python().exists():
-        with Step(1, "a Python environment of its own") as step:
-            step.run([sys.executable, "-m", "venv", str(VENV)])
-    with Step(2, f"PyTorch {TORCH}{', for NVIDIA' if nvidia else ''} (the largest part)") as step:
-        step.pip_first_of(plans)
-    with Step(3, "the other libraries", total=count_packages(LOCK)) as step:
-        step.pip_first_of((("--no-deps", "--requirement", str(LOCK)),))
-    with Step(4, "does PyTorch load?") as step:
-        step.run([str(venv_python()), "-c", "import torch; print(torch.__version__)"])
-    STAMP.write_text(fingerprint() + "\n", encoding="utf-8")
-    say(f"Ready after {clock(time.monotonic() - began)}.")
-
 
 def count_packages(lock: Path) -> int:
     """Pinned lines of the lock, those for other systems included."""
@@ -226,7 +261,7 @@ def count_packages(lock: Path) -> int:
 
 
 class Step:
-    """One step of the installation: runs programs, keeps their noise in the log, and shows where it stands.
+    """One step of the installation: runs programs, writes their output to the log, and shows the progress.
 
     On a terminal the line is repainted twice a second; elsewhere a new line comes every ten seconds.
     """
@@ -249,8 +284,11 @@ class Step:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.over.set()
         self.painter.join()
-        ending = "done" if error is None else "failed"
-        self._show(f"[{self.number}/{STEPS}] {self.title}: {ending} after {clock(time.monotonic() - self.began)}", "\n")
+        ending = "failed"
+        if error is None:
+            ending = "done"
+        elapsed = clock(time.monotonic() - self.began)
+        self._show(f"[{self.number}/{STEPS}] {self.title}: {ending} after {elapsed}", "\n")
 
     def pip_first_of(self, plans: tuple[tuple[str, ...], ...]) -> None:
         """Install by the first of these argument lists that pip can satisfy.
@@ -313,22 +351,30 @@ class Step:
             self.note = "unpacking"
 
     def _paint(self) -> None:
-        while not self.over.wait(0.5 if self.terminal else 10.0):
-            elapsed = time.monotonic() - self.began
-            parts = [f"[{self.number}/{STEPS}] {self.title}"]
-            fetching = self.total and self.done and self.note != "unpacking"
-            if fetching:
-                parts.append(f"{min(self.done, self.total)} of {self.total}")
-            if self.note:
-                parts.append(self.note)
-            parts.append(clock(elapsed))
-            if fetching and self.done > 4:
-                parts.append(f"about {clock(elapsed / self.done * max(0, self.total - self.done))} left")
-            self._show(", ".join(parts), "\r" if self.terminal else "\n")
+        period, ending = 10.0, "\n"
+        if self.terminal:
+            period, ending = 0.5, "\r"
+        while not self.over.wait(period):
+            self._show(self._describe_progress(time.monotonic() - self.began), ending)
+
+    def _describe_progress(self, elapsed: float) -> str:
+        parts = [f"[{self.number}/{STEPS}] {self.title}"]
+        fetching = self.total and self.done and self.note != "unpacking"
+        if fetching:
+            parts.append(f"{min(self.done, self.total)} of {self.total}")
+        if self.note:
+            parts.append(self.note)
+        parts.append(clock(elapsed))
+        if fetching and self.done > 4:
+            remaining = max(0, self.total - self.done)
+            parts.append(f"about {clock(elapsed / self.done * remaining)} left")
+        return ", ".join(parts)
 
     def _show(self, text: str, end: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write((text[:width].ljust(width) if self.terminal else text) + end)
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            text = text[:width].ljust(width)
+        sys.stderr.write(text + end)
         sys.stderr.flush()
 
 
@@ -339,7 +385,10 @@ def diagnose(output: str) -> tuple[str, str]:
         if re.search(sign, lowered):
             return why, next_step
     complaints = [line.strip() for line in output.splitlines() if re.match(r"\s*(ERROR|\w*Error)\b", line)]
-    return (complaints[-1][:300].rstrip(".") + "." if complaints else "It gave no reason."), "Try the command again."
+    why = "It gave no reason."
+    if complaints:
+        why = complaints[-1][:300].rstrip(".") + "."
+    return why, "Try the command again."
 
 
 CURES = (

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from engine.paths import ROOT, models_dir
+from engine.threads import limit_spinning
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -46,6 +47,7 @@ verbs:
 def main(arguments: list[str]) -> int:
     """Run one verb; see the header for what comes back."""
     keep_private()
+    limit_spinning(os.environ)
     verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in RUN else ("studio", arguments)
     try:
         if rest and verb == "studio" and not rest[0].startswith("-"):

@@ -92,8 +92,8 @@ def _predicted(job: GenerateJob, preset: Preset) -> float:
     """Seconds by the preset's own figures."""
     cost = preset.cost
     share = _tokens(job, preset)
-    usual = FORWARDS[preset.sampling.guidance or "joint"]
-    forwards = FORWARDS[job.sampling.guidance or preset.sampling.guidance or "joint"] / usual
+    usual = FORWARDS[preset.sampling.guidance or "cfg"]
+    forwards = FORWARDS[job.sampling.guidance or preset.sampling.guidance or "cfg"] / usual
     return cost.start_s + _computed(job, preset) * cost.step_s * share * forwards + cost.decode_s * share
 
 
@@ -101,11 +101,11 @@ def _computed(job: GenerateJob, preset: Preset) -> float:
     """Steps in which the model is asked; the others are told from those before and cost next to nothing."""
     own = preset.sampling.num_inference_steps or 1
     steps = job.sampling.num_inference_steps or own
-    word = job.sampling.cache or "off"
+    word = job.sampling.step_cache or "off"
     if word == "off":
         return steps
     # The error of a row of r left-out steps grows with r³ / steps², so rows grow with the 2/3rd power of the steps.
-    return min(steps, getattr(preset.caching, word).share * own * (steps / own) ** (1 / 3))
+    return min(steps, getattr(preset.step_cache, word).share * own * (steps / own) ** (1 / 3))
 
 
 def _tokens(job: GenerateJob, preset: Preset) -> float:

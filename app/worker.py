@@ -31,6 +31,7 @@ from engine.job import GenerateJob
 from engine.media import video
 from engine.messages import Cancelled, Failed, Message, Preview, Progress, Saved, StudioError
 from engine.platform_calls import wait_for_end
+from engine.threads import limit_spinning
 
 Engine = Callable[[GenerateJob, Callable[[Message], None]], Saved]
 
@@ -203,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", default="", metavar="MODULE:FUNCTION", help="another engine than engine.run:run")
     parser.add_argument("--attached", action="store_true", help="end when standard input is closed")
     given = parser.parse_args(arguments)
+    limit_spinning(os.environ)  # before torch is imported
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     loader = ThreadPoolExecutor(1)

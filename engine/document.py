@@ -1,4 +1,4 @@
-"""What every document on disk has in common, and how a refused one is explained.
+"""The base class of every document on disk, and the error that explains why one was refused.
 
 In:  pydantic's complaint about a value.
 Out: a StudioError whose sentences use the page's words.
@@ -33,14 +33,12 @@ class Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def rephrased(error: ValidationError) -> StudioError:
+def explain_validation_error(error: ValidationError) -> StudioError:
     """Pydantic's first complaint in words for a person; `field` names where it belongs."""
     first = error.errors(include_url=False)[0]
     where = [str(part) for part in first["loc"]]
-    field = where[0] if where else ""
+    field = "".join(where[:1])
     label = ".".join(where) or "document"
-    given = first.get("input")
-    value = f"{given:,}"[:60] if isinstance(given, int | float) else repr(str(given)[:60])
     context = first.get("ctx", {})
     kind = first["type"]
     if kind == "extra_forbidden":
@@ -63,9 +61,17 @@ def rephrased(error: ValidationError) -> StudioError:
             f"Keep {most} or fewer.",
             field=field,
         )
+    what = f"{FIELD_LABELS.get(label, label)} is {_format_value(first.get('input'))}."
     limits = [f"{word} {context[key]}" for key, word in _LIMITS.items() if key in context]
-    reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    why = f"It has to be {' and '.join(limits)}." if limits else f"{reason[:1].upper()}{reason[1:]}."
-    return StudioError(
-        f"{FIELD_LABELS.get(label, label)} is {value}.", why, "Change it to a value that fits.", field=field
-    )
+    if limits:
+        why = f"It has to be {' and '.join(limits)}."
+    else:
+        reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+        why = f"{reason[:1].upper()}{reason[1:]}."
+    return StudioError(what, why, "Change it to a value that fits.", field=field)
+
+
+def _format_value(value: object) -> str:
+    if isinstance(value, int | float):
+        return f"{value:,}"[:60]
+    return repr(str(value)[:60])

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from engine.document import Document, rephrased
+from engine.document import Document, explain_validation_error
 from engine.messages import StudioError
 
-VERSION = 3
+VERSION = 4
 MAX_SUBJECTS = 8  # what a document can say; every preset has its own, lower limit
 NAME = re.compile(r"[a-z][a-z0-9_]{0,23}")
 MENTION = re.compile(r"@([A-Za-z][A-Za-z0-9_]*)")
@@ -77,16 +77,16 @@ class Sampling(Document):
     """Solver of the flow: Euler, or UniPC for presets trained with it."""
     shift: float | None = Field(default=None, ge=0.1, le=20.0)
     """Shift of the noise schedule; larger spends more steps on layout."""
-    guidance: Literal["none", "joint", "dual", "projected", "chained"] | None = None
-    """How the predictions with and without conditions are merged."""
+    guidance: Literal["none", "cfg", "dual", "apg", "chained"] | None = None
+    """How predictions with and without conditions are merged: CFG by one weight; dual, APG and chained by two."""
     guidance_scale: float | None = Field(default=None, ge=0.0, le=20.0)
-    """Joint guidance: one weight for prompt and subjects together."""
+    """CFG: one weight for prompt and subjects together."""
     subject_scale: float | None = Field(default=None, ge=0.0, le=20.0)
-    """Dual, projected and chained guidance: weight of the subjects."""
+    """Dual, APG and chained guidance: weight of the subjects."""
     text_scale: float | None = Field(default=None, ge=0.0, le=20.0)
-    """Dual, projected and chained guidance: weight of the prompt."""
-    cache: Literal["off", "careful", "fast"] | None = None
-    """Leave out forwards whose result hardly differs from the one before: not at all, a few, many."""
+    """Dual, APG and chained guidance: weight of the prompt."""
+    step_cache: Literal["off", "careful", "fast"] | None = None
+    """Predict steps that hardly differ from the one before instead of computing them: none, a few, many."""
 
 
 class Lora(Document):
@@ -103,7 +103,7 @@ class Lora(Document):
 class GenerateJob(Document):
     """One clip to make from a prompt and its subjects."""
 
-    version: Literal[3] = VERSION
+    version: Literal[4] = VERSION
     """Version of this document's format."""
     kind: Literal["generate"] = "generate"
     """What this document asks for."""
@@ -112,7 +112,7 @@ class GenerateJob(Document):
     prompt: str = Field(max_length=4000)
     """What happens, mentioning every subject as @name."""
     negative_prompt: str | None = Field(default=None, max_length=4000)
-    """What to stay away from. Left out: the preset's own."""
+    """What the clip should not show. Left out: the preset's own."""
     subjects: tuple[Subject, ...] = Field((), max_length=MAX_SUBJECTS)
     """Who and what is in it."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -128,7 +128,7 @@ class GenerateJob(Document):
     loras: tuple[Lora, ...] = Field((), max_length=8)
     """What is added to the transformer's weights."""
     precision: Literal["fp32", "bf16", "fp8", "int8", "nf4"] | None = None
-    """Number format of the transformer's large weights. Left out: what fits this machine; a finished clip says."""
+    """Number format of the transformer's large weights. Left out: what fits this machine; a finished clip names it."""
 
     @field_validator("prompt")
     @classmethod
@@ -199,7 +199,32 @@ def _as_it_is(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _pictures_became_objects, 2: _as_it_is}
+def rename_sampling_words(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sampling as version 3 wrote it, in the words of version 4: `step_cache` was `cache`, CFG and APG had other names.
+
+    Presets that were written before version 4 hold the same words.
+    """
+    renamed = {"step_cache" if key == "cache" else key: value for key, value in sampling.items()}
+    guidance = renamed.get("guidance")
+    if isinstance(guidance, str):
+        renamed["guidance"] = GUIDANCE_BEFORE_4.get(guidance, guidance)
+    return renamed
+
+
+def _sampling_got_field_words(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 had its own words for the step cache and for two kinds of guidance."""
+    sampling = values.get("sampling")
+    if isinstance(sampling, dict):
+        values["sampling"] = rename_sampling_words(sampling)
+    return values
+
+
+GUIDANCE_BEFORE_4 = {"joint": "cfg", "projected": "apg"}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _pictures_became_objects,
+    2: _as_it_is,
+    3: _sampling_got_field_words,
+}
 
 
 def read_job(source: str | bytes | Mapping[str, Any]) -> GenerateJob:
@@ -232,7 +257,7 @@ def make_job(**values: Any) -> GenerateJob:
     try:
         return GenerateJob(**values)
     except ValidationError as error:
-        raise rephrased(error) from None
+        raise explain_validation_error(error) from None
 
 
 def write_job(job: GenerateJob, *, indent: int | None = 2) -> str:

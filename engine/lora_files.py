@@ -1,4 +1,4 @@
-"""LoRA files on disk: which there are, which one a document means, and whether it is still the same one.
+"""LoRA files on disk: which files there are, which one a document means, and whether it is still the same file.
 
 In:  the `Lora`s of a job, and the folder `loras` in the creator's folder of models.
 Out: paths, names, hashes; a `StudioError` for a file that is missing, or another one than the document says.
@@ -54,9 +54,11 @@ def place(lora: Lora) -> Path:
             "Choose the LoRA's safetensors file.",
             field="loras",
         )
-    found = _found(lora)
+    found = _find_path(lora)
     if found is None or not found.is_file():
-        made_with = f", {lora.sha256[:SHOWN_HASH]} by its hash," if lora.sha256 else ""
+        made_with = ""
+        if lora.sha256:
+            made_with = f", {lora.sha256[:SHOWN_HASH]} by its hash,"
         raise StudioError(
             f"The LoRA {name}{made_with} is not here.",
             "The clip would be another one without it.",
@@ -66,18 +68,23 @@ def place(lora: Lora) -> Path:
     return found
 
 
-def _found(lora: Lora) -> Path | None:
-    return Path(lora.path) if Path(lora.path).is_absolute() else _inside(lora.path)
+def _find_path(lora: Lora) -> Path | None:
+    path = Path(lora.path)
+    if path.is_absolute():
+        return path
+    return _find_in_folder(lora.path)
 
 
-def _inside(path: str) -> Path | None:
+def _find_in_folder(path: str) -> Path | None:
     """A name of the folder; where it is not there, the one file of that name in any of its subfolders."""
-    if not _is_inner(path):
+    if not _is_inside_folder(path):
         return None
     if (folder() / path).is_file():
         return folder() / path
     same = [name for name in names() if base_name(name) == base_name(path)]
-    return folder() / same[0] if len(same) == 1 else None
+    if len(same) != 1:
+        return None
+    return folder() / same[0]
 
 
 def check(job: GenerateJob) -> None:
@@ -93,20 +100,22 @@ def check(job: GenerateJob) -> None:
 
 def num_bytes(job: GenerateJob) -> int:
     """Bytes of the LoRA files that are used and here; one that is not is refused by whoever opens it."""
-    found = [_found(lora) for lora in job.loras if lora.weight]
+    found = [_find_path(lora) for lora in job.loras if lora.weight]
     return sum(path.stat().st_size for path in found if path is not None and path.is_file())
 
 
-def hashed(job: GenerateJob) -> GenerateJob:
-    """The job with the hash of every LoRA file that is used; one of weight 0 is left as it is, for nobody opens it.
+def add_hashes(job: GenerateJob) -> GenerateJob:
+    """The job with the hash of every LoRA file that is used; a LoRA of weight 0 is never opened, and stays as it is.
 
     Raises:
         StudioError: field "loras"; a file is missing, or another one than the job's hash says.
     """
-    return job.model_copy(update={"loras": tuple(_hashed(lora) if lora.weight else lora for lora in job.loras)})
+    return job.model_copy(update={"loras": tuple(_add_hash(lora) for lora in job.loras)})
 
 
-def _hashed(lora: Lora) -> Lora:
+def _add_hash(lora: Lora) -> Lora:
+    if not lora.weight:
+        return lora
     path = place(lora)
     found = sha256(path)
     if lora.sha256 not in ("", found):
@@ -146,17 +155,23 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 # --- what travels ----------------------------------------------------------------------------------------------------
 
 
-def portable(job: GenerateJob) -> GenerateJob:
+def shorten_paths(job: GenerateJob) -> GenerateJob:
     """The job as it goes into a clip: a LoRA by its name in the folder, elsewhere by its file's name alone."""
-    return _with_paths(job, _name)
+    return _replace_paths(job, _shorten_path)
 
 
-def detached(job: GenerateJob) -> GenerateJob:
-    """A stranger's job, whose LoRAs are looked for in this studio's folder alone, whatever paths it names.
+def drop_foreign_paths(job: GenerateJob) -> GenerateJob:
+    """A job from elsewhere, with paths that lead outside this studio's folder of LoRAs replaced by the file's name.
 
     Nothing outside is ever touched, not even to see whether it exists: on Windows, asking for a network share logs in.
     """
-    return _with_paths(job, lambda path: path if _is_inner(path) else base_name(path))
+
+    def path_of(path: str) -> str:
+        if _is_inside_folder(path):
+            return path
+        return base_name(path)
+
+    return _replace_paths(job, path_of)
 
 
 def base_name(path: str) -> str:
@@ -164,21 +179,22 @@ def base_name(path: str) -> str:
     return PurePosixPath(PureWindowsPath(path).as_posix()).name or path
 
 
-def _name(path: str) -> str:
+def _shorten_path(path: str) -> str:
     whole = Path(path)
     if not whole.is_absolute():
         return path
     inner = Path(os.path.abspath(folder()))  # noqa: PTH100 - resolve() would follow links to where they really lie
-    return whole.relative_to(inner).as_posix() if whole.is_relative_to(inner) else whole.name
+    if whole.is_relative_to(inner):
+        return whole.relative_to(inner).as_posix()
+    return whole.name
 
 
-def _is_inner(path: str) -> bool:
+def _is_inside_folder(path: str) -> bool:
     """Whether a name stays inside the folder it is looked up in, on every system."""
     parts = PurePosixPath(path).parts
     return bool(parts) and ".." not in parts and not path.startswith("/") and not set(path) & set("\\:")
 
 
-def _with_paths(job: GenerateJob, path_of: Callable[[str], str]) -> GenerateJob:
-    return job.model_copy(
-        update={"loras": tuple(lora.model_copy(update={"path": path_of(lora.path)}) for lora in job.loras)}
-    )
+def _replace_paths(job: GenerateJob, path_of: Callable[[str], str]) -> GenerateJob:
+    loras = tuple(lora.model_copy(update={"path": path_of(lora.path)}) for lora in job.loras)
+    return job.model_copy(update={"loras": loras})

@@ -30,10 +30,10 @@ class StudioError(Exception):
         self.field = field
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_studio_error, (self.what, self.why, self.next_step, self.field))
+        return (_rebuild_error, (self.what, self.why, self.next_step, self.field))
 
 
-def _studio_error(what: str, why: str, next_step: str, field: str) -> StudioError:
+def _rebuild_error(what: str, why: str, next_step: str, field: str) -> StudioError:
     return StudioError(what, why, next_step, field=field)
 
 
@@ -98,5 +98,8 @@ Message = Progress | Preview | Saved | Failed
 
 def as_dict(message: Message) -> dict[str, Any]:
     """The message as plain JSON values, with its kind; paths become strings."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(message).items()}
+    values = asdict(message)
+    for key, value in values.items():
+        if isinstance(value, Path):
+            values[key] = str(value)
     return {"kind": type(message).__name__.lower(), **values}

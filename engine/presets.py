@@ -14,8 +14,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from engine import paths
-from engine.document import Document, rephrased
-from engine.job import GenerateJob, Sampling
+from engine.document import Document, explain_validation_error
+from engine.job import GenerateJob, Sampling, rename_sampling_words
 from engine.messages import StudioError
 
 OPTIONAL = ("faces", "detector", "detector_tokenizer", "segmenter", "embedder")  # a clip is made without them, too
@@ -138,8 +138,8 @@ class Cost(Document):
     """Decoding and saving at the preset's own size."""
 
 
-class LeftOut(Document):
-    """How one word of `Sampling.cache` leaves out steps, and what that was measured to do."""
+class StepCacheMode(Document):
+    """How one word of `Sampling.step_cache` leaves out steps, and what that was measured to do."""
 
     tolerance: float = Field(gt=0, le=10)
     """Relative error that a row of left-out steps may gather, by the model's own latest answer."""
@@ -149,12 +149,12 @@ class LeftOut(Document):
     """What is lost, in a few words for the page."""
 
 
-class Caching(Document):
+class StepCacheModes(Document):
     """The two ways of leaving out steps."""
 
-    careful: LeftOut = LeftOut(tolerance=0.06, share=0.55, costs="not measured on this model")
+    careful: StepCacheMode = StepCacheMode(tolerance=0.06, share=0.55, costs="not measured on this model")
     """Few enough that a clip keeps its look."""
-    fast: LeftOut = LeftOut(tolerance=0.3, share=0.4, costs="not measured on this model")
+    fast: StepCacheMode = StepCacheMode(tolerance=0.3, share=0.4, costs="not measured on this model")
     """As many as a clip bears."""
 
 
@@ -199,11 +199,11 @@ class Preset(Document):
     shared_noise: float = Field(0.0, ge=0, le=1)
     """Share of the starting noise that all frames have in common, as the model was trained; 0 for Wan."""
     negative_prompt: str = ""
-    """What to stay away from."""
+    """What a clip should not show."""
     sampling: Sampling
     """Its own defaults, every field that its guidance needs filled in."""
-    caching: Caching = Caching()
-    """What `Sampling.cache` means here."""
+    step_cache: StepCacheModes = StepCacheModes()
+    """What `Sampling.step_cache` means here."""
     draft_steps: int = Field(ge=1, le=100)
     """Steps of a quick draft; "finish this one" takes the full number with the same seed."""
     cost: Cost
@@ -223,7 +223,7 @@ class Preset(Document):
         or in the Hub's cache. A folder, or a single file."""
         named = self._named(part)
         if isinstance(named, HubFiles):
-            return _in_cache(named)
+            return _cache_path(named)
         if isinstance(named, tuple):
             return paths.models_dir() / "gathered" / part
         found = (root / named for root in (paths.ROOT, paths.models_dir()) if (root / named).exists())
@@ -238,10 +238,17 @@ class Preset(Document):
         """
         parts: dict[str, tuple[HubFiles, ...]] = {}
         for part in Components.model_fields:
-            named: Place = getattr(self.components, part) if every else self._named(part)
+            named = self._named(part)
+            if every:
+                named = getattr(self.components, part)
             if isinstance(named, str) or (part in OPTIONAL and not optional):
                 continue
-            parts[part] = (named, *(named.alternatives if every else ())) if isinstance(named, HubFiles) else named
+            if isinstance(named, tuple):
+                parts[part] = named
+            elif every:
+                parts[part] = (named, *named.alternatives)
+            else:
+                parts[part] = (named,)
         return parts
 
     def _named(self, part: str) -> Place:
@@ -250,11 +257,11 @@ class Preset(Document):
         if not isinstance(named, HubFiles) or not named.alternatives:
             return named
         weights = not part.endswith("tokenizer")
-        here = (each for each in (named, *named.alternatives) if is_whole(_in_cache(each), weights=weights))
+        here = (each for each in (named, *named.alternatives) if is_whole(_cache_path(each), weights=weights))
         return next(here, named)
 
 
-def _in_cache(files: HubFiles) -> Path:
+def _cache_path(files: HubFiles) -> Path:
     """Where such files lie in the Hub's cache, or would lie."""
 
     from engine.hub.cache import Hub
@@ -262,7 +269,7 @@ def _in_cache(files: HubFiles) -> Path:
     return Hub().place(files.repo, files.path, files.revision)
 
 
-def own_presets() -> Path:
+def own_presets_dir() -> Path:
     """Where presets lie that a creator has added."""
     return paths.models_dir() / "presets"
 
@@ -270,7 +277,7 @@ def own_presets() -> Path:
 def names() -> list[str]:
     """Every preset there is: toybox first, then the repository's, then the creator's own."""
     shipped = sorted((path.stem for path in PRESETS.glob("*.json")), key=lambda name: (name != "toybox", name))
-    return shipped + sorted(path.stem for path in own_presets().glob("*.json") if path.stem not in shipped)
+    return shipped + sorted(path.stem for path in own_presets_dir().glob("*.json") if path.stem not in shipped)
 
 
 def load(name: str) -> Preset:
@@ -279,7 +286,7 @@ def load(name: str) -> Preset:
     Raises:
         StudioError: no such preset, or its file does not hold together.
     """
-    path = next((p for folder in (PRESETS, own_presets()) if (p := folder / f"{name}.json").is_file()), None)
+    path = next((p for folder in (PRESETS, own_presets_dir()) if (p := folder / f"{name}.json").is_file()), None)
     if name not in names() or path is None:
         raise StudioError(
             what=f"There is no preset called {name!r}.",
@@ -288,9 +295,9 @@ def load(name: str) -> Preset:
             field="preset",
         )
     try:
-        preset = Preset.model_validate_json(path.read_text(encoding="utf-8"))
+        preset = parse_preset(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        reason = rephrased(error)
+        reason = explain_validation_error(error)
         raise StudioError(
             what=f"The preset {name} cannot be read.",
             why=f"{reason.what} {reason.why}",
@@ -307,6 +314,26 @@ def load(name: str) -> Preset:
     return preset
 
 
+def parse_preset(text: str) -> Preset:
+    """A preset from its file's text. A creator's own preset may have been written before version 4 of documents.
+
+    Raises:
+        ValidationError: the text is not JSON, or not a preset.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return Preset.model_validate_json(text)  # raises, and says where the text stops being JSON
+    if not isinstance(values, dict):
+        return Preset.model_validate(values)
+    if "caching" in values:
+        values["step_cache"] = values.pop("caching")
+    sampling = values.get("sampling")
+    if isinstance(sampling, dict):
+        values["sampling"] = rename_sampling_words(sampling)
+    return Preset.model_validate(values)
+
+
 def find(name: str) -> Preset | None:
     """The preset of that name; None where there is none, or its file does not hold together, as `load` would say."""
     try:
@@ -315,7 +342,7 @@ def find(name: str) -> Preset | None:
         return None
 
 
-def readable() -> list[Preset]:
+def list_readable() -> list[Preset]:
     """Every preset whose file holds together: one that does not must not take the others along."""
     return [preset for name in names() if (preset := find(name)) is not None]
 
@@ -355,15 +382,16 @@ def is_whole(place: Path, *, weights: bool = True) -> bool:
     if place.is_file():
         return True
     try:
-        shards = {
-            shard
-            for index in place.glob("*.safetensors.index.json")
-            for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        }
-    except (ValueError, KeyError, AttributeError):  # an index that is none
+        shards: set[str] = set()
+        for index in place.glob("*.safetensors.index.json"):
+            listing = json.loads(index.read_text(encoding="utf-8"))
+            shards.update(listing["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):  # not a valid index
         return False
-    telling = (".safetensors", ".gguf", ".onnx") if weights else (".json", ".model", ".txt")
-    found = any(path.suffix in telling for path in place.glob("*"))
+    suffixes = (".safetensors", ".gguf", ".onnx")
+    if not weights:
+        suffixes = (".json", ".model", ".txt")
+    found = any(path.suffix in suffixes for path in place.glob("*"))
     return found and all((place / str(shard)).is_file() for shard in shards)
 
 

@@ -56,25 +56,29 @@ def run(
     pool.telling(LoadingProgress(say))
     job, preset = presets.resolve(job)
     presets.check_files(preset)
-    job = lora_files.hashed(pictures.pack(job, preset))
+    job = lora_files.add_hashes(pictures.pack(job, preset))
     target = clip or free_name(outputs, job)
     check_writable(target.parent)
     here = pool.hardware()
-    plan = plan_or_raise(job, preset, here) if preset.shape is not None else None
+    plan = None
+    if preset.shape is not None:
+        plan = plan_or_raise(job, preset, here)
     with Previews(outputs / PREVIEWS / target.stem) as previews:
-        saved, lacked = None, ""
+        saved, exhausted = None, ""
         try:
             saved = make_clip(job, preset, plan, say, target, pool, previews)
-        except OutOfMemory as lack:
-            lacked = lack.what
-        # Not inside the handler: an error holds the frames it came through, and they the model that was too large.
+        except OutOfMemory as error:
+            exhausted = error.what
+        # Not inside the handler: the error holds its stack frames, and these hold the model that was too large.
         if saved is None:
-            log.warning("out of memory (%s); once more, sparing", lacked)
-            say(Progress("load", 0, 0, note=f"{lacked} ran out; trying once more with less."))
+            log.warning("out of memory (%s); once more, sparing", exhausted)
+            say(Progress("load", 0, 0, note=f"{exhausted} ran out; trying once more with less."))
             pool.empty()
-            less = make_plan(job, preset, here.shrunk()) if preset.shape is not None else None
+            smaller_plan = None
+            if preset.shape is not None:
+                smaller_plan = make_plan(job, preset, here.shrunk())
             try:
-                saved = make_clip(job, preset, less, say, target, pool, previews)
+                saved = make_clip(job, preset, smaller_plan, say, target, pool, previews)
             except OutOfMemory as again:
                 raise explain_oom(again, job, preset, here) from again
     return replace(saved, seconds=time.monotonic() - began)

@@ -1,9 +1,9 @@
 """Clips and pictures of Wan2GP: what this studio can make of the settings they carry.
 
 In:  the text inside an mp4 or mkv, or a picture file.
-Out: a `GenerateJob` for the nearest preset that is here, and one sentence on what stayed behind.
-Knows nothing of torch and opens no file that a document names. Every value is a stranger's: it is carried over where
-it is of its kind and within its limits, and left behind where it is not.
+Out: a `GenerateJob` for the nearest preset that is here, and one sentence on what was not carried over.
+Knows nothing of torch and opens no file that a document names. No value is trusted: it is carried over only where its
+type is right and it is within its limits.
 
 Wan2GP writes its settings as one JSON object: into the comment of an mp4 or mkv, the text chunk "comment" of a png, the
 EXIF user comment of a jpg or webp. Its own mark is `type`, "WanGP v<version> by DeepBeepMeep - <model>"; reference
@@ -57,7 +57,7 @@ MEDIA = {
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ForeignJob:
     """A job from a file; `said` is one sentence on what is not the same where another program wrote it."""
 
     job: GenerateJob
@@ -65,7 +65,7 @@ class Foreign:
 
 
 def is_foreign(text: str) -> bool:
-    """Whether a document is Wan2GP's. One of ours never has these names."""
+    """Whether a document is Wan2GP's. The studio's own documents never have these names."""
     if len(text) > MAX_SETTINGS or not text.lstrip().startswith("{"):
         return False
     try:
@@ -92,7 +92,7 @@ def read_picture(path: Path) -> str:
             f"It is damaged, or of another kind ({str(error)[:80]}).",
             "Use the file as it was saved.",
         ) from None
-    text = _decoded(comment)
+    text = _decode_comment(comment)
     if not is_foreign(text):
         raise StudioError(
             f"{path.name} carries no settings.",
@@ -102,17 +102,19 @@ def read_picture(path: Path) -> str:
     return text
 
 
-def _decoded(comment: object) -> str:
+def _decode_comment(comment: object) -> str:
     """EXIF says its encoding in the first eight bytes."""
+    if isinstance(comment, str):
+        return comment
     if not isinstance(comment, bytes):
-        return comment if isinstance(comment, str) else ""
+        return ""
     if comment.startswith(b"UNICODE\0"):
         return comment[8:].decode("utf-16-le", "replace")
     return comment.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace")
 
 
-def opened(path: Path) -> Foreign | None:
-    """What a clip, or a picture of Wan2GP, says of itself: our own document or settings of theirs; None if nothing.
+def read_file(path: Path) -> ForeignJob | None:
+    """The job that a clip, or a picture of Wan2GP, carries: our own document or Wan2GP's settings; None if nothing.
 
     Raises:
         StudioError: it cannot be read, or what it carries is no job.
@@ -122,10 +124,12 @@ def opened(path: Path) -> Foreign | None:
     text = video.read_document(path)
     if text is None:
         return None
-    return read(text) if is_foreign(text) else Foreign(read_job(text), "")
+    if is_foreign(text):
+        return read(text)
+    return ForeignJob(read_job(text), "")
 
 
-def read(text: str) -> Foreign:
+def read(text: str) -> ForeignJob:
     """The job in Wan2GP's settings.
 
     Raises:
@@ -140,10 +144,13 @@ def read(text: str) -> Foreign:
             "Write the prompt yourself, in Generate.",
             field="prompt",
         )
-    model, preset = _nearest(values)
+    model, preset = _nearest_preset(values)
     same = preset.name in NEAREST.get(model, ())
-    left = [] if same else [f"its model ({model or 'unnamed'})"]
-    left += ["the end of its prompt"] if len(prompt) > MAX_PROMPT else []
+    left: list[str] = []
+    if not same:
+        left.append(f"its model ({model or 'unnamed'})")
+    if len(prompt) > MAX_PROMPT:
+        left.append("the end of its prompt")
     job = {
         "preset": preset.name,
         # Its prompts mention nobody: an @ would ask for a subject.
@@ -156,46 +163,62 @@ def read(text: str) -> Foreign:
     }
     if isinstance(negative := values.get("negative_prompt"), str) and negative.strip():
         job["negative_prompt"] = negative[:MAX_PROMPT]
-    letters = {key: values.get(key) for key, _ in MEDIA}
-    left += dict.fromkeys(said for (key, letter), said in MEDIA.items() if letter in _text(letters[key]))
-    kept = f"From Wan2GP, to be drawn with {preset.title}"
-    return Foreign(make_job(**job), f"{kept}; not carried over: {_listed(left)}." if left else f"{kept}.")
+    for (key, letter), medium in MEDIA.items():
+        if letter in _short_text(values.get(key)) and medium not in left:
+            left.append(medium)
+    said = f"From Wan2GP, to be drawn with {preset.title}"
+    if left:
+        said += f"; not carried over: {_join_phrases(left)}"
+    return ForeignJob(make_job(**job), f"{said}.")
 
 
-def _text(value: object) -> str:
-    return value[:200] if isinstance(value, str) else ""
+def _short_text(value: object) -> str:
+    if not isinstance(value, str):
+        return ""
+    return value[:200]
 
 
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+def _join_phrases(parts: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    if len(parts) == 1:
+        return parts[0]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _nearest(values: Mapping[str, Any]) -> tuple[str, Preset]:
+def _nearest_preset(values: Mapping[str, Any]) -> tuple[str, Preset]:
     """Its model's name, and the preset that takes its place."""
     here = presets.names()
-    named = [name for key in ("model_type", "base_model_type") if (name := _text(values.get(key)))]
+    named = [_short_text(values.get(key)) for key in ("model_type", "base_model_type")]
+    named = [name for name in named if name]
     for name in named:
-        found = next((preset for preset in NEAREST.get(name, ()) if preset in here), None)
-        if found is not None:
-            return name, presets.load(found)
-    return (re.sub(r"[^\w. -]", "", named[0])[:40] if named else ""), presets.load(here[0])
+        for preset in NEAREST.get(name, ()):
+            if preset in here:
+                return name, presets.load(preset)
+    shown = ""
+    if named:
+        shown = re.sub(r"[^\w. -]", "", named[0])[:40]
+    return shown, presets.load(here[0])
 
 
-def _share(value: object, low: float, high: float) -> float | None:
+def _number_within(value: object, low: float, high: float) -> float | None:
     """A number within limits; nothing for anything else, such as True, NaN or "many"."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if low <= value <= high else None
+    if not low <= value <= high:  # NaN among them
+        return None
+    return value
 
 
-def _whole(value: object, low: int, high: int) -> int | None:
+def _integer_within(value: object, low: int, high: int) -> int | None:
     """A whole number within limits, or nothing."""
-    found = _share(value, low, high)
-    return int(found) if found is not None and found == int(found) else None
+    number = _number_within(value, low, high)
+    if number is None or number != int(number):
+        return None
+    return int(number)
 
 
 def _seed(values: Mapping[str, Any], left: list[str]) -> int:
-    seed = _whole(values.get("seed"), 0, 2**63 - 1)
+    seed = _integer_within(values.get("seed"), 0, 2**63 - 1)
     if seed is None:
         left.append("its seed")
     return seed or 0
@@ -203,9 +226,9 @@ def _seed(values: Mapping[str, Any], left: list[str]) -> int:
 
 def _frames(values: Mapping[str, Any], preset: Preset, left: list[str]) -> int:
     """Its length, or the nearest one that the preset makes."""
-    if _whole(values.get("image_mode"), 1, 9):
+    if _integer_within(values.get("image_mode"), 1, 9):
         return 1
-    wanted = _whole(values.get("video_length"), 1, 100_000)
+    wanted = _integer_within(values.get("video_length"), 1, 100_000)
     if wanted is None:
         left.append("its length")
         return preset.num_frames
@@ -217,7 +240,7 @@ def _frames(values: Mapping[str, Any], preset: Preset, left: list[str]) -> int:
 
 def _size(values: Mapping[str, Any], preset: Preset, left: list[str]) -> dict[str, int]:
     """Its size where the preset takes it, else that one of the preset's own whose shape is nearest."""
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", _text(values.get("resolution")).strip())
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", _short_text(values.get("resolution")).strip())
     if found is None:
         left.append("its size")
         return {}
@@ -236,14 +259,17 @@ def _size(values: Mapping[str, Any], preset: Preset, left: list[str]) -> dict[st
 
 def _sampling(values: Mapping[str, Any], preset: Preset, same: bool, left: list[str]) -> dict[str, Any]:
     """Steps always; shift and the weight of guidance only for the very model they were chosen for."""
-    steps = _whole(values.get("num_inference_steps"), 1, 100)
+    sampling: dict[str, Any] = {}
+    steps = _integer_within(values.get("num_inference_steps"), 1, 100)
     if steps is None:
         left.append("its number of steps")
-    sampling: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
-    if same and (shift := _share(values.get("flow_shift"), 0.1, 20.0)) is not None:
+    else:
+        sampling["num_inference_steps"] = steps
+    shift = _number_within(values.get("flow_shift"), 0.1, 20.0)
+    if same and shift is not None:
         sampling["shift"] = shift
-    scale = _share(values.get("guidance_scale"), 0.0, 20.0)
-    if same and scale is not None and preset.sampling.guidance == "joint":
+    scale = _number_within(values.get("guidance_scale"), 0.0, 20.0)
+    if same and scale is not None and preset.sampling.guidance == "cfg":
         sampling["guidance_scale"] = scale
     return sampling
 
@@ -251,25 +277,32 @@ def _sampling(values: Mapping[str, Any], preset: Preset, same: bool, left: list[
 def _loras(values: Mapping[str, Any], left: list[str]) -> list[dict[str, Any]]:
     """Those of its LoRAs whose files lie in this studio's folder, by their names alone; nothing is fetched."""
     listed = values.get("activated_loras")
-    given = [lora_files.base_name(_text(name)) for name in listed if _text(name)] if isinstance(listed, list) else []
+    if not isinstance(listed, list):
+        return []
+    texts = [_short_text(name) for name in listed]
+    given = [lora_files.base_name(text) for text in texts if text]
     here = {lora_files.base_name(name) for name in lora_files.names()}
-    weights = _text(values.get("loras_multipliers")).replace("|", " ").split()
+    weights = _short_text(values.get("loras_multipliers")).replace("|", " ").split()
     taken: list[dict[str, Any]] = []
     missing = 0
     for place, name in enumerate(given):
-        weight = _weight(weights[place]) if place < len(weights) else 1.0
+        weight: float | None = 1.0
+        if place < len(weights):
+            weight = _parse_weight(weights[place])
         if name in here and weight is not None and len(taken) < 8:
             taken.append({"path": name, "weight": weight})
         else:
             missing += 1
-    if missing:
-        left.append(f"{missing} LoRA{'s' if missing > 1 else ''}")
+    if missing == 1:
+        left.append("1 LoRA")
+    elif missing:
+        left.append(f"{missing} LoRAs")
     return taken
 
 
-def _weight(text: str) -> float | None:
+def _parse_weight(text: str) -> float | None:
     """A plain number; one for each step or phase ("1;0", "0.9,0.8") cannot be said here."""
     try:
-        return _share(float(text), -4.0, 4.0)
+        return _number_within(float(text), -4.0, 4.0)
     except ValueError:
         return None

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from app.cli import keep_private
+from engine.threads import limit_spinning
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy or torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 keep_private()
+limit_spinning(os.environ)
 
 TESTS = Path(__file__).resolve().parent
 

@@ -1,6 +1,6 @@
-"""Small transformers trained in bfloat16 where the machine has it, on a processor with attention by matrix products.
+"""Small transformers trained in bfloat16 where the processor has it, with attention as plain matrix products.
 
-In:  a forward and a backward pass, run inside `quick()`.
+In:  a forward and a backward pass, run inside `fast_training()`.
 Out: the same result to bfloat16's precision (fp32's without it), about twice as soon.
 Knows nothing of models. On a graphics card torch's own attention is the fastest, so only the precision changes.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def quick() -> Iterator[None]:
+def fast_training() -> Iterator[None]:
     """Inside, matrix products are taken in bfloat16 where the processor can, and attention is three plain operations.
 
     torch's flash attention on the CPU is written for long sequences: at 64 tokens its backward pass in bfloat16 took
@@ -31,7 +31,7 @@ def quick() -> Iterator[None]:
         yield
         return
     theirs = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = attention
+    nn.functional.scaled_dot_product_attention = plain_attention
     try:
         with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
             # RMSNorm keeps fp32 weights; that costs it a fused kernel, which the processor does not have.
@@ -41,14 +41,16 @@ def quick() -> Iterator[None]:
         nn.functional.scaled_dot_product_attention = theirs
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **unused: Any) -> Tensor:
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **unused: Any
+) -> Tensor:
     """(B, heads, Q, d), (B, heads, S, d), (B, heads, S, d) -> (B, heads, Q, d). `attn_mask`: True = look.
 
     Raises:
         ValueError: an argument that this does not serve (dropout, causal masks, a scale of its own, grouped heads).
     """
     if any(unused.values()):
-        raise ValueError(f"quick attention serves none of {', '.join(name for name, on in unused.items() if on)}.")
+        raise ValueError(f"plain attention serves none of {', '.join(name for name, on in unused.items() if on)}.")
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf"))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 
-class Team:
+class ProcessGroup:
     """The processes of one run: one alone, or as many as torchrun started, talking over gloo or nccl."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Team:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
     def average_gradients(self, model: nn.Module, *, stop: bool) -> bool:
-        """Average all gradients over the team; True when anyone of it wants to stop."""
+        """Average all gradients over all processes; True when any of them wants to stop."""
         if self.size == 1:
             return stop
         # A batch of one subject leaves stage 2 without gradients; the others' may have some, so zeros stand in.

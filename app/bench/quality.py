@@ -52,7 +52,7 @@ def caches(preset: str) -> Iterator[Figure]:
         for word, fewer in (("off", 1.0), ("careful", 1.5), ("fast", 2.25)):
             row = found[word]
             saved = row["steps"] / row["computed"]
-            key, what = f"cache-{word}-{steps}", f"Leave out: {word}, {steps} steps"
+            key, what = f"cache-{word}-{steps}", f"Step cache: {word}, {steps} steps"
             yield Figure(
                 key, f"{what}, computed", f"{row['computed']:.1f} ({saved:.2f}x fewer)", f"≥ {fewer:g}x", saved >= fewer
             )

@@ -273,7 +273,7 @@ def _first_clip(address: str, preset: str) -> float:
     from engine.media import pictures
 
     job, whole = presets.resolve(sample_job(preset))
-    document = write_job(pictures.portable(pictures.pack(job, whole)))
+    document = write_job(pictures.drop_embedded_paths(pictures.pack(job, whole)))
     client = Client(address, verbose=False)
     began = time.monotonic()
     row = client.predict(document, api_name="/generate")

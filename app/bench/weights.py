@@ -204,7 +204,7 @@ def one_forward_errors(
     for category, number, subjects in jobs:
         job, _ = presets.resolve(benchmark.case(name, category, number, subjects).job)
         job = pictures.pack(job, preset)
-        encoded = encode.job_states(job, preset, pool)
+        encoded = encode.encode_job(job, preset, pool)
         way = conditioning.prepare(preset.conditioning, full, encoded)
         passed: list[tuple[Any, float, Any]] = []
         solvers.denoise(

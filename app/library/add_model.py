@@ -13,7 +13,7 @@ from typing import Any
 
 from app.library.models import NO_LICENCE, no_licence
 from engine import presets
-from engine.hub.cache import Hub, Wanted
+from engine.hub.cache import Hub, FileRequest
 from engine.messages import StudioError
 from engine.presets import Components, HubFiles, Preset, Shape
 
@@ -48,7 +48,7 @@ def add(repo: str, hub: Hub, *, like: str = "", accept_no_licence: bool = False)
         for part in PARTS
         if any(each.path.startswith(part + "/") for each in held)
     }  # fmt: skip
-    config = _config(hub, Wanted(repo, "transformer/config.json", commit), held)
+    config = _config(hub, FileRequest(repo, "transformer/config.json", commit), held)
     if not any(each.path.startswith("transformer/") and each.path.endswith(".safetensors") for each in held):
         raise _unfit(repo, "Its transformer is in no safetensors file.")
     kind = KINDS.get(str(config.get("_class_name")))
@@ -72,11 +72,11 @@ def add(repo: str, hub: Hub, *, like: str = "", accept_no_licence: bool = False)
     return presets.load(preset.name)
 
 
-def _size(hub: Hub, held: tuple[Wanted, ...], part: str) -> int:
+def _size(hub: Hub, held: tuple[FileRequest, ...], part: str) -> int:
     return sum(found.size for found in hub.plan(each for each in held if each.path.startswith(part + "/")).files)
 
 
-def _config(hub: Hub, wanted: Wanted, held: tuple[Wanted, ...]) -> dict[str, Any]:
+def _config(hub: Hub, wanted: FileRequest, held: tuple[FileRequest, ...]) -> dict[str, Any]:
     if wanted not in held:
         raise _unfit(wanted.repo, "It has no transformer/config.json.")
     try:
@@ -116,7 +116,7 @@ def _nearest(kind: str, shape: Shape) -> Preset:
     """The preset whose model has these sizes and takes subjects in this way, or the small one of its kind."""
     alike = [
         preset
-        for preset in presets.readable()
+        for preset in presets.list_readable()
         if preset.shape and preset.conditioning == kind and (preset.shape.dim, preset.shape.num_layers) ==
         (shape.dim, shape.num_layers)
     ]  # fmt: skip
@@ -137,7 +137,7 @@ def _write(preset: Preset, repo: str) -> None:
             f"Rename {repo} on the Hub, or take that preset away first.",
             field="repository",
         )
-    folder = presets.own_presets()
+    folder = presets.own_presets_dir()
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / f"{preset.name}.new"
     fresh.write_text(preset.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from engine.identity.report import REPORT, STRIP
 from engine.job import GenerateJob, read_job
 from engine.media import video
 from engine.messages import StudioError
-from engine.wan2gp import Foreign
+from engine.wan2gp import ForeignJob
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def compare_clips(a: Clip, b: Clip) -> list[tuple[str, str, str]]:
     return [(field, x, y) for field, x, y in pairs if x != y]
 
 
-def open_clip(path: Path) -> Foreign:
+def open_clip(path: Path) -> ForeignJob:
     """The job inside a clip, or in a clip or picture of Wan2GP, from wherever that comes.
 
     The paths of its pictures are a stranger's words.
@@ -106,7 +106,7 @@ def open_clip(path: Path) -> Foreign:
     Raises:
         StudioError: not a video, no document inside, or one that this studio does not read.
     """
-    found = wan2gp.opened(path)
+    found = wan2gp.read_file(path)
     if found is None:
         raise StudioError(
             f"{path.name} carries no document.",

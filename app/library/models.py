@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 
 from engine import presets
-from engine.hub.cache import Hub, Plan, Say, Unreachable, Wanted
-from engine.hub.download import bytes_of, linked_or_copied
+from engine.hub.cache import Hub, Plan, Say, HubUnreachable, FileRequest
+from engine.hub.download import file_size, link_or_copy
 from engine.hub.pickles import is_pickle
 from engine.messages import StudioError
 from engine.presets import OPTIONAL, Components, HubFiles, Preset
@@ -78,7 +78,7 @@ def state(preset: Preset, hub: Hub) -> State:
         if not preset.has(part)
     )
     judges = all(preset.has(part) for part in preset.downloads() if part in OPTIONAL)
-    arrived = sum(hub.arrived(repo) for repo in {files.repo for files in to_fetch})
+    arrived = sum(hub.count_arrived_bytes(repo) for repo in {files.repo for files in to_fetch})
     return State(preset, to_fetch, own, judges, arrived)
 
 
@@ -87,7 +87,7 @@ def named_files(preset: Preset, *, judges: bool) -> tuple[HubFiles, ...]:
     return _distinct(files for own in preset.downloads(optional=judges).values() for files in own)
 
 
-def wanted(preset: Preset, hub: Hub, *, judges: bool) -> tuple[Wanted, ...]:
+def wanted(preset: Preset, hub: Hub, *, judges: bool) -> tuple[FileRequest, ...]:
     """Every single file of it.
 
     Raises:
@@ -161,14 +161,14 @@ def gather(preset: Preset, hub: Hub, *, judges: bool) -> None:
             continue
         folder = preset.place(part)
         folder.mkdir(parents=True, exist_ok=True)
-        for each in (one for named in files for one in hub.here(named.repo, named.path, named.revision)):
-            source, target = hub.local(each), folder / Path(each.path).name
-            if source is not None and bytes_of(target) != bytes_of(source):
+        for each in (one for named in files for one in hub.list_local(named.repo, named.path, named.revision)):
+            source, target = hub.find_local(each), folder / Path(each.path).name
+            if source is not None and file_size(target) != file_size(source):
                 target.unlink(missing_ok=True)
-                linked_or_copied(source, target)
+                link_or_copy(source, target)
 
 
-def verify(preset: Preset, hub: Hub, say: Say) -> list[Wanted]:
+def verify(preset: Preset, hub: Hub, say: Say) -> list[FileRequest]:
     """Hash every file that is here again; gives the damaged ones, which are then taken away."""
     here = set(_here(preset, hub))
     return hub.verify([each for each in wanted(preset, hub, judges=True) if replace(each, xet=False) in here], say)
@@ -192,7 +192,7 @@ def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list
                 field="folder",
             )
     adopted, unknown = [], []
-    known = presets.readable()
+    known = presets.list_readable()
     asked: set[HubFiles] = set()
     first = (files for preset in known for files in named_files(preset, judges=True))
     for files in chain(first, (files for preset in known for files in _instead(preset))):
@@ -201,7 +201,7 @@ def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list
         asked.add(files)
         try:
             adopted += hub.adopt(hub.expand(files.repo, files.path, files.revision, xet=files.xet), folders, say)
-        except Unreachable:
+        except HubUnreachable:
             raise
         except StudioError as error:
             unknown.append(error)
@@ -225,7 +225,7 @@ def _instead(preset: Preset) -> Iterator[HubFiles]:
 class Removal:
     """What taking a preset away would do."""
 
-    files: tuple[Wanted, ...]
+    files: tuple[FileRequest, ...]
     num_bytes: int
     kept_for: tuple[str, ...]  # other presets here that need some of its files
 
@@ -243,8 +243,8 @@ def removal(preset: Preset, hub: Hub) -> Removal:
     others = {other.title: own & set(_here(other, hub)) for other in _others_here(preset, hub)}
     kept = set().union(*others.values())
     files = tuple(sorted(own - kept, key=lambda each: (each.repo, each.path)))
-    blobs = {path.resolve() for each in files if (path := hub.local(each)) is not None}
-    return Removal(files, sum(map(bytes_of, blobs)), tuple(title for title, shared in others.items() if shared))
+    blobs = {path.resolve() for each in files if (path := hub.find_local(each)) is not None}
+    return Removal(files, sum(map(file_size, blobs)), tuple(title for title, shared in others.items() if shared))
 
 
 def remove(preset: Preset, hub: Hub) -> Removal:
@@ -267,19 +267,19 @@ def forget(preset: Preset) -> None:
     Raises:
         StudioError: it came with the studio.
     """
-    path = presets.own_presets() / f"{preset.name}.json"
+    path = presets.own_presets_dir() / f"{preset.name}.json"
     if not path.is_file():
         raise StudioError(f"{preset.title} came with the studio.", "Only presets that you added can be forgotten.", "")
     path.unlink()
 
 
-def _here(preset: Preset, hub: Hub) -> list[Wanted]:
+def _here(preset: Preset, hub: Hub) -> list[FileRequest]:
     files = _distinct(each for own in preset.downloads(every=True).values() for each in own)
-    return [each for named in files for each in hub.here(named.repo, named.path, named.revision)]
+    return [each for named in files for each in hub.list_local(named.repo, named.path, named.revision)]
 
 
 def _others_here(preset: Preset, hub: Hub) -> list[Preset]:
-    return [other for other in presets.readable() if other.name != preset.name and state(other, hub).here]
+    return [other for other in presets.list_readable() if other.name != preset.name and state(other, hub).here]
 
 
 # --- how fast --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from engine.document import rephrased
+from engine.document import explain_validation_error
 from engine.job import NAME, Picture, Subject
 from engine.media import pictures
 from engine.messages import StudioError
@@ -70,7 +70,7 @@ class Subjects:
         try:
             subject = Subject.model_validate_json((home / "subject.json").read_text(encoding="utf-8"))
         except ValidationError as error:
-            reason = rephrased(error)
+            reason = explain_validation_error(error)
             raise StudioError(
                 f"The saved subject @{name} cannot be read.",
                 f"{reason.what} {reason.why}",

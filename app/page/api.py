@@ -104,7 +104,7 @@ def register(studio: Studio) -> None:
 
     def presets() -> dict[str, Any]:
         """The models there are: {"presets": [...]}, each with its sizes, lengths, most subjects and defaults."""
-        return {"presets": [preset.model_dump(exclude={"components"}) for preset in models.readable()]}
+        return {"presets": [preset.model_dump(exclude={"components"}) for preset in models.list_readable()]}
 
     for verb in (generate, status, cancel, clips, estimate, presets):
         gr.api(verb, api_name=verb.__name__)

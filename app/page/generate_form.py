@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from engine import lora_files, presets
-from engine.document import rephrased
+from engine.document import explain_validation_error
 from engine.job import GenerateJob, Lora, Picture, Sampling, Subject, make_job
 from engine.messages import StudioError
 from engine.presets import Preset
@@ -72,7 +72,7 @@ class Slot:
         try:
             return Subject(**self.values())
         except ValidationError as error:
-            reason = rephrased(error)
+            reason = explain_validation_error(error)
             raise StudioError(reason.what, reason.why, reason.next_step, field="subjects") from None
 
 
@@ -142,7 +142,7 @@ class Form:
     guidance_scale: float | None = None
     subject_scale: float | None = None
     text_scale: float | None = None
-    cache: str | None = None
+    step_cache: str | None = None
     shift: float | None = None
     negative_prompt: str | None = None
     until: float | None = None

@@ -26,7 +26,7 @@ from engine import lora_files, presets, wan2gp
 from engine.job import GenerateJob, make_job, read_job
 from engine.media import pictures
 from engine.messages import Cancelled, Message, Progress, StudioError
-from engine.wan2gp import Foreign
+from engine.wan2gp import ForeignJob
 
 STAGES = {
     "load": "Loading the model",
@@ -108,7 +108,7 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
     values |= {field: value for field, value in options.items() if value is not None}
     if given.size is not None:
         values["width"], values["height"] = read_size(given.size)
-    drawn = {"num_inference_steps": given.steps, "cache": given.cache}
+    drawn = {"num_inference_steps": given.steps, "step_cache": given.cache}
     if drawn := {field: value for field, value in drawn.items() if value is not None}:
         values["sampling"] = {**values.get("sampling", {}), **drawn}
     subjects = {subject["name"]: subject for subject in values.get("subjects", ())}
@@ -122,7 +122,7 @@ def read_given(given: argparse.Namespace) -> GenerateJob:
     return make_job(**{**values, "subjects": tuple(subjects.values()), "loras": tuple(loras.values())})
 
 
-def read_document(path: Path, outputs: Path) -> Foreign:
+def read_document(path: Path, outputs: Path) -> ForeignJob:
     """The job inside a .json, or inside a clip or a picture of Wan2GP, which may open no file of this machine outside
     `outputs`.
 
@@ -134,15 +134,15 @@ def read_document(path: Path, outputs: Path) -> Foreign:
             f"There is no file {path}.", "A job document or a clip was expected there.", "Check the name."
         )
     if path.suffix.lower() == ".json":
-        return Foreign(read_job(path.read_bytes()), "")
-    found = wan2gp.opened(path)
+        return ForeignJob(read_job(path.read_bytes()), "")
+    found = wan2gp.read_file(path)
     if found is None:
         raise StudioError(
             what=f"{path.name} carries no job.",
             why="Only clips of this studio and of Wan2GP hold their document, and sites that re-encode clips drop it.",
             next_step="Use the original file, or the .json beside it.",
         )
-    return replace(found, job=lora_files.detached(pictures.detached(found.job, [outputs])))
+    return replace(found, job=lora_files.drop_foreign_paths(pictures.drop_foreign_paths(found.job, [outputs])))
 
 
 def read_subject(text: str) -> tuple[str, list[dict[str, str]]]:

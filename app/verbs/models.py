@@ -103,14 +103,14 @@ def list_presets(given: argparse.Namespace, hub: Hub) -> int:
     from engine import presets
 
     rows = [("preset", "state", "to fetch", "licence", "page")]
-    for preset in presets.readable():
+    for preset in presets.list_readable():
         found = models.state(preset, hub)
         left = size(found.bytes_to_fetch) if found.to_fetch else "-"
         rows.append((preset.name, found.word, left, preset.licence, models.link(preset)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for name in set(presets.names()) - {preset.name for preset in presets.readable()}:
+    for name in set(presets.names()) - {preset.name for preset in presets.list_readable()}:
         try:
             presets.load(name)
         except StudioError as error:

@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 
 from engine.job import Sampling
 
-LONGEST = 50.0  # longest push that `projected` lets through, in one latent frame of the clean clip
+LONGEST = 50.0  # longest push that `apg` lets through, in one latent frame of the clean clip
 ALONG = 0.5  # what it keeps of a push's part along the clean clip, which lifts contrast and colour
 
 Branch = Literal["none", "subjects", "text", "full"]
@@ -37,11 +37,11 @@ def branches(sampling: Sampling) -> tuple[Branch, ...]:
     if sampling.guidance == "dual":
         # With a subject scale of 1 the prediction without subjects cancels out: the prompt alone is guided.
         return ("none", "subjects", "full") if sampling.subject_scale != 1 else ("subjects", "full")
-    if sampling.guidance == "projected":
+    if sampling.guidance == "apg":
         return ("none", "subjects", "full")
     if sampling.guidance == "chained":
         return ("none", "text", "full")
-    if sampling.guidance == "joint" and sampling.guidance_scale != 1:
+    if sampling.guidance == "cfg" and sampling.guidance_scale != 1:
         return ("none", "full")
     return ("full",)  # no guidance, or a scale of 1, where the other prediction would cancel out
 
@@ -57,21 +57,21 @@ def guided(
     Args:
         sampling: with every field its guidance uses filled in (a preset does that).
         predict: velocity (B, C, F, H, W) of one branch.
-        latents_BCFHW, sigma: what is denoised and its noise level in (0, 1]; "projected" alone asks for them.
+        latents_BCFHW, sigma: what is denoised and its noise level in (0, 1]; "apg" alone asks for them.
     """
     v = {branch: predict(branch) for branch in branches(sampling)}
     if sampling.guidance == "dual" and "none" not in v:
-        return joint(v["subjects"], v["full"], _set(sampling.text_scale))
+        return cfg(v["subjects"], v["full"], _set(sampling.text_scale))
     if sampling.guidance == "dual":
         return chain(v["none"], v["subjects"], v["full"], _set(sampling.subject_scale), _set(sampling.text_scale))
-    if sampling.guidance == "projected":
+    if sampling.guidance == "apg":
         assert latents_BCFHW is not None and sigma is not None, "projected guidance looks at the clean clip"
         scales = _set(sampling.subject_scale), _set(sampling.text_scale)
-        return projected(v["none"], v["subjects"], v["full"], latents_BCFHW, sigma, *scales)
+        return apg(v["none"], v["subjects"], v["full"], latents_BCFHW, sigma, *scales)
     if sampling.guidance == "chained":
         return chain(v["none"], v["text"], v["full"], _set(sampling.text_scale), _set(sampling.subject_scale))
     if "none" in v:
-        return joint(v["none"], v["full"], _set(sampling.guidance_scale))
+        return cfg(v["none"], v["full"], _set(sampling.guidance_scale))
     return v["full"]
 
 
@@ -80,7 +80,7 @@ def _set(scale: float | None) -> float:
     return scale
 
 
-def joint(v_none_BCFHW: Tensor, v_full_BCFHW: Tensor, scale: float) -> Tensor:
+def cfg(v_none_BCFHW: Tensor, v_full_BCFHW: Tensor, scale: float) -> Tensor:
     """Away from neither, towards both at once; the paper's way (2.5, one number for pictures and prompt).
 
     Args:
@@ -119,7 +119,7 @@ def chain(
     return v_none_BCFHW + first_scale * towards_first + then_scale * towards_both
 
 
-def projected(
+def apg(
     v_none_BCFHW: Tensor,
     v_subjects_BCFHW: Tensor,
     v_full_BCFHW: Tensor,

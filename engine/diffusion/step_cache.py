@@ -9,7 +9,7 @@ answer of the model tells by itself: it is compared with the line that would hav
 by its bend times the distances to both points it was drawn through, so the next misses are known before they happen,
 and their sum is held below the tolerance. Nothing has to be calibrated for a model, a schedule or a number of steps.
 
-All branches of guidance are left out in the same steps. Merging them is linear (but for "projected"), so the line
+All branches of guidance are left out in the same steps. Merging them is linear (but for "apg"), so the line
 through two merged velocities is the merged lines of the branches, and one state serves all of them. Left out in steps
 of their own, they contradict each other, and guidance makes that louder (docs/log.md).
 
@@ -24,21 +24,21 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from engine.diffusion.solvers import Predict, Solver
-from engine.presets import Caching
+from engine.presets import StepCacheModes
 
 FIRST = 3  # a line takes two answers, and a third one tells how well it fits
 IN_A_ROW = 4  # a bend that was measured further back says little
 
 
-def chosen(word: str | None, caching: Caching, predict: Predict, solver: Solver) -> Predict:
+def with_step_cache(word: str | None, caching: StepCacheModes, predict: Predict, solver: Solver) -> Predict:
     """The prediction of one clip under the word that its document says: off (`predict` itself), careful or fast."""
     if word in (None, "off"):
         return predict
     tolerance = getattr(caching, word).tolerance
-    return LeavingOut(predict, solver.sigmas[:-1].tolist(), tolerance)
+    return StepCache(predict, solver.sigmas[:-1].tolist(), tolerance)
 
 
-class LeavingOut:
+class StepCache:
     """The prediction of one clip with steps left out; made anew for every clip, so nothing is carried over.
 
     Args:

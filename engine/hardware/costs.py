@@ -3,7 +3,7 @@
 In:  a preset's shape, safetensors files' headers, a resolved job.
 Out: counts and bytes. Knows nothing of torch, of machines or of limits.
 
-What a forward needs beside the weights was read off the models themselves on the meta device (tests/test_memory.py does
+What a forward needs beside the weights was read off the models themselves on the meta device (test_predicted_memory.py does
 it again): its largest moment is either the inside of a block's feed-forward part, or one of Wan's norms in fp32.
 
 Units: bytes unless a name says otherwise; a token is one patch of the video.
@@ -251,8 +251,8 @@ class Load:
 
 VLM_TOKENS = 256  # a prompt and what the pictures add, for a start
 TEXT_TOKENS = 512
-FORWARDS = {"none": 1, "joint": 2, "dual": 3, "projected": 3, "chained": 3}
-ALONE = {"none": 0, "joint": 1, "dual": 1, "projected": 1, "chained": 2}  # of them, the branches without subjects
+FORWARDS = {"none": 1, "cfg": 2, "dual": 3, "apg": 3, "chained": 3}
+ALONE = {"none": 0, "cfg": 1, "dual": 1, "apg": 1, "chained": 2}  # of them, the branches without subjects
 
 
 def load_of(job: GenerateJob, preset: Preset) -> Load:
@@ -274,10 +274,10 @@ def load_of(job: GenerateJob, preset: Preset) -> Load:
         pixels=job.width * job.height,
         pictures=pictures,
         subject_tokens=read,
-        forwards=FORWARDS[settings.guidance or "joint"],
+        forwards=FORWARDS[settings.guidance or "cfg"],
         steps=settings.num_inference_steps or 1,
         source_tokens=sources,
-        alone=ALONE[settings.guidance or "joint"],
+        alone=ALONE[settings.guidance or "cfg"],
     )
 
 

@@ -1,6 +1,6 @@
 """The files a preset needs, brought from the Hub once, whole and verified, to where every library looks for them.
 
-In:  `Wanted` files (repository, revision, path), a cache folder, perhaps a token.
+In:  `FileRequest` files (repository, revision, path), a cache folder, perhaps a token.
 Out: a plan (what is here, what is missing, how large), then the files in huggingface_hub's own cache layout.
 Knows nothing of models or presets, and of how bytes are moved (`engine.hub.download`). The library tells sizes, hashes,
 commits, what a folder holds and under which licence.
@@ -45,7 +45,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from engine.hub import download, pickles
-from engine.hub.download import Damaged, Refused, Source, bytes_of, hash_of, linked_or_copied
+from engine.hub.download import DamagedDownload, ServerRefusal, Source, file_size, hash_file, link_or_copy
 from engine.hub.pickles import is_pickle
 from engine.messages import StudioError
 
@@ -55,7 +55,7 @@ WEIGHTS = (".safetensors", ".gguf", ".onnx")  # of a folder, the first of these 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FileRequest:
     """One file of a repository."""
 
     repo: str  # owner/name
@@ -74,15 +74,15 @@ class Wanted:
                 )
 
 
-class Unreachable(StudioError):
+class HubUnreachable(StudioError):
     """The Hub itself does not answer, so that asking it about other files is no use."""
 
 
 @dataclass(frozen=True)
-class Found:
+class RemoteFile:
     """What the Hub says of a file."""
 
-    wanted: Wanted
+    wanted: FileRequest
     commit: str
     hash: str  # sha256 of a large file, git's sha1 of a small one
     size: int  # bytes
@@ -94,9 +94,9 @@ class Found:
 class Plan:
     """What pulling would do."""
 
-    files: tuple[Found, ...]
-    missing: tuple[Found, ...]  # each blob once, however many files share it
-    to_convert: tuple[Found, ...]  # pickles that no safetensors have been made of
+    files: tuple[RemoteFile, ...]
+    missing: tuple[RemoteFile, ...]  # each blob once, however many files share it
+    to_convert: tuple[RemoteFile, ...]  # pickles that no safetensors have been made of
     bytes_to_fetch: int
     bytes_free: int
 
@@ -141,40 +141,40 @@ class Hub:
 
     # --- what is here ---
 
-    def local(self, wanted: Wanted) -> Path | None:
+    def find_local(self, wanted: FileRequest) -> Path | None:
         """Where the file lies, when it is here; of a pickle, the safetensors made of it. Asks nobody."""
         path = self.place(wanted.repo, wanted.path, wanted.revision)
         return path if path.is_file() else None
 
     def place(self, repo: str, path: str, revision: str = "main") -> Path:
         """Where a file or a folder of a repository lies, or would lie once it is fetched; asks nobody."""
-        folder = self._repo(repo)
+        folder = self._repo_folder(repo)
         reference = folder / "refs" / revision
         commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-        return folder / "snapshots" / commit / _name(path)
+        return folder / "snapshots" / commit / _snapshot_name(path)
 
-    def here(self, repo: str, path: str = "", revision: str = "main") -> tuple[Wanted, ...]:
+    def list_local(self, repo: str, path: str = "", revision: str = "main") -> tuple[FileRequest, ...]:
         """Which files of that name are here, a folder's with all below it; asks nobody."""
         place = self.place(repo, path, revision)
         if place.is_file():
-            return (Wanted(repo, path, revision),)
-        names = [f"{path}/{each.relative_to(place).as_posix()}".strip("/") for each in _files(place)]
-        return tuple(Wanted(repo, name, revision) for name in names)
+            return (FileRequest(repo, path, revision),)
+        names = [f"{path}/{each.relative_to(place).as_posix()}".strip("/") for each in _list_files(place)]
+        return tuple(FileRequest(repo, name, revision) for name in names)
 
-    def arrived(self, repo: str) -> int:
+    def count_arrived_bytes(self, repo: str) -> int:
         """Bytes of a repository's files that are not whole yet, or pickles still; asks nobody."""
-        blobs = self._repo(repo) / "blobs"
-        return sum(bytes_of(part) for kind in ("*.part", "*.pickle") for part in blobs.glob(kind))
+        blobs = self._repo_folder(repo) / "blobs"
+        return sum(file_size(part) for kind in ("*.part", "*.pickle") for part in blobs.glob(kind))
 
-    def plan(self, wanted: Iterable[Wanted]) -> Plan:
+    def plan(self, wanted: Iterable[FileRequest]) -> Plan:
         """Ask the Hub about every file, and compare with what is here.
 
         Raises:
             StudioError: offline, no such repository or file, or no right to read it.
         """
-        files = tuple(self._ask(each) for each in wanted)
-        unmade = [found for found in files if self._made(found) is None]
-        missing = {found.hash: found for found in unmade if self._twin(found) is None}
+        files = tuple(self._look_up(each) for each in wanted)
+        unmade = [found for found in files if self._find_converted(found) is None]
+        missing = {found.hash: found for found in unmade if self._find_bytes(found) is None}
         pickled = {found.hash: found for found in unmade if is_pickle(found.wanted.path)}
         here = sum(self._part_bytes(found) for found in missing.values())
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ class Hub:
 
     # --- bringing them here ---
 
-    def pull(self, wanted: Iterable[Wanted], say: Say) -> list[Path]:
+    def pull(self, wanted: Iterable[FileRequest], say: Say) -> list[Path]:
         """Fetch what is missing, and make safetensors of pickles; gives every file's path.
 
         Raises:
@@ -193,7 +193,7 @@ class Hub:
         """
         plan = self.plan(wanted)
         if not plan.fits:
-            needed, free = _gigabytes(plan.bytes_to_fetch + plan.bytes_to_convert), _gigabytes(plan.bytes_free)
+            needed, free = _format_gigabytes(plan.bytes_to_fetch + plan.bytes_to_convert), _format_gigabytes(plan.bytes_free)
             raise StudioError(
                 f"These files need {needed} GB, and {free} GB are free.",
                 f"They would lie in {self.cache}.",
@@ -204,7 +204,7 @@ class Hub:
         total += plan.bytes_to_convert
         for found in dict.fromkeys((*plan.missing, *plan.to_convert)):
             name = found.wanted.path
-            with self._explained(found):
+            with self._explain_errors(found):
                 if found in plan.missing:
                     self._fetch(found, lambda here, name=name, before=done: say(before + here, total, name))
                     done += found.size
@@ -212,24 +212,24 @@ class Hub:
                     name += ", into safetensors"
                     self._convert(found, lambda here, name=name, before=done: say(before + here, total, name))
                     done += found.size
-        return [self._point(found) for found in plan.files]
+        return [self._link_snapshot(found) for found in plan.files]
 
-    def verify(self, wanted: Iterable[Wanted], say: Say) -> list[Wanted]:
+    def verify(self, wanted: Iterable[FileRequest], say: Say) -> list[FileRequest]:
         """Hash every file again; gives those that are damaged or not here, and takes the damaged ones away."""
-        files, broken, done = [self._ask(each) for each in wanted], [], 0
+        files, broken, done = [self._look_up(each) for each in wanted], [], 0
         total = sum(found.size for found in files)
         for found in files:
-            made = self._made(found)
-            blob, digest = (made, pickles.own_hash(made)) if made else (self._blob(found), found.hash)
-            if not blob.is_file() or hash_of(blob, digest)[: len(digest)] != digest:
+            made = self._find_converted(found)
+            blob, digest = (made, pickles.hash_in_name(made)) if made else (self._blob_path(found), found.hash)
+            if not blob.is_file() or hash_file(blob, digest)[: len(digest)] != digest:
                 blob.unlink(missing_ok=True)
-                self._pointer(found).unlink(missing_ok=True)  # a copy, where links are not to be had
+                self._snapshot_path(found).unlink(missing_ok=True)  # a copy, where links are not to be had
                 broken.append(found.wanted)
             done += found.size
             say(done, total, found.wanted.path)
         return broken
 
-    def adopt(self, wanted: Iterable[Wanted], folders: Sequence[Path], say: Say) -> list[Path]:
+    def adopt(self, wanted: Iterable[FileRequest], folders: Sequence[Path], say: Say) -> list[Path]:
         """Take files over that another program has already fetched, known by their size and then by their hash.
 
         They are linked where the disk allows it, else copied; the other program keeps its own.
@@ -237,34 +237,34 @@ class Hub:
         plan, adopted = self.plan(wanted), []
         hashes = {found.hash: found for found in plan.missing}
         sizes = {found.size for found in plan.missing}
-        candidates = [path for folder in folders for path in _files(folder) if path.stat().st_size in sizes]
+        candidates = [path for folder in folders for path in _list_files(folder) if path.stat().st_size in sizes]
         for number, path in enumerate(candidates, start=1):
             say(number, len(candidates), path.name)
             size = path.stat().st_size
             for digits in {len(found.hash) for found in hashes.values() if found.size == size}:
-                found = hashes.pop(hash_of(path, "0" * digits), None)
+                found = hashes.pop(hash_file(path, "0" * digits), None)
                 if found is not None:
-                    self._blob(found).parent.mkdir(parents=True, exist_ok=True)
-                    linked_or_copied(path, self._blob(found))
+                    self._blob_path(found).parent.mkdir(parents=True, exist_ok=True)
+                    link_or_copy(path, self._blob_path(found))
                     adopted.append(path)
         for found in plan.files:
-            if found in plan.to_convert and self._twin(found) is not None:
+            if found in plan.to_convert and self._find_bytes(found) is not None:
                 self._convert(found, lambda here, f=found: say(here, f.size, f"{f.wanted.path}, into safetensors"))
-            if self._made(found) or self._twin(found):
-                self._point(found)
+            if self._find_converted(found) or self._find_bytes(found):
+                self._link_snapshot(found)
         return adopted
 
-    def remove(self, wanted: Iterable[Wanted], keep: Iterable[Wanted]) -> int:
+    def remove(self, wanted: Iterable[FileRequest], keep: Iterable[FileRequest]) -> int:
         """Take files away that nobody in `keep` needs; gives the bytes that this frees."""
-        kept = {(each.repo, path.resolve()) for each in keep if (path := self.local(each)) is not None}
+        kept = {(each.repo, path.resolve()) for each in keep if (path := self.find_local(each)) is not None}
         freed = 0
         for each in wanted:
-            path = self.local(each)
+            path = self.find_local(each)
             if path is None or (each.repo, path.resolve()) in kept:
                 continue
-            size, blobs = path.stat().st_size, self._repo(each.repo) / "blobs"
+            size, blobs = path.stat().st_size, self._repo_folder(each.repo) / "blobs"
             # Where links are not to be had, the name is a second name of the blob, or a copy of it.
-            same = [blob for blob in blobs.glob("*") if bytes_of(blob) == size and _same(blob, path)]
+            same = [blob for blob in blobs.glob("*") if file_size(blob) == size and _is_same_file(blob, path)]
             path.unlink()
             for blob in same:
                 blob.unlink()
@@ -275,67 +275,67 @@ class Hub:
         """Take away what has arrived of files that are not whole; gives the bytes that this frees."""
         freed = 0
         for found in dict.fromkeys((*plan.missing, *plan.to_convert)):
-            blobs = self._repo(found.wanted.repo) / "blobs"
+            blobs = self._repo_folder(found.wanted.repo) / "blobs"
             for suffix in (".part", ".pickle", ".converting", ".converting.new"):
-                freed += bytes_of(blobs / f"{found.hash}{suffix}")
+                freed += file_size(blobs / f"{found.hash}{suffix}")
                 (blobs / f"{found.hash}{suffix}").unlink(missing_ok=True)
             (blobs / f"{found.hash}.etag").unlink(missing_ok=True)
         return freed
 
     # --- one file ---
 
-    def _fetch(self, found: Found, say: Callable[[int], None]) -> None:
+    def _fetch(self, found: RemoteFile, say: Callable[[int], None]) -> None:
         """The blob of one file, by however many connections it takes."""
 
         def bring(part: Path, say: Callable[[int], None]) -> None:
             if found.xet:
                 wanted = found.wanted
-                download.by_library(
-                    wanted.repo, wanted.path, found.commit, part, say, endpoint=self.endpoint, token=self._secret()
+                download.download_by_library(
+                    wanted.repo, wanted.path, found.commit, part, say, endpoint=self.endpoint, token=self._get_token()
                 )
             else:
-                again = lambda: self._source(self._ask(found.wanted))  # noqa: E731
+                again = lambda: self._source(self._look_up(found.wanted))  # noqa: E731
                 download.transfer(self._source(found), part, say, again=again, pause=self._pause)
 
-        blob = self._blob(found)
-        download.fetch(blob, found.hash, bring, say, there=lambda: blob.is_file() or self._made(found) is not None)
+        blob = self._blob_path(found)
+        download.fetch(blob, found.hash, bring, say, there=lambda: blob.is_file() or self._find_converted(found) is not None)
 
-    def _convert(self, found: Found, say: Callable[[int], None]) -> None:
+    def _convert(self, found: RemoteFile, say: Callable[[int], None]) -> None:
         """Safetensors of a pickle that is here; then what was fetched of it goes, also where it holds no weights."""
-        own, source = self._blob(found), self._twin(found)
+        own, source = self._blob_path(found), self._find_bytes(found)
         if source is None:  # another process has just done it
             return
         try:
-            pickles.converted(source, own.parent, found.hash, say, name=found.wanted.path)
+            pickles.convert_once(source, own.parent, found.hash, say, name=found.wanted.path)
         except pickles.NotWeights:
             own.unlink(missing_ok=True)
             raise
         own.unlink(missing_ok=True)
 
-    def _source(self, found: Found) -> Source:
+    def _source(self, found: RemoteFile) -> Source:
         """With the token only where the Hub itself has the bytes."""
         own = urlsplit(found.location).netloc == urlsplit(self.endpoint).netloc
-        secret = self._secret() if own else None
+        secret = self._get_token() if own else None
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         return Source(found.location, headers, found.hash, found.size)
 
     # --- the layout ---
 
-    def _point(self, found: Found) -> Path:
+    def _link_snapshot(self, found: RemoteFile) -> Path:
         """The snapshot's name for a blob, and the revision's name for the snapshot."""
-        folder, twin = self._repo(found.wanted.repo), self._made(found) or self._twin(found)
+        folder, twin = self._repo_folder(found.wanted.repo), self._find_converted(found) or self._find_bytes(found)
         blob = folder / "blobs" / (twin.name if twin is not None else found.hash)
         if twin is not None and twin != blob:
             blob.parent.mkdir(parents=True, exist_ok=True)
-            linked_or_copied(twin, blob)
-        path = self._pointer(found)
+            link_or_copy(twin, blob)
+        path = self._snapshot_path(found)
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # a link that leads nowhere
             try:
                 path.symlink_to(os.path.relpath(blob, path.parent))
             except OSError:  # Windows without the right to make links
-                linked_or_copied(blob, path)
+                link_or_copy(blob, path)
         reference = folder / "refs" / found.wanted.revision
         if found.wanted.revision != found.commit:
             reference.parent.mkdir(parents=True, exist_ok=True)
@@ -344,35 +344,35 @@ class Hub:
             fresh.replace(reference)
         return path
 
-    def _pointer(self, found: Found) -> Path:
-        return self._repo(found.wanted.repo) / "snapshots" / found.commit / _name(found.wanted.path)
+    def _snapshot_path(self, found: RemoteFile) -> Path:
+        return self._repo_folder(found.wanted.repo) / "snapshots" / found.commit / _snapshot_name(found.wanted.path)
 
-    def _repo(self, repo: str) -> Path:
-        return self.cache / f"models--{_checked(repo).replace('/', '--')}"
+    def _repo_folder(self, repo: str) -> Path:
+        return self.cache / f"models--{_check_repo_id(repo).replace('/', '--')}"
 
-    def _blob(self, found: Found) -> Path:
+    def _blob_path(self, found: RemoteFile) -> Path:
         """Where its bytes are fetched to."""
         name = f"{found.hash}.pickle" if is_pickle(found.wanted.path) else found.hash
-        return self._repo(found.wanted.repo) / "blobs" / name
+        return self._repo_folder(found.wanted.repo) / "blobs" / name
 
-    def _twin(self, found: Found) -> Path | None:
+    def _find_bytes(self, found: RemoteFile) -> Path | None:
         """The same bytes, in this repository's folder or, where two repositories hold one file, in another's."""
-        blob = self._blob(found)
+        blob = self._blob_path(found)
         return blob if blob.is_file() else next(iter(self.cache.glob(f"models--*/blobs/{found.hash}")), None)
 
-    def _made(self, found: Found) -> Path | None:
+    def _find_converted(self, found: RemoteFile) -> Path | None:
         """The safetensors that were made of a pickle, in this repository's folder or in another's."""
         if not is_pickle(found.wanted.path):
             return None
-        made = pickles.made_of(self._blob(found).parent, found.hash)
+        made = pickles.find_converted(self._blob_path(found).parent, found.hash)
         return made or next(iter(self.cache.glob(f"models--*/blobs/{found.hash}.*.safetensors")), None)
 
-    def _part_bytes(self, found: Found) -> int:
-        return bytes_of(self._blob(found).with_suffix(".part"))
+    def _part_bytes(self, found: RemoteFile) -> int:
+        return file_size(self._blob_path(found).with_suffix(".part"))
 
     # --- asking ---
 
-    def expand(self, repo: str, path: str = "", revision: str = "main", *, xet: bool = False) -> tuple[Wanted, ...]:
+    def expand(self, repo: str, path: str = "", revision: str = "main", *, xet: bool = False) -> tuple[FileRequest, ...]:
         """The files that a name stands for: itself, or what a folder holds of configs, tokenizers and weights.
 
         Nothing that could run code is ever among them unless it was named itself. Of several sets of weights there is
@@ -384,17 +384,17 @@ class Hub:
             StudioError: no such repository or folder, no right to read it, or nothing in it that could be used.
         """
         if is_file(path):
-            return (Wanted(repo, path, revision, xet),)
+            return (FileRequest(repo, path, revision, xet),)
         if constants.HF_HUB_OFFLINE:
-            names = [each.path for each in self.here(repo, path, revision)]
+            names = [each.path for each in self.list_local(repo, path, revision)]
         else:
-            folder = Wanted(repo, path or ".gitattributes", revision)  # checks the name; a sentence needs it, too
+            folder = FileRequest(repo, path or ".gitattributes", revision)  # checks the name; a sentence needs it, too
             # Once: for a listing the library itself asks six times, over 23 s.
-            listed = self._asked(folder, lambda api: list(self._tree(api, repo, path, revision)), tries=1)
+            listed = self._ask_hub(folder, lambda api: list(self._tree(api, repo, path, revision)), tries=1)
             names = [each.path for each in listed if isinstance(each, RepoFile)]
-        chosen = _one_set(sorted(names))
+        chosen = _select_files(sorted(names))
         if not chosen and constants.HF_HUB_OFFLINE:
-            raise _unknown(Wanted(repo, path or "README.md", revision), OfflineModeIsEnabled())
+            raise _explain_refusal(FileRequest(repo, path or "README.md", revision), OfflineModeIsEnabled())
         if not chosen:
             raise StudioError(
                 f"{repo}/{path} holds no weights that could be opened here.".replace("/ ", " "),
@@ -402,70 +402,70 @@ class Hub:
                 "Choose a repository with safetensors files.",
                 field="repository",
             )
-        return tuple(Wanted(repo, name, revision, xet) for name in chosen)
+        return tuple(FileRequest(repo, name, revision, xet) for name in chosen)
 
     def licence(self, repo: str, revision: str = "main") -> tuple[str, str]:
         """Licence of a repository as its card names it, empty where it names none; and the commit it is at."""
-        told = self._asked(
-            Wanted(repo, "README.md", revision), lambda api: api.model_info(repo, revision=revision, timeout=30)
+        told = self._ask_hub(
+            FileRequest(repo, "README.md", revision), lambda api: api.model_info(repo, revision=revision, timeout=30)
         )
         named = [tag.removeprefix("license:") for tag in told.tags or [] if tag.startswith("license:")]
         named += [str(told.card_data.get("license"))] if told.card_data and told.card_data.get("license") else []
         return named[-1] if named else "", told.sha or revision
 
-    def read(self, wanted: Wanted) -> str:
+    def read(self, wanted: FileRequest) -> str:
         """A small text file, such as a config, fetched if need be."""
-        path = self.local(wanted) or self.pull([wanted], lambda *_: None)[0]
+        path = self.find_local(wanted) or self.pull([wanted], lambda *_: None)[0]
         return path.read_text(encoding="utf-8")
 
     @staticmethod
     def _tree(api: HfApi, repo: str, path: str, revision: str):
         return api.list_repo_tree(repo, path or None, recursive=True, revision=revision)
 
-    def _secret(self) -> str | None:
+    def _get_token(self) -> str | None:
         from huggingface_hub import get_token
 
         return self._token or get_token()
 
-    def _asked(self, wanted: Wanted, question: Callable[[HfApi], T], *, tries: int = download.TRIES) -> T:
+    def _ask_hub(self, wanted: FileRequest, question: Callable[[HfApi], T], *, tries: int = download.TRIES) -> T:
         """The Hub's answer, asked again while it is busy."""
-        _checked(wanted.repo)
+        _check_repo_id(wanted.repo)
         failures = 0
         while True:
             try:
-                return question(HfApi(endpoint=self.endpoint, token=self._secret() or False))
+                return question(HfApi(endpoint=self.endpoint, token=self._get_token() or False))
             except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, OfflineModeIsEnabled) as error:
-                raise _unknown(wanted, error) from None
+                raise _explain_refusal(wanted, error) from None
             except (HfHubHTTPError, httpx2.TransportError, OSError) as error:
                 failures += 1
                 if failures >= tries:
-                    raise _unknown(wanted, error) from None
+                    raise _explain_refusal(wanted, error) from None
                 time.sleep(self._pause(failures))
 
-    def _ask(self, wanted: Wanted) -> Found:
+    def _look_up(self, wanted: FileRequest) -> RemoteFile:
         """The Hub's word on a file."""
-        url = hf_hub_url(_checked(wanted.repo), wanted.path, revision=wanted.revision, endpoint=self.endpoint)
-        told = self._asked(
-            wanted, lambda _: get_hf_file_metadata(url, token=self._secret() or False, endpoint=self.endpoint)
+        url = hf_hub_url(_check_repo_id(wanted.repo), wanted.path, revision=wanted.revision, endpoint=self.endpoint)
+        told = self._ask_hub(
+            wanted, lambda _: get_hf_file_metadata(url, token=self._get_token() or False, endpoint=self.endpoint)
         )
         names = (told.commit_hash or "", told.etag or "")  # both become names of files
         if told.size is None or not all(re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) for name in names):
-            raise _unknown(wanted, ValueError("the answer names no commit, hash or size"))
+            raise _explain_refusal(wanted, ValueError("the answer names no commit, hash or size"))
         # A file that has a place to be fetched from is redirected there; what is in Xet alone answers for itself.
         alone = told.xet_file_data is not None and urlsplit(told.location).path == urlsplit(url).path
-        return Found(wanted, *names, told.size, told.location, wanted.xet or alone)
+        return RemoteFile(wanted, *names, told.size, told.location, wanted.xet or alone)
 
     @contextmanager
-    def _explained(self, found: Found):
+    def _explain_errors(self, found: RemoteFile):
         try:
             yield
-        except Damaged:
+        except DamagedDownload:
             raise StudioError(
                 f"{found.wanted.path} arrived damaged, twice.",
                 f"Its bytes do not have the hash that {found.wanted.repo} names.",
                 "Try again later; nothing of it was kept.",
             ) from None
-        except (Refused, OSError, HTTPException, HfHubHTTPError) as error:
+        except (ServerRefusal, OSError, HTTPException, HfHubHTTPError) as error:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG)
             raise StudioError(
                 f"{found.wanted.path} could not be fetched whole.",
@@ -474,17 +474,17 @@ class Hub:
             ) from None
 
 
-def _name(path: str) -> Path:
+def _snapshot_name(path: str) -> Path:
     """A file's name in the snapshot: its own, or that of the safetensors made of a pickle."""
     return Path(*f"{path}.safetensors".split("/")) if is_pickle(path) else Path(*path.split("/"))
 
 
-def _same(blob: Path, path: Path) -> bool:
+def _is_same_file(blob: Path, path: Path) -> bool:
     """Whether a name of a snapshot stands for this blob."""
     return blob.samefile(path) or (not path.is_symlink() and filecmp.cmp(blob, path, shallow=False))
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
 
 
@@ -493,36 +493,36 @@ def is_file(path: str) -> bool:
     return bool(re.fullmatch(r"\.[A-Za-z][A-Za-z0-9_]*", PurePosixPath(path).suffix))
 
 
-def _one_set(names: Sequence[str]) -> list[str]:
+def _select_files(names: Sequence[str]) -> list[str]:
     """Configs, tokenizers, and weights of one kind; plain names before variants of the same weights."""
     weights = next((found for kind in WEIGHTS if (found := [n for n in names if n.endswith(kind)])), [])
-    plain = {(PurePosixPath(n).parent, _stem(n)) for n in weights if not _variant(n)}
-    weights = [n for n in weights if not _variant(n) or (PurePosixPath(n).parent, _stem(n)) not in plain]
-    sharded = {(PurePosixPath(n).parent, _stem(n)) for n in names if n.endswith(".safetensors.index.json")}
-    weights = [n for n in weights if "-of-" in n or (PurePosixPath(n).parent, _stem(n)) not in sharded]
+    plain = {(PurePosixPath(n).parent, _weights_stem(n)) for n in weights if not _is_variant(n)}
+    weights = [n for n in weights if not _is_variant(n) or (PurePosixPath(n).parent, _weights_stem(n)) not in plain]
+    sharded = {(PurePosixPath(n).parent, _weights_stem(n)) for n in names if n.endswith(".safetensors.index.json")}
+    weights = [n for n in weights if "-of-" in n or (PurePosixPath(n).parent, _weights_stem(n)) not in sharded]
     telling = [n for n in names if n.endswith(TELLING) and not n.endswith(".index.json")]
     indices = [n for n in names if n.endswith(".safetensors.index.json")]
-    indices = [n for n in indices if not _variant(n) or (PurePosixPath(n).parent, _stem(n)) not in plain]
+    indices = [n for n in indices if not _is_variant(n) or (PurePosixPath(n).parent, _weights_stem(n)) not in plain]
     return sorted([*telling, *indices, *weights])
 
 
 _NAME = re.compile(r"(?P<stem>.+?)(?P<variant>\.(?:fp16|bf16|fp32|fp8|int8|non_ema|ema))?(?P<shard>-\d{5}-of-\d{5})?$")
 
 
-def _stem(name: str) -> str:
+def _weights_stem(name: str) -> str:
     """The weights that a file belongs to, without shard number and variant."""
     bare = PurePosixPath(name).name.removesuffix(".index.json").rpartition(".")[0]
     match = _NAME.fullmatch(bare)
     return match["stem"] if match else bare
 
 
-def _variant(name: str) -> bool:
+def _is_variant(name: str) -> bool:
     bare = PurePosixPath(name).name.removesuffix(".index.json").rpartition(".")[0]
     match = _NAME.fullmatch(bare)
     return bool(match and match["variant"])
 
 
-def _checked(repo: str) -> str:
+def _check_repo_id(repo: str) -> str:
     """The id, when it is one: owner/name, of letters, digits, dots, dashes and underscores.
 
     Raises:
@@ -539,7 +539,7 @@ def _checked(repo: str) -> str:
     )
 
 
-def _unknown(wanted: Wanted, error: Exception) -> StudioError:
+def _explain_refusal(wanted: FileRequest, error: Exception) -> StudioError:
     reasons = {
         GatedRepoError: "Its owner asks everyone to accept terms on its page first.",
         RepositoryNotFoundError: "There is no such repository, or it is private and no token was given.",
@@ -557,7 +557,7 @@ def _unknown(wanted: Wanted, error: Exception) -> StudioError:
     elif isinstance(error, OfflineModeIsEnabled):
         step = "Start without --offline once; what has been fetched then works offline."
     whole = isinstance(error, RepositoryNotFoundError)  # a gated one among them
-    kind = StudioError if reason else Unreachable
+    kind = StudioError if reason else HubUnreachable
     return kind(
         f"{wanted.repo if whole else f'{wanted.path} of {wanted.repo}'} is not to be had.",
         reason or f"The Hub does not answer ({str(error)[:120] or type(error).__name__}).",
@@ -566,5 +566,5 @@ def _unknown(wanted: Wanted, error: Exception) -> StudioError:
     )
 
 
-def _gigabytes(count: int) -> str:
+def _format_gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f}"

@@ -45,7 +45,7 @@ class Source:
     size: int  # bytes
 
 
-class Refused(Exception):
+class ServerRefusal(Exception):
     """The server answered, and not with the file."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Refused(Exception):
         self.wait_s, self.stale, self.for_good = wait_s, stale, for_good
 
 
-class Damaged(Exception):
+class DamagedDownload(Exception):
     """It arrived whole, twice, and its bytes were wrong both times."""
 
 
@@ -77,23 +77,23 @@ def fetch(
         Damaged: the bytes had another hash twice; nothing of them is kept.
     """
     part = blob.with_suffix(".part")
-    with alone(blob.with_suffix(".lock"), lambda: say(bytes_of(part))):
+    with exclusive_lock(blob.with_suffix(".lock"), lambda: say(file_size(part))):
         damaged = False
         while not (there or blob.is_file)():  # another process may have brought it while this one waited
             part.touch()
             bring(part, say)
             part.with_suffix(".etag").unlink(missing_ok=True)
-            if hash_of(part, digest) == digest:
+            if hash_file(part, digest) == digest:
                 part.replace(blob)
                 return
             part.unlink()
             if damaged:
-                raise Damaged
+                raise DamagedDownload
             damaged = True
 
 
 @contextmanager
-def alone(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def exclusive_lock(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Inside, no other process holds this lock. What `waiting`, called now and then before, raises ends the wait."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
@@ -127,13 +127,13 @@ def transfer(
         Refused, OSError, HTTPException: the line stayed dead, or the disk is full; the part stays.
     """
     failures = 0
-    while (have := bytes_of(part)) < source.size:
+    while (have := file_size(part)) < source.size:
         try:
             _stream(source, part, have, say)
             if part.is_file() and part.stat().st_size == have:
                 raise ConnectionError("an answer without a byte")
             failures = 0
-        except Refused as refusal:
+        except ServerRefusal as refusal:
             failures += 1
             if failures >= TRIES or refusal.for_good:
                 raise
@@ -141,16 +141,16 @@ def transfer(
             if refusal.stale:
                 source = again()
         except (OSError, HTTPException) as error:
-            if isinstance(error, OSError) and error.errno is not None and not _of_the_line(error):
+            if isinstance(error, OSError) and error.errno is not None and not _is_connection_error(error):
                 raise  # the disk, not the line
-            grown = bytes_of(part) > have
+            grown = file_size(part) > have
             failures = 1 if grown else failures + 1
             if failures >= TRIES:
                 raise
             time.sleep(min(SOON_S, pause(1)) if grown else pause(failures))
     if part.stat().st_size > source.size:
         part.unlink()
-        raise Refused("it is longer than it should be")
+        raise ServerRefusal("it is longer than it should be")
 
 
 def _stream(source: Source, part: Path, have: int, say: Callable[[int], None]) -> None:
@@ -175,7 +175,7 @@ def _stream(source: Source, part: Path, have: int, say: Callable[[int], None]) -
             part.unlink(missing_ok=True)
             return
         wait = error.headers.get("Retry-After", "") if error.headers else ""
-        raise Refused(
+        raise ServerRefusal(
             f"the server answered {error.code}",
             wait_s=min(60.0, float(wait)) if wait.isdigit() else None,
             stale=error.code in (401, 403),
@@ -196,7 +196,7 @@ def _copy(answer: Any, file: IO[bytes], have: int, say: Callable[[int], None]) -
         raise IncompleteRead(b"", left)
 
 
-def _of_the_line(error: OSError) -> bool:
+def _is_connection_error(error: OSError) -> bool:
     """Whether a fault is the connection's; a full or broken disk is not worth another try."""
     return isinstance(error, (ConnectionError, TimeoutError, urllib.error.URLError))
 
@@ -209,7 +209,7 @@ _BY_LIBRARY = (
 )
 
 
-def by_library(
+def download_by_library(
     repo: str, path: str, commit: str, part: Path, say: Callable[[int], None], *, endpoint: str, token: str | None
 ) -> None:
     """One file through huggingface_hub's own download, which speaks to the Xet store; then it is the part.
@@ -234,29 +234,29 @@ def by_library(
             )  # fmt: skip
             try:
                 while (code := child.poll()) is None:
-                    say(max((bytes_of(file) for file in folder.rglob("*.incomplete")), default=0))
+                    say(max((file_size(file) for file in folder.rglob("*.incomplete")), default=0))
                     time.sleep(LOOK_S)
             finally:
                 child.kill()
                 child.wait()
             if code:
                 said.seek(0)
-                raise Refused((said.read().strip().splitlines() or [f"exit code {code}"])[-1][:200])
+                raise ServerRefusal((said.read().strip().splitlines() or [f"exit code {code}"])[-1][:200])
         (folder / path).replace(part)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    say(bytes_of(part))
+    say(file_size(part))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def bytes_of(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Size of a file; 0 where there is none."""
     return path.stat().st_size if path.is_file() else 0
 
 
-def hash_of(path: Path, like: str) -> str:
+def hash_file(path: Path, like: str) -> str:
     """sha256, or git's sha1 where the Hub names that: as many digits as `like` has."""
     digest = hashlib.sha256()
     if len(like) == 40:
@@ -267,7 +267,7 @@ def hash_of(path: Path, like: str) -> str:
     return digest.hexdigest()
 
 
-def linked_or_copied(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """The same bytes at `target`, without taking room twice where the disk allows it."""
     try:
         os.link(source.resolve(), target)

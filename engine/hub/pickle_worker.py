@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from engine.hub.pickles import part_of
+from engine.hub.pickles import part_path
 
 NESTS = ("state_dict", "model_state", "model", "module", "ema")  # where a training run keeps its weights
 STORED = {
@@ -41,19 +41,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     given = parser.parse_args(arguments)
-    part = part_of(given.target)
+    part = part_path(given.target)
     if given.while_asked:
-        threading.Thread(target=_end_with_stdin, args=(part,), daemon=True).start()
+        threading.Thread(target=_exit_with_stdin, args=(part,), daemon=True).start()
     try:
         with given.source.open("rb") as handle:
             if not zipfile.is_zipfile(handle):
                 raise ValueError("not a file that torch has written since 2020, or cut short")
-        tensors = _tensors(torch.load(given.source, map_location="cpu", weights_only=True, mmap=True))
+        tensors = _extract_tensors(torch.load(given.source, map_location="cpu", weights_only=True, mmap=True))
         given.target.parent.mkdir(parents=True, exist_ok=True)
         digest = _write(tensors, part)
         part.replace(given.target)
     except Exception as error:
-        sys.stdout.write(json.dumps({"reason": _reason(error), "for_good": not _of_the_system(error)}) + "\n")
+        sys.stdout.write(json.dumps({"reason": _explain_error(error), "for_good": not _is_system_error(error)}) + "\n")
         return 1
     finally:
         part.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _end_with_stdin(part: Path) -> None:
+def _exit_with_stdin(part: Path) -> None:
     """Whoever waits for this process holds its stdin; when they are killed, nothing half stays behind."""
     while os.read(0, 1):  # not through sys.stdin, whose lock this thread would hold when the process ends by itself
         pass
@@ -70,21 +70,21 @@ def _end_with_stdin(part: Path) -> None:
     os._exit(1)
 
 
-def _of_the_system(error: Exception) -> bool:
+def _is_system_error(error: Exception) -> bool:
     """Whether another try might go well; torch says a lack of memory in words alone."""
     return isinstance(error, (OSError, MemoryError)) or "memory" in str(error)
 
 
-def _reason(error: Exception) -> str:
+def _explain_error(error: Exception) -> str:
     first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     if type(error).__name__ == "UnpicklingError":
         return "It holds code or objects, not only weights, and was not opened."
-    if _of_the_system(error):
+    if _is_system_error(error):
         return f"The system says: {getattr(error, 'strerror', None) or first}."
     return f"It is damaged, or no file of weights ({first})."
 
 
-def _tensors(held: Any) -> dict[str, Tensor]:
+def _extract_tensors(held: Any) -> dict[str, Tensor]:
     """Names and tensors."""
     while isinstance(held, dict) and not all(isinstance(value, Tensor) for value in held.values()):
         nest = next((name for name in NESTS if isinstance(held.get(name), dict)), None)

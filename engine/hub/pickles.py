@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from engine.hub.download import alone, bytes_of
+from engine.hub.download import exclusive_lock, file_size
 from engine.messages import StudioError
 from engine.paths import ROOT
 from engine.platform_calls import NO_WINDOW
@@ -33,7 +33,7 @@ def is_pickle(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in SUFFIXES
 
 
-def converted(pickle: Path, folder: Path, digest: str, say: Callable[[int], None], *, name: str) -> Path:
+def convert_once(pickle: Path, folder: Path, digest: str, say: Callable[[int], None], *, name: str) -> Path:
     """The safetensors of a pickle, `<hash of the pickle>.<own hash>.safetensors` in that folder; made where missing.
 
     One process at a time makes it; what a killed one has left half is written over.
@@ -47,20 +47,20 @@ def converted(pickle: Path, folder: Path, digest: str, say: Callable[[int], None
         StudioError: see `convert_pth`.
     """
     fresh = folder / f"{digest}.converting"
-    with alone(folder / f"{digest}.lock", lambda: say(bytes_of(part_of(fresh)))):
-        if (made := made_of(folder, digest)) is not None:
+    with exclusive_lock(folder / f"{digest}.lock", lambda: say(file_size(part_path(fresh)))):
+        if (made := find_converted(folder, digest)) is not None:
             return made
         made = folder / f"{digest}.{convert_pth(pickle, fresh, say, name=name)[:DIGITS]}.safetensors"
         fresh.replace(made)
         return made
 
 
-def made_of(folder: Path, digest: str) -> Path | None:
+def find_converted(folder: Path, digest: str) -> Path | None:
     """What was made of the pickle with this hash, when it is in that folder."""
     return next(iter(sorted(folder.glob(f"{digest}.*.safetensors"))), None)
 
 
-def own_hash(made: Path) -> str:
+def hash_in_name(made: Path) -> str:
     """The first digits of what such a file has to hash to, as its name shows them."""
     return made.name.split(".")[1]
 
@@ -81,7 +81,7 @@ def convert_pth(path: Path, target: Path, say: Callable[[int], None] = lambda co
         NotWeights: the file holds code or no weights, or is damaged.
         StudioError: it cannot be read or written, or the child was ended.
     """
-    part = part_of(target)
+    part = part_path(target)
     command = [sys.executable, "-X", "utf8", "-m", "engine.hub.pickle_worker", "--while-asked"]
     target.parent.mkdir(parents=True, exist_ok=True)
     child = subprocess.Popen(
@@ -92,7 +92,7 @@ def convert_pth(path: Path, target: Path, say: Callable[[int], None] = lambda co
     with child:
         try:
             while child.poll() is None:
-                say(bytes_of(part))
+                say(file_size(part))
                 time.sleep(LOOK_S)
             lines = (child.stdout.read() if child.stdout else "").strip().splitlines()
         finally:
@@ -111,6 +111,6 @@ def convert_pth(path: Path, target: Path, say: Callable[[int], None] = lambda co
     )
 
 
-def part_of(target: Path) -> Path:
+def part_path(target: Path) -> Path:
     """What the child writes before it is whole."""
     return target.with_name(f"{target.name}.new")

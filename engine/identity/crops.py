@@ -40,10 +40,10 @@ def cut_out(pictures: Tensor, masks: Tensor | None = None, *, side: int = CROP) 
     else:
         held = masks > 0.5
         pictures = torch.where(held.unsqueeze(1), pictures, 1.0)
-    return torch.stack([_cut(picture, own, side) for picture, own in zip(pictures, held, strict=True)])
+    return torch.stack([_cut_one(picture, own, side) for picture, own in zip(pictures, held, strict=True)])
 
 
-def _cut(picture: Tensor, held: Tensor, side: int) -> Tensor:
+def _cut_one(picture: Tensor, held: Tensor, side: int) -> Tensor:
     rows, columns = held.any(1).nonzero().flatten(), held.any(0).nonzero().flatten()
     if len(rows) == 0:
         return picture.new_ones(3, side, side)

@@ -1,7 +1,8 @@
 """People known by their faces: YuNet finds them, SFace compares them, both in OpenCV on the processor.
 
 In:  a folder with the two ONNX files, pictures and frames as uint8 RGB.
-Out: boxes and unit vectors; `Faces` answers for people in an identity report (`engine.identity.reporter.Evaluator`).
+Out: boxes and unit vectors; `FaceEvaluator` measures people for an identity report (it is an
+`engine.identity.reporter.Evaluator`).
 Knows nothing of subjects, jobs or models.
 
 Shapes: F frames, N subjects, V pictures of each, R faces, H x W pixels, d numbers of a vector.
@@ -22,7 +23,7 @@ CERTAIN = 0.7  # YuNet's score of a face
 MOST = 12  # faces of a frame
 
 
-class FaceFiles:
+class FaceModels:
     """YuNet and SFace from a folder that holds their ONNX files under the names they are published with.
 
     Sources: opencv/face_detection_yunet and opencv/face_recognition_sface on the Hub (MIT, Apache-2.0).
@@ -34,7 +35,8 @@ class FaceFiles:
     def __init__(self, folder: Path) -> None:
         # OpenCV's new graph engine warns of a setting that nobody made.
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
-        yunet, sface = (_newest(folder, name) for name in ("face_detection_yunet", "face_recognition_sface"))
+        yunet = _newest(folder, "face_detection_yunet")
+        sface = _newest(folder, "face_recognition_sface")
         self._detector = cv2.FaceDetectorYN.create(str(yunet), "", (320, 320), score_threshold=CERTAIN)
         self._recognizer = cv2.FaceRecognizerSF.create(str(sface), "")
 
@@ -43,43 +45,56 @@ class FaceFiles:
         bgr = np.ascontiguousarray(picture[..., ::-1])
         self._detector.setInputSize((bgr.shape[1], bgr.shape[0]))
         rows = self._detector.detect(bgr)[1]
-        rows = np.empty((0, 15), np.float32) if rows is None else rows[np.argsort(-rows[:, -1])][:MOST]
-        aligned = (self._recognizer.alignCrop(bgr, row) for row in rows)
-        vectors = [np.asarray(self._recognizer.feature(face), np.float32).flatten() for face in aligned]
-        units = [vector / max(float(np.linalg.norm(vector)), 1e-12) for vector in vectors]
-        return np.asarray(rows[:, :4], np.float32), np.stack(units) if units else np.empty((0, 1), np.float32)
+        if rows is None or not len(rows):
+            return np.empty((0, 4), np.float32), np.empty((0, 1), np.float32)
+        surest = rows[np.argsort(-rows[:, -1])][:MOST]
+        units = np.stack([self._embed(bgr, row) for row in surest])
+        return np.asarray(surest[:, :4], np.float32), units
+
+    def _embed(self, bgr: NDArray[np.uint8], row: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The unit vector (d,) of the face that a row of the detector describes."""
+        face = self._recognizer.alignCrop(bgr, row)
+        vector = np.asarray(self._recognizer.feature(face), np.float32).flatten()
+        return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
     def known(self, own: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """The surest face of each picture: (V, d), fewer than the pictures where one shows none."""
-        found = [vectors[:1] for _, vectors in (self.find(picture) for picture in own) if len(vectors)]
-        return np.concatenate(found) if found else np.empty((0, 1), np.float32)
+        found: list[NDArray[np.float32]] = []
+        for picture in own:
+            _, vectors = self.find(picture)
+            if len(vectors):
+                found.append(vectors[:1])
+        if not found:
+            return np.empty((0, 1), np.float32)
+        return np.concatenate(found)
 
 
 def _newest(folder: Path, name: str) -> Path:
-    """The file of that name; of several years the last, which is the one that the newest OpenCV reads."""
+    """The file of that name; of files of several years the latest, which the newest OpenCV reads."""
     found = sorted(folder.glob(f"{name}*.onnx"), key=lambda path: path.stem.removeprefix(name))
     if not found:
         raise FileNotFoundError(f"{name}.onnx is not there.")
     return found[-1]
 
 
-class Faces:
-    """The witness for people. `known` holds the faces (V, d) of each."""
+class FaceEvaluator:
+    """The evaluator for people. `known` holds the faces (V, d) of each person."""
 
     title = "faces, YuNet and SFace"
 
-    def __init__(self, files: FaceFiles, known: Sequence[NDArray[np.float32]]) -> None:
+    def __init__(self, files: FaceModels, known: Sequence[NDArray[np.float32]]) -> None:
         self._files, self._known = files, known
 
     def look(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """(F, H, W, 3) -> the face boxes of each frame, and whom they look like."""
-        sights = []
+        found = []
         for frame in frames:
             boxes, vectors = self._files.find(frame)
             regions = np.zeros((len(boxes), *frame.shape[:2]), bool)
             for region, (left, top, wide, high) in zip(regions, boxes.round().astype(int), strict=True):
                 region[max(0, top) : max(0, top + high), max(0, left) : max(0, left + wide)] = True
-            alike = [(vectors @ own.T).max(1) for own in self._known] if len(boxes) else []
-            shape = (0, len(self._known))
-            sights.append(Detections(regions, np.stack(alike, 1) if alike else np.empty(shape, np.float32)))
-        return sights
+            similarity = np.empty((0, len(self._known)), np.float32)
+            if len(boxes) and self._known:
+                similarity = np.stack([(vectors @ own.T).max(1) for own in self._known], 1)
+            found.append(Detections(regions, similarity))
+        return found

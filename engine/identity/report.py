@@ -1,6 +1,7 @@
-"""The identity report of a clip: per subject and frame the likeness to its own pictures and to the hardest other's.
+"""The identity report of a clip: per subject and frame the likeness to its own pictures and to the most similar other
+subject's.
 
-In:  figures that a judge found (`engine.identity.reporter`), or the JSON beside a clip.
+In:  figures that an evaluator found (`engine.identity.reporter`), or the JSON beside a clip.
 Out: an `IdentityReport` and what follows from it: score, presence, margin, worst frames, the weakest subject.
 Knows nothing of torch or of pages. Figures of different judges are not comparable, so every subject names its own.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 VERSION = 2
 REPORT, STRIP = ".identity.json", ".who.webp"  # beside the clip: the report; some frames with outlines
@@ -44,12 +46,21 @@ class SubjectReport:
     def margin(self) -> float | None:
         """How much more it looks like itself than like any other, mean over the frames in which it is seen."""
         gaps = [a - b for a, b in zip(self.own, self.other, strict=True) if a is not None and b is not None]
-        return sum(gaps) / len(gaps) if gaps else None
+        if not gaps:
+            return None
+        return sum(gaps) / len(gaps)
 
     @property
     def worst_frames(self) -> tuple[int, ...]:
         """The three frames in which it looks least like itself, missing ones first."""
-        order = sorted(range(len(self.own)), key=lambda i: -2.0 if self.own[i] is None else float(self.own[i] or 0.0))
+
+        def likeness(frame: int) -> float:
+            value = self.own[frame]
+            if value is None:
+                return -2.0  # below every cosine
+            return float(value)
+
+        order = sorted(range(len(self.own)), key=likeness)
         return tuple(sorted(order[:3]))
 
 
@@ -76,14 +87,20 @@ class IdentityReport:
     @property
     def weakest(self) -> float:
         """What variants are sorted by: the score of the subject that looks least like itself, by the first judge."""
-        return min((subject.score for judge in self.judges[:1] for subject in self.by(judge)), default=0.0)
+        if not self.subjects:
+            return 0.0
+        return min(subject.score for subject in self.by(self.judges[0]))
 
     def as_json(self) -> str:
         """The report as it stands beside the clip."""
-        sums = ("score", "presence", "margin", "worst_frames")
-        subjects = [{**asdict(each), **{name: getattr(each, name) for name in sums}} for each in self.subjects]
-        values = {"version": VERSION, "fps": self.fps, "every": self.every, "weakest": self.weakest}
-        return json.dumps({**values, "subjects": subjects})
+        subjects: list[dict[str, Any]] = []
+        for subject in self.subjects:
+            values = asdict(subject)
+            for name in ("score", "presence", "margin", "worst_frames"):
+                values[name] = getattr(subject, name)
+            subjects.append(values)
+        report = {"version": VERSION, "fps": self.fps, "every": self.every, "weakest": self.weakest}
+        return json.dumps({**report, "subjects": subjects})
 
 
 def read_report(clip: Path) -> IdentityReport | None:
@@ -100,8 +117,8 @@ def read_report(clip: Path) -> IdentityReport | None:
             SubjectReport(
                 str(each["name"]),
                 str(each.get("judge") or values["judge"]),
-                _likenesses(each["own"]),
-                _likenesses(each["other"]),
+                _parse_likenesses(each["own"]),
+                _parse_likenesses(each["other"]),
             )
             for each in values["subjects"]
         )
@@ -110,5 +127,5 @@ def read_report(clip: Path) -> IdentityReport | None:
         return None
 
 
-def _likenesses(values: list[float | None]) -> tuple[float | None, ...]:
+def _parse_likenesses(values: list[float | None]) -> tuple[float | None, ...]:
     return tuple(None if value is None else float(value) for value in values)

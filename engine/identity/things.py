@@ -1,12 +1,11 @@
-"""Who answers for whom in an identity report: judges of drawings, a face recogniser, or a finder of things.
+"""Things known by their nouns and pictures: Grounding DINO finds, SAM 2.1 cuts out, DINOv2 compares.
 
-In:  a job, its preset, and the parts that a model pool holds.
-Out: `engine.identity.reporter.Assignment`s; nobody where the preset names no witness, or where its files are not there.
-Knows nothing of the report.
+In:  the three loaded networks, each subject's noun and pictures, and frames as uint8 RGB.
+Out: `ThingEvaluator`, which measures everything but faces for an identity report (it is an
+`engine.identity.reporter.Evaluator`).
+Knows nothing of jobs, presets or the report.
 
-People whose pictures show a face are known by it (YuNet finds, SFace compares; both run in OpenCV). Everything else
-is found by its noun (Grounding DINO), cut out (SAM 2.1), and compared by DINOv2. All of it runs on the processor, in
-fp32, while the card holds the model.
+All of it runs on the processor, in fp32, while the card holds the model.
 
 Shapes: F frames, N subjects, R regions, H x W pixels.
 """
@@ -37,11 +36,8 @@ MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which
 THINGS = ("detector", "detector_tokenizer", "segmenter", "embedder")
 
 
-# --- things ----------------------------------------------------------------------------------------------------------
-
-
-class Things:
-    """The witness for whatever has a noun.
+class ThingEvaluator:
+    """The evaluator for whatever has a noun.
 
     Args:
         detector: GroundingDinoForObjectDetection. tokenizer: its own.
@@ -63,14 +59,19 @@ class Things:
         pictures: Sequence[Pictures],
     ) -> None:
         self._detector, self._segmenter, self._embedder = detector, segmenter, embedder
-        words = ". ".join(dict.fromkeys(noun.lower().replace(".", " ").strip() for noun in nouns)) + "."
-        self._words = tokenizer(words, return_tensors="pt", truncation=True)
-        self._known = [self._embed([cut_out(_unit(p), side=EMBEDDED)[0] for p in own]) for own in pictures]
+        unique = dict.fromkeys(noun.lower().replace(".", " ").strip() for noun in nouns)
+        self._words = tokenizer(". ".join(unique) + ".", return_tensors="pt", truncation=True)
+        self._known = [self._embed_pictures(own) for own in pictures]
+
+    def _embed_pictures(self, pictures: Pictures) -> Tensor:
+        """One subject's pictures -> (V, d), unit vectors."""
+        cuts = [cut_out(_to_unit_batch(picture), side=EMBEDDED)[0] for picture in pictures]
+        return self._embed(cuts)
 
     @torch.no_grad()
     def look(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """(F, H, W, 3) -> what was found in each frame, and whom it looks like."""
-        return [self._look(_unit(frame)) for frame in frames]
+        return [self._look(_to_unit_batch(frame)) for frame in frames]
 
     def _look(self, frame: Tensor) -> Detections:
         """(1, 3, H, W) in [0, 1]."""
@@ -81,14 +82,14 @@ class Things:
             return Detections(np.zeros((0, *frame.shape[2:]), bool), np.empty((0, len(self._known)), np.float32))
         cuts = cut_out(frame.expand(len(regions), -1, -1, -1), regions.float(), side=EMBEDDED)
         vectors = self._embed(list(cuts))
-        alike = torch.stack([(vectors @ own.T).amax(1) for own in self._known], 1)
-        return Detections(regions.numpy(), alike.numpy())
+        similarity = torch.stack([(vectors @ own.T).amax(1) for own in self._known], 1)
+        return Detections(regions.numpy(), similarity.numpy())
 
     def _boxes(self, frame: Tensor) -> Tensor:
         """(1, 3, H, W) -> (R, 4): left, top, right, bottom as shares of the frame, surest first."""
         H, W = frame.shape[2:]
         scale = min(SHORTEST / min(H, W), LONGEST / max(H, W))
-        seen = _normalised(frame, (round(H * scale), round(W * scale)))
+        seen = _normalize(frame, (round(H * scale), round(W * scale)))
         found = self._detector(pixel_values=seen, **self._words)
         scores = found.logits[0].sigmoid().amax(-1)
         centre, size = found.pred_boxes[0].split(2, -1)
@@ -102,22 +103,22 @@ class Things:
         if len(boxes) == 0:
             return torch.zeros(0, *frame.shape[2:], dtype=torch.bool)
         side = self._segmenter.config.prompt_encoder_config.image_size
-        seen = _normalised(frame, (side, side))
+        seen = _normalize(frame, (side, side))
         masks = self._segmenter(pixel_values=seen, input_boxes=boxes[None] * side, multimask_output=False).pred_masks
         return functional.interpolate(masks[0], frame.shape[2:], mode="bilinear")[:, 0] > 0
 
     @torch.no_grad()
     def _embed(self, cuts: Sequence[Tensor]) -> Tensor:
         """(3, s, s) each, in [0, 1] -> (P, d), unit vectors."""
-        seen = _normalised(torch.stack(list(cuts)), (EMBEDDED, EMBEDDED))
+        seen = _normalize(torch.stack(list(cuts)), (EMBEDDED, EMBEDDED))
         return functional.normalize(self._embedder(pixel_values=seen).pooler_output.float(), dim=-1)
 
 
-def _unit(picture: NDArray[np.uint8]) -> Tensor:
+def _to_unit_batch(picture: NDArray[np.uint8]) -> Tensor:
     return to_unit(torch.from_numpy(np.array(picture)[None]))
 
 
-def _normalised(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+def _normalize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     """(P, 3, H, W) in [0, 1] -> the size a network reads, by its mean and spread."""
     sized = functional.interpolate(pictures, size, mode="bilinear", antialias=True)
     return (sized - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(SPREAD).view(3, 1, 1)

@@ -2,8 +2,8 @@
 
 In:  frames and reference pictures, float in [0, 1], of the judges' size.
 Out: shares of pixels, embeddings, class scores. A folder holds a set of judges.
-Knows nothing of models, jobs, or of what is done with a judgement (`train.toybox`); `Drawn` answers for subjects
-in an identity report.
+Knows nothing of models, jobs, or of what is done with a judgement (`train.toybox`). `ToyboxEvaluator` measures subjects
+for an identity report.
 
 There are two sets, `reward` and `test`, of different seed, width and training identities. Whatever selects or trains
 reads `reward`; `test` is for published figures alone.
@@ -39,8 +39,8 @@ def _conv(into: int, out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.GroupNorm(2, out), nn.ReLU(inplace=True))
 
 
-class Looked(NamedTuple):
-    """What the locator sees in frames before it is told whom to look for."""
+class FrameFeatures(NamedTuple):
+    """The locator's features of frames, before it is told which subjects to look for."""
 
     figure: Tensor  # (F, H, W), logits
     stranger: Tensor  # (F, 1, h, w), logits
@@ -90,24 +90,27 @@ class Locator(nn.Module):
         joined = keys.flatten(2).transpose(1, 2).unflatten(0, (N, V)).flatten(1, 2)
         return joined, (share.unflatten(0, (N, V)).flatten(1) / V).clamp(min=1e-6).log()
 
-    def look(self, frames: Tensor) -> Looked:
-        """(F, 3, H, W) -> what is in them, whoever is asked about."""
+    def look(self, frames: Tensor) -> FrameFeatures:
+        """(F, 3, H, W) -> the features of the frames, which do not depend on the subjects."""
         half, full = self.features(frames)
         places = functional.normalize(self.key(half), dim=1).flatten(2)
-        return Looked(self.figure(full).squeeze(1), self.stranger(half), places)
+        return FrameFeatures(self.figure(full).squeeze(1), self.stranger(half), places)
 
-    def match(self, looked: Looked, pictures: Tensor) -> Tensor:
+    def match(self, looked: FrameFeatures, pictures: Tensor) -> Tensor:
         """Logits at half size (F, N + 1, h, w) of who each place is, 0 a stranger.
 
         (N, V, 3, H, W); with (F, N, V, 3, H, W) every frame has references of its own.
         """
-        keys, share = self.reference_keys(pictures.flatten(0, 1) if pictures.ndim == 6 else pictures)
         if pictures.ndim == 6:
-            keys, share = (each.unflatten(0, pictures.shape[:2]) for each in (keys, share))
-            alike = torch.einsum("fcp,fnkc->fnkp", looked.places, keys)
+            keys, share = self.reference_keys(pictures.flatten(0, 1))
+            keys = keys.unflatten(0, pictures.shape[:2])
+            share = share.unflatten(0, pictures.shape[:2])
+            similarity = torch.einsum("fcp,fnkc->fnkp", looked.places, keys)
         else:
-            alike, share = torch.einsum("fcp,nkc->fnkp", looked.places, keys), share.unsqueeze(0)
-        match = (alike * self.sharpness.exp() + share.unsqueeze(-1)).logsumexp(2)  # (F, N, h * w)
+            keys, share = self.reference_keys(pictures)
+            share = share.unsqueeze(0)
+            similarity = torch.einsum("fcp,nkc->fnkp", looked.places, keys)
+        match = (similarity * self.sharpness.exp() + share.unsqueeze(-1)).logsumexp(2)  # (F, N, h * w)
         return torch.cat([looked.stranger, match.unflatten(2, looked.stranger.shape[2:])], 1)
 
     def scores(self, frames: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +119,7 @@ class Locator(nn.Module):
         return looked.figure, self.match(looked, pictures)
 
     @torch.no_grad()
-    def forward(self, looked: Looked, pictures: Tensor) -> Tensor:
+    def forward(self, looked: FrameFeatures, pictures: Tensor) -> Tensor:
         """Pictures (N, V, 3, H, W) -> shares (F, N + 1, H, W) that add up to 1; 0: nobody of them."""
         scores = self.match(looked, pictures)
         who = functional.interpolate(scores, scale_factor=2.0, mode="bilinear", align_corners=False).softmax(1)
@@ -236,7 +239,7 @@ class Judges(nn.Module):
         self.place = PictureJudge(width // 2, len(places))
         self.critic = PictureJudge(width // 2, 1) if critic else None
 
-    def drawn(self, frames: Tensor) -> Tensor:
+    def drawn_probability(self, frames: Tensor) -> Tensor:
         """(P, 3, H, W) -> how sure the critic is that each frame was drawn and not generated, (P,) from 0 to 1.
 
         Raises:
@@ -258,10 +261,10 @@ class Judges(nn.Module):
         """Write the set into a folder: config.json and model.safetensors, half precision."""
         names = {"verbs": self.verbs, "directions": self.directions, "places": self.places}
         about = {"name": self.name, "width": self.width, **names, "critic": self.critic is not None}
-        tensors = {
-            key: tensor.detach().half().contiguous() if tensor.is_floating_point() else tensor
-            for key, tensor in self.state_dict().items()
-        }
+        tensors = self.state_dict()
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[key] = tensor.detach().half().contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         save_file(tensors, folder / "model.safetensors")
@@ -277,35 +280,37 @@ class Judges(nn.Module):
 # --- who is where ----------------------------------------------------------------------------------------------------
 
 
-class Drawn:
-    """The witness for drawings (`engine.identity.reporter.Evaluator`).
+class ToyboxEvaluator:
+    """The evaluator for drawings (`engine.identity.reporter.Evaluator`).
 
     Args:
-        judges: whose eyes it has.
+        judges: the networks it uses.
         pictures: of each subject, uint8 (H, W, 3).
     """
 
     def __init__(self, judges: Judges, pictures: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
         self.title = f"toybox {judges.name}"
         self._judges = judges
-        self._pictures = [_prepared(own) for own in pictures]
+        self._pictures = [_resize_pictures(own) for own in pictures]
         self._known = [judges.embedder(cut_out(own)) for own in self._pictures]
 
     @torch.no_grad()
     def look(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """(F, H, W, 3) -> where the locator finds each subject, and whom each of those regions looks like."""
         units = to_unit(torch.from_numpy(frames))
-        owner = locate(self._judges, units, self._pictures).argmax(1)
+        instance_ids = locate(self._judges, units, self._pictures).argmax(1)
         sights = []
-        for frame, held in zip(units, owner, strict=True):
+        for frame, held in zip(units, instance_ids, strict=True):
             masks = torch.stack([held == slot for slot in range(1, len(self._known) + 1)])
             masks = masks[masks.float().mean((1, 2)) >= SEEN]
-            alike = likenesses(self._judges, frame.expand(len(masks), -1, -1, -1), masks.float(), self._known)
-            sights.append(Detections(masks.numpy(), alike.numpy()))
+            similarity = compute_likenesses(
+                self._judges, frame.expand(len(masks), -1, -1, -1), masks.float(), self._known
+            )
+            sights.append(Detections(masks.numpy(), similarity.numpy()))
         return sights
 
 
-def _prepared(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+def _resize_pictures(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
     """One subject's pictures at the judges' size, (V, 3, SIZE, SIZE) in [0, 1]."""
     whole = to_unit(torch.from_numpy(np.stack(pictures)))
     return functional.interpolate(whole, (SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
@@ -313,14 +318,14 @@ def _prepared(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 def locate(judges: Judges, frames: Tensor, pictures: Sequence[Tensor]) -> Tensor:
     """Who is where: (F, 3, H, W) in [0, 1] and each subject's (V, 3, SIZE, SIZE) -> shares (F, N + 1, H, W)."""
-    return finder(judges, frames)(pictures)
+    return make_finder(judges, frames)(pictures)
 
 
 @torch.no_grad()
-def finder(judges: Judges, frames: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
-    """`locate` for whoever asks about several casts: the frames, which are most of the work, are looked at once.
+def make_finder(judges: Judges, frames: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
+    """A function like `locate` for several casts: the features of the frames, most of the work, are computed once.
 
-    Frames of another size are judged at the height the judges know, and the shares carried back.
+    Frames of another size are resized to the height the judges were trained at, and the shares are resized back.
     """
     H, W = frames.shape[-2:]
     wide = max(8, round(W * SIZE / H / 8) * 8)
@@ -335,8 +340,8 @@ def finder(judges: Judges, frames: Tensor) -> Callable[[Sequence[Tensor]], Tenso
     return find
 
 
-def likenesses(judges: Judges, frames: Tensor, masks: Tensor, known: Sequence[Tensor]) -> Tensor:
-    """Cosine of every cut-out with the likest picture of each subject: (P, 3, H, W), (P, H, W) -> (P, N)."""
+def compute_likenesses(judges: Judges, frames: Tensor, masks: Tensor, known: Sequence[Tensor]) -> Tensor:
+    """Cosine of every cut-out with each subject's most similar picture: (P, 3, H, W), (P, H, W) -> (P, N)."""
     if len(masks) == 0:
         return frames.new_zeros(0, len(known))
     seen = judges.embedder(cut_out(frames, masks))

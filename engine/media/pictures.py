@@ -49,11 +49,11 @@ def read(path: Path) -> Image.Image:
         content = path.read_bytes()
     except OSError as error:
         reason = "No file is there." if not path.exists() else f"The system refuses it ({error.strerror})."
-        raise _refused(f"{path.name or path} cannot be read.", reason, "Choose a picture that is there.") from error
+        raise _picture_error(f"{path.name or path} cannot be read.", reason, "Choose a picture that is there.") from error
     if not content:
-        raise _refused(f"{path.name} is empty.", "The file holds no bytes; a copy may have failed.", "Copy it again.")
+        raise _picture_error(f"{path.name} is empty.", "The file holds no bytes; a copy may have failed.", "Copy it again.")
     if content[4:8] == b"ftyp" and content[8:11] in (b"hei", b"hev", b"mif"):
-        raise _refused(
+        raise _picture_error(
             f"{path.name} is a HEIC picture.", "This studio does not read Apple's format.", "Export it as JPEG or PNG."
         )
     return _decode(content, path.name, FORMATS)
@@ -73,8 +73,8 @@ def cut_out(image: Image.Image) -> tuple[Pixels, Pixels]:
     if "A" in image.getbands():
         mask = np.asarray(image.getchannel("A"))
         return rgb, mask
-    plain = _plain_background(rgb)
-    mask = _not_touching_the_rim(rgb, plain) if plain is not None else _grab_cut(rgb)
+    plain = _find_plain_background(rgb)
+    mask = _mask_plain_background(rgb, plain) if plain is not None else _grab_cut(rgb)
     share = float((mask > 0).mean())
     return rgb, mask if 0.005 < share < 0.995 else np.full_like(mask, 255)
 
@@ -93,17 +93,17 @@ def prepare(picture: Picture, *, size: int, cut_out: bool, background: bool = Fa
         StudioError: field "subjects"; the file or the embedded pixels cannot be read.
     """
     if picture.png:
-        return _embedded(picture, size)
+        return _decode_embedded(picture, size)
     image = read(Path(picture.path))
     # Four times the wanted size is enough for any crop, and keeps a camera's 24 megapixels from costing seconds.
     enough = max(4 * size, 1024)
     image.thumbnail((enough, enough), Image.Resampling.LANCZOS, reducing_gap=3.0)
     if background:
-        return np.asarray(ImageOps.fit(_on_white(image), (size, size), Image.Resampling.LANCZOS))
+        return np.asarray(ImageOps.fit(_flatten_on_white(image), (size, size), Image.Resampling.LANCZOS))
     if cut_out:
-        image, fill = _cropped_to_subject(image), FILL
+        image, fill = _crop_to_subject(image), FILL
     else:
-        image, fill = _on_white(image), 1.0
+        image, fill = _flatten_on_white(image), 1.0
     scale = fill * size / max(image.size)
     shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     small = image.resize(shape, Image.Resampling.LANCZOS)
@@ -121,12 +121,12 @@ def prepare_subject(subject: Subject, *, size: int) -> list[Pixels]:
     ]
 
 
-def on_canvas(picture: Pixels, width: int, height: int) -> Pixels:
+def place_on_canvas(picture: Pixels, width: int, height: int) -> Pixels:
     """A prepared picture at a clip's size: its drawn part as large as fits, white around it, (height, width, 3).
 
     Source: Phantom's `generate.py`, which fits pictures into the clip's size on white.
     """
-    canvas, part = Image.new("RGB", (width, height), "white"), _drawn(picture)
+    canvas, part = Image.new("RGB", (width, height), "white"), _crop_white_border(picture)
     scale = min(width / part.width, height / part.height)
     shape = (max(1, round(part.width * scale)), max(1, round(part.height * scale)))
     small = part.resize(shape, Image.Resampling.LANCZOS)
@@ -134,18 +134,18 @@ def on_canvas(picture: Pixels, width: int, height: int) -> Pixels:
     return np.asarray(canvas)
 
 
-def at_own_size(picture: Pixels, multiple: int) -> Pixels:
+def resize_to_multiple(picture: Pixels, multiple: int) -> Pixels:
     """The drawn part of a prepared picture alone, each side made the nearest multiple of `multiple`, at least one.
 
     Source: `MaxLongEdgeMinShortEdgeResize` in bernini/data_utils.py, bytedance/Bernini 8c805a5, for a picture that is
     not too large; a prepared one never is.
     """
-    part = _drawn(picture)
+    part = _crop_white_border(picture)
     shape = (max(1, round(part.width / multiple)) * multiple, max(1, round(part.height / multiple)) * multiple)
     return np.asarray(part if part.size == shape else part.resize(shape, Image.Resampling.BICUBIC))
 
 
-def _drawn(picture: Pixels) -> Image.Image:
+def _crop_white_border(picture: Pixels) -> Image.Image:
     """A prepared picture without the white around it; all of it where nothing is drawn."""
     drawn = picture.min(axis=2) < 250
     rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
@@ -169,7 +169,7 @@ def pack(job: GenerateJob, preset: Preset) -> GenerateJob:
     pixels = [prepare_subject(subject, size=preset.reference_size) for subject in job.subjects]
     kept = [[picture.png for picture in subject.pictures] for subject in job.subjects]
     texts = [
-        [text or _as_png(image) for text, image in zip(*both, strict=True)] for both in zip(kept, pixels, strict=True)
+        [text or _encode_png(image) for text, image in zip(*both, strict=True)] for both in zip(kept, pixels, strict=True)
     ]
     while sum(len(text) for line in texts for text in line) > MAX_EMBEDDED:
         s, p = max(
@@ -178,7 +178,7 @@ def pack(job: GenerateJob, preset: Preset) -> GenerateJob:
         side = pixels[s][p].shape[0] * 7 // 8
         smaller = Image.fromarray(pixels[s][p]).resize((side, side), Image.Resampling.LANCZOS)
         pixels[s][p] = np.asarray(smaller)
-        texts[s][p] = _as_png(pixels[s][p])
+        texts[s][p] = _encode_png(pixels[s][p])
     subjects = []
     for subject, line in zip(job.subjects, texts, strict=True):
         pictures = tuple(
@@ -194,12 +194,12 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def portable(job: GenerateJob) -> GenerateJob:
+def drop_embedded_paths(job: GenerateJob) -> GenerateJob:
     """The job without paths where the pixels ride along: what goes into a file that may be shown to others."""
-    return _with_paths(job, lambda picture: "" if picture.png else picture.path)
+    return _replace_paths(job, lambda picture: "" if picture.png else picture.path)
 
 
-def detached(job: GenerateJob, folders: Iterable[Path]) -> GenerateJob:
+def drop_foreign_paths(job: GenerateJob, folders: Iterable[Path]) -> GenerateJob:
     """A job that arrived inside a clip, without the paths that are none of its business.
 
     A path is kept only where a file of these folders (subjects, uploads, outputs) is meant and is there. Nothing
@@ -221,16 +221,16 @@ def detached(job: GenerateJob, folders: Iterable[Path]) -> GenerateJob:
             return str(path)
         if picture.png:
             return ""
-        raise _refused(
+        raise _picture_error(
             f"The document names the picture {path.name!r}, which did not come with it.",
             "Files of this machine are not opened because a document says so.",
             "Add that picture to its subject again.",
         )
 
-    return _with_paths(job, checked)
+    return _replace_paths(job, checked)
 
 
-def _with_paths(job: GenerateJob, path_of: Callable[[Picture], str]) -> GenerateJob:
+def _replace_paths(job: GenerateJob, path_of: Callable[[Picture], str]) -> GenerateJob:
     subjects = tuple(
         subject.model_copy(
             update={
@@ -242,19 +242,19 @@ def _with_paths(job: GenerateJob, path_of: Callable[[Picture], str]) -> Generate
     return job.model_copy(update={"subjects": subjects})
 
 
-def _as_png(pixels: Pixels) -> str:
+def _encode_png(pixels: Pixels) -> str:
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "PNG", optimize=True)
     return base64.b64encode(encoded.getvalue()).decode("ascii")
 
 
-def _embedded(picture: Picture, size: int) -> Pixels:
+def _decode_embedded(picture: Picture, size: int) -> Pixels:
     name = "A picture inside the document"
     try:
         content = base64.b64decode(picture.png, validate=True)
     except ValueError as error:
-        raise _refused(f"{name} is not base64.", "The document was changed or cut off.", "Add it again.") from error
-    image = _on_white(_decode(content, name, ("PNG",), most=_PREPARED_SIDE**2))
+        raise _picture_error(f"{name} is not base64.", "The document was changed or cut off.", "Add it again.") from error
+    image = _flatten_on_white(_decode(content, name, ("PNG",), most=_PREPARED_SIDE**2))
     if image.size != (size, size):  # made for a preset of another size, or made smaller by `pack`
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image)
@@ -273,9 +273,9 @@ def _decode(content: bytes, name: str, formats: tuple[str, ...], most: int = MAX
             _check_size(image, name, most)
             image.load()
         except Image.DecompressionBombError as error:
-            raise _too_large(name, "more than 178 million") from error
+            raise _too_large_error(name, "more than 178 million") from error
         except UnidentifiedImageError as error:
-            raise _refused(
+            raise _picture_error(
                 f"{name} is not a picture.",
                 "Its content is of another kind, whatever its name says.",
                 "Choose a PNG, JPEG, WebP, GIF, BMP or TIFF.",
@@ -284,10 +284,10 @@ def _decode(content: bytes, name: str, formats: tuple[str, ...], most: int = MAX
             raise
         except Exception as error:  # a decoder meets broken bytes with whatever it stumbles over: OSError, SyntaxError,
             # struct.error, zlib.error, IndexError ...
-            raise _refused(
+            raise _picture_error(
                 f"{name} is broken or cut off.", f"Decoding stopped: {str(error)[:100]}.", "Copy or export it again."
             ) from error
-        return _plain_mode(_to_srgb(ImageOps.exif_transpose(image)), name)
+        return _convert_to_rgb(_convert_to_srgb(ImageOps.exif_transpose(image)), name)
 
 
 def _check_size(image: Image.Image, name: str, most: int) -> None:
@@ -297,18 +297,18 @@ def _check_size(image: Image.Image, name: str, most: int) -> None:
         factor = next((factor for factor in (2, 4, 8) if wide * high <= most * factor**2), 8)
         image.draft(None, (wide // factor, high // factor))
     if image.width * image.height > most:
-        raise _too_large(name, f"{wide} x {high} = {round(wide * high / 1e6)} million", most)
+        raise _too_large_error(name, f"{wide} x {high} = {round(wide * high / 1e6)} million", most)
 
 
-def _too_large(name: str, pixels: str, most: int = MAX_PIXELS) -> StudioError:
-    return _refused(
+def _too_large_error(name: str, pixels: str, most: int = MAX_PIXELS) -> StudioError:
+    return _picture_error(
         f"{name} has {pixels} pixels.",
         f"Up to {most / 1e6:.0f} million are read, JPEG up to 178 million; a larger one could fill the memory.",
         "Save it smaller; 2000 pixels across are plenty.",
     )
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
+def _convert_to_srgb(image: Image.Image) -> Image.Image:
     """Camera and print colours as the screen's. A phone's wide colours would otherwise come out pale."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
@@ -324,22 +324,22 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return image
 
 
-def _plain_mode(image: Image.Image, name: str) -> Image.Image:
+def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
     """RGB, or RGBA where something is transparent."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _eight_bits(image)
+        return _convert_to_eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     least, most = image.getchannel("A").getextrema()
     if most == 0:
-        raise _refused(
+        raise _picture_error(
             f"{name} is fully transparent.", "There is nothing to see on it.", "Choose a picture that shows something."
         )
     return image.convert("RGB") if least == 255 else image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _convert_to_eight_bits(image: Image.Image) -> Image.Image:
     """Sixteen-bit, 32-bit and floating grey; Pillow's own conversion would cut everything above 255 to white."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
     highest = float(values.max())
@@ -352,14 +352,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values.clip(0, top) / top * 255).astype(np.uint8)).convert("RGB")
 
 
-def _refused(what: str, why: str, next_step: str) -> StudioError:
+def _picture_error(what: str, why: str, next_step: str) -> StudioError:
     return StudioError(what, why, next_step, field="subjects")
 
 
 # --- cutting out -----------------------------------------------------------------------------------------------------
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _flatten_on_white(image: Image.Image) -> Image.Image:
     if image.mode != "RGBA":
         return image.convert("RGB")
     white = Image.new("RGB", image.size, "white")
@@ -367,7 +367,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def _cropped_to_subject(image: Image.Image) -> Image.Image:
+def _crop_to_subject(image: Image.Image) -> Image.Image:
     """The subject on white, cropped to its box."""
     rgb, mask = cut_out(image)
     solid = mask > 127 if (mask > 127).any() else mask > 0
@@ -377,7 +377,7 @@ def _cropped_to_subject(image: Image.Image) -> Image.Image:
     return white.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
 
 
-def _plain_background(rgb: Pixels) -> Pixels | None:
+def _find_plain_background(rgb: Pixels) -> Pixels | None:
     """The colour of the rim, (3,), where three quarters of it have one."""
     rim = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     colour = np.median(rim, axis=0)
@@ -385,7 +385,7 @@ def _plain_background(rgb: Pixels) -> Pixels | None:
     return colour.astype(np.uint8) if near.mean() >= 0.75 else None
 
 
-def _not_touching_the_rim(rgb: Pixels, colour: Pixels) -> Pixels:
+def _mask_plain_background(rgb: Pixels, colour: Pixels) -> Pixels:
     """255 but where the background's colour can be walked to from the rim: a white eye stays."""
     import cv2
 
@@ -393,7 +393,7 @@ def _not_touching_the_rim(rgb: Pixels, colour: Pixels) -> Pixels:
     _, labels = cv2.connectedComponents(near, connectivity=4)
     outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
     background = np.isin(labels, outside[outside > 0])
-    return _clean(np.where(background, 0, 255).astype(np.uint8))
+    return _clean_mask(np.where(background, 0, 255).astype(np.uint8))
 
 
 def _grab_cut(rgb: Pixels) -> Pixels:
@@ -407,18 +407,18 @@ def _grab_cut(rgb: Pixels) -> Pixels:
     if min(shape) < 16:
         return np.full((high, wide), 255, np.uint8)
     labels = np.full(small.shape[:2], cv2.GC_PR_FGD, np.uint8)
-    flowing = _flowing_from_the_rim(small)
+    flowing = _flood_from_rim(small)
     if flowing.mean() < 0.95:  # past that it has leaked into the subject, and tells nothing
         labels[flowing] = cv2.GC_PR_BGD
     inset = max(1, max(shape) // 32)
     labels[:inset] = labels[-inset:] = labels[:, :inset] = labels[:, -inset:] = cv2.GC_BGD
     cv2.setRNGSeed(0)  # its colour models start from random centres
     cv2.grabCut(small, labels, (0, 0, 1, 1), np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
-    mask = _clean(np.where((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), 255, 0).astype(np.uint8))
+    mask = _clean_mask(np.where((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), 255, 0).astype(np.uint8))
     return np.asarray(cv2.resize(mask, (wide, high), interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
-def _flowing_from_the_rim(rgb: Pixels) -> NDArray[np.bool_]:
+def _flood_from_rim(rgb: Pixels) -> NDArray[np.bool_]:
     """(H, W): what can be reached from the rim without crossing an edge. GrabCut alone takes the far end of a sky that
     turns from blue to pink for a subject."""
     import cv2
@@ -434,7 +434,7 @@ def _flowing_from_the_rim(rgb: Pixels) -> NDArray[np.bool_]:
     return reached[1:-1, 1:-1] > 0
 
 
-def _clean(mask: Pixels) -> Pixels:
+def _clean_mask(mask: Pixels) -> Pixels:
     """Without specks, and on large pictures with an edge one pixel further in, past the background's shine."""
     import cv2
 

@@ -76,12 +76,12 @@ class ClipWriter:
     def __enter__(self) -> ClipWriter:
         folder = self.path.parent
         self._part = folder / f".{self.path.stem}.{secrets.token_hex(4)}{PART}.mp4"
-        with _explained_os_errors(folder):
+        with _explain_os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._scratch = tempfile.TemporaryDirectory(prefix="clip-", ignore_cleanup_errors=True)
             self._log = (Path(self._scratch.name) / "ffmpeg.log").open("w+b")
         try:
-            with _explained_os_errors(folder):
+            with _explain_os_errors(folder):
                 self._ffmpeg = subprocess.Popen(
                     self._command(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log, **_POPEN
                 )
@@ -126,7 +126,7 @@ class ClipWriter:
         if self._document:
             # A file, not an argument: a document with pictures is longer than a command line may be.
             listed = Path(self._scratch.name) / "document.txt"
-            text = f";FFMETADATA1\ncomment={_escaped(self._document)}\n"
+            text = f";FFMETADATA1\ncomment={_escape(self._document)}\n"
             listed.write_text(text, encoding="utf-8", newline="\n")
             metadata = ["-f", "ffmetadata", "-i", str(listed), "-map_metadata", "1"]
         return [
@@ -146,14 +146,14 @@ class ClipWriter:
             raise self._failure() from None
         if self._ffmpeg.wait() != 0 or not self.frames:
             raise self._failure()
-        with _explained_os_errors(self.path.parent):
-            self.path = _put_in_place(self._part, self.path)
+        with _explain_os_errors(self.path.parent):
+            self.path = _move_into_place(self._part, self.path)
 
     def _failure(self) -> StudioError:
         """The reason of an ffmpeg that stopped."""
         self._ffmpeg.wait()
         self._log.seek(0)
-        return _explained(self._log.read().decode("utf-8", "replace"), self.path.parent)
+        return _explain_write_error(self._log.read().decode("utf-8", "replace"), self.path.parent)
 
     def _clean_up(self) -> None:
         ffmpeg = getattr(self, "_ffmpeg", None)
@@ -161,7 +161,7 @@ class ClipWriter:
             if ffmpeg.poll() is None:
                 ffmpeg.kill()
             ffmpeg.wait()
-            with _pipe_may_be_broken():
+            with _ignore_broken_pipe():
                 ffmpeg.stdin.close()
         self._log.close()
         self._part.unlink(missing_ok=True)
@@ -179,7 +179,7 @@ def read_document(path: Path) -> str | None:
     Raises:
         StudioError: not a video, or a document larger than 8 MB.
     """
-    command = _ffmpeg(*_SAFE_INPUT, "-i", _readable(path), "-f", "ffmetadata", "pipe:1")
+    command = _ffmpeg(*_SAFE_INPUT, "-i", _input_path(path), "-f", "ffmetadata", "pipe:1")
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **_POPEN
     ) as ffmpeg:
@@ -188,8 +188,8 @@ def read_document(path: Path) -> str | None:
         if len(listing) == 2 * MAX_DOCUMENT:
             ffmpeg.kill()
     if not listing and ffmpeg.returncode != 0:
-        raise _not_a_video(path)
-    comment = _comment(listing.decode("utf-8", "replace"))
+        raise _not_a_video_error(path)
+    comment = _find_comment(listing.decode("utf-8", "replace"))
     if ffmpeg.returncode != 0 or len(comment or "") > MAX_DOCUMENT:
         raise StudioError(
             f"The document inside {path.name} was not read.",
@@ -199,12 +199,12 @@ def read_document(path: Path) -> str | None:
     return comment or None
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """As ffmpeg's metadata format wants it: = ; # \\ and line ends behind a backslash."""
     return re.sub(r"([=;#\\\n\r])", r"\\\1", text)
 
 
-def _comment(listing: str) -> str | None:
+def _find_comment(listing: str) -> str | None:
     """The `comment` entry of an ffmetadata listing, unescaped."""
     for line in re.finditer(r"((?:\\.|[^\\\n])+)(?:\n|\Z)", listing, re.DOTALL):
         if line[1].startswith("["):  # [STREAM] and [CHAPTER] sections follow the file's own entries
@@ -235,7 +235,7 @@ def probe(path: Path) -> ClipInfo:
         StudioError: not a video.
     """
     ran = subprocess.run(
-        _ffmpeg(*_SAFE_INPUT, "-i", _readable(path), level="info"),
+        _ffmpeg(*_SAFE_INPUT, "-i", _input_path(path), level="info"),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         **_POPEN,
@@ -243,7 +243,7 @@ def probe(path: Path) -> ClipInfo:
     said = ran.stderr.decode("utf-8", "replace")
     stream = re.search(r"Stream #.*: Video: .*?\b(\d{1,5})x(\d{1,5})\b.*", said)
     if stream is None:
-        raise _not_a_video(path)
+        raise _not_a_video_error(path)
     fps = re.search(r"([\d.]+) fps", stream[0])
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
     seconds = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0
@@ -263,7 +263,7 @@ def iter_frames(path: Path, *, display_scale: int = 1, start_s: float = 0.0) -> 
     """
     # PPM frames name their own size, so a rotated or cropped file cannot be misread.
     seek = ["-ss", f"{start_s:.3f}"] if start_s > 0 else []
-    command = _ffmpeg(*_SAFE_INPUT, *seek, "-i", _readable(path), "-map", "0:v:0", "-fps_mode", "passthrough")
+    command = _ffmpeg(*_SAFE_INPUT, *seek, "-i", _input_path(path), "-map", "0:v:0", "-fps_mode", "passthrough")
     # ffmpeg's default conversion is off by up to 3 levels a colour (43 dB on flat art; 50 dB so). An enlarged clip has
     # colour samples of its own for every native pixel, so the nearest is the right one; at scale 1 they are mixed.
     chroma = "neighbor" if display_scale > 1 else "bicubic"
@@ -276,9 +276,9 @@ def iter_frames(path: Path, *, display_scale: int = 1, start_s: float = 0.0) -> 
             count = 0
             while (frame := _read_ppm(ffmpeg.stdout)) is not None:
                 count += 1
-                yield _native(frame, display_scale)
+                yield _average_to_native(frame, display_scale)
             if ffmpeg.wait() != 0 or not count:
-                raise _not_a_video(path)
+                raise _not_a_video_error(path)
         finally:
             if ffmpeg.poll() is None:  # the caller has seen enough
                 ffmpeg.kill()
@@ -303,7 +303,7 @@ def _read_ppm(stream: IO[bytes]) -> NDArray[np.uint8] | None:
     return np.frombuffer(pixels, np.uint8).reshape(high, wide, 3) if len(pixels) == wide * high * 3 else None
 
 
-def _native(frame: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+def _average_to_native(frame: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     high, wide = (side // scale for side in frame.shape[:2])  # drops the row or column that made the size even
     squares = frame[: high * scale, : wide * scale].reshape(high, scale, wide, scale, 3)
     rim = (scale - 1) // 2 if scale < 4 else 1
@@ -333,7 +333,7 @@ def write_poster(clip: Path, poster: Path | None = None) -> Path:
     picture.thumbnail((POSTER_SIDE, POSTER_SIDE))
     encoded = io.BytesIO()
     picture.save(encoded, "WEBP", quality=90)
-    with _explained_os_errors(poster.parent):
+    with _explain_os_errors(poster.parent):
         poster.write_bytes(encoded.getvalue())
     return poster
 
@@ -355,8 +355,8 @@ def export(clip: Path, kind: Literal["gif", "webm", "png"]) -> Path:
         "webm": ["-c:v", "libvpx-vp9", "-crf", "18", "-b:v", "0", "-pix_fmt", "yuv420p"],
         "png": ["-fps_mode", "passthrough"],
     }[kind]
-    command = _ffmpeg(*_SAFE_INPUT, "-i", _readable(clip), *how)
-    with _explained_os_errors(clip.parent):
+    command = _ffmpeg(*_SAFE_INPUT, "-i", _input_path(clip), *how)
+    with _explain_os_errors(clip.parent):
         try:
             if kind == "png":
                 part.mkdir()
@@ -369,10 +369,10 @@ def export(clip: Path, kind: Literal["gif", "webm", "png"]) -> Path:
                     [*command, str(part.resolve())], capture_output=True, stdin=subprocess.DEVNULL, **_POPEN
                 )
             if ran.returncode != 0:
-                raise _explained(ran.stderr.decode("utf-8", "replace"), clip.parent)
+                raise _explain_write_error(ran.stderr.decode("utf-8", "replace"), clip.parent)
             if target.is_dir():
                 shutil.rmtree(target)
-            return _put_in_place(part, target)
+            return _move_into_place(part, target)
         finally:
             if part.is_dir():
                 shutil.rmtree(part)
@@ -411,7 +411,7 @@ def _ffmpeg(*arguments: str, level: str = "error") -> list[str]:
     return [binary, "-hide_banner", "-nostdin", "-loglevel", level, *arguments]
 
 
-def _readable(path: Path) -> str:
+def _input_path(path: Path) -> str:
     """An absolute path, which ffmpeg cannot take for an option or a protocol.
 
     Raises:
@@ -422,7 +422,7 @@ def _readable(path: Path) -> str:
     return str(path.resolve())
 
 
-def _not_a_video(path: Path) -> StudioError:
+def _not_a_video_error(path: Path) -> StudioError:
     empty = path.is_file() and path.stat().st_size == 0
     return StudioError(
         f"{path.name} cannot be read as a video.",
@@ -431,7 +431,7 @@ def _not_a_video(path: Path) -> StudioError:
     )
 
 
-def _put_in_place(part: Path, target: Path) -> Path:
+def _move_into_place(part: Path, target: Path) -> Path:
     """Give a finished file its name; when a player holds an older one open, the next free name: work is never lost."""
     for number in range(1, 1000):
         free = target if number == 1 else target.with_stem(f"{target.stem}-{number}")
@@ -445,15 +445,15 @@ def _put_in_place(part: Path, target: Path) -> Path:
 
 
 @contextmanager
-def _explained_os_errors(folder: Path) -> Iterator[None]:
+def _explain_os_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _explained(error.strerror or str(error), folder) from error
+        raise _explain_write_error(error.strerror or str(error), folder) from error
 
 
 @contextmanager
-def _pipe_may_be_broken() -> Iterator[None]:
+def _ignore_broken_pipe() -> Iterator[None]:
     try:
         yield
     except OSError:
@@ -461,7 +461,7 @@ def _pipe_may_be_broken() -> Iterator[None]:
         return
 
 
-def _explained(said: str, folder: Path) -> StudioError:
+def _explain_write_error(said: str, folder: Path) -> StudioError:
     """What ffmpeg or the system said about a failed write, for a person."""
     what = f"The clip could not be written to {folder}."
     free_mb = shutil.disk_usage(folder).free // 2**20 if folder.is_dir() else None

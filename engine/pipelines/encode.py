@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from engine.diffusion.conditioning import Encoded
-from engine.job import GenerateJob
+from engine.job import GenerateJob, Subject
 from engine.loading.pool import ModelPool, fingerprint
-from engine.media.pictures import Pixels, at_own_size, on_canvas, prepare_subject
+from engine.media.pictures import Pixels, place_on_canvas, prepare_subject, resize_to_multiple
 from engine.models.encoders import text_states, vlm_states
 from engine.models.subject_tower import References
 from engine.models.vae import normalize, picture_latents
@@ -30,106 +30,135 @@ from engine.presets import Preset
 # --- a whole job ----------------------------------------------------------------------------------------------------
 
 
-def job_states(job: GenerateJob, preset: Preset, pool: ModelPool) -> Encoded:
+def encode_job(job: GenerateJob, preset: Preset, pool: ModelPool) -> Encoded:
     """Everything a clip needs from its encoders, each thing encoded once and remembered by the hash of its content.
 
     Args:
         job: resolved, its pictures readable.
         preset: names the encoders and how mentions are written.
-        warm: loads an encoder only when something is not remembered. Large ones have left it before the VAE works.
+        pool: loads an encoder only when something is not remembered. Large encoders have left it before the VAE works.
 
     Raises:
         StudioError: a picture or an encoder cannot be read.
     """
     prompt = render_job(job, preset)
-    text, negative = (_text(words, preset, pool) for words in (prompt, job.negative_prompt or ""))
-    # A weight of 0 leaves a subject out everywhere, also where the VLM would see it.
-    shown = [prepare_subject(s, size=preset.reference_size) if s.weight > 0 else [] for s in job.subjects]
+    text = _encode_text(prompt, preset, pool)
+    negative = _encode_text(job.negative_prompt or "", preset, pool)
+    shown = [_prepare_shown(subject, preset) for subject in job.subjects]
     with_identity = preset.conditioning.startswith("identity") and any(shown)
-    states, mask = _vlm(prompt, shown, preset, pool) if with_identity else (None, None)
+    states, mask = None, None
+    if with_identity:
+        states, mask = _encode_vlm(prompt, shown, preset, pool)
     pool.make_room()
     if preset.conditioning == "sources":
-        return Encoded(text, negative, sources=_sources(job, shown, preset, pool))
-    if preset.conditioning in ("frames", "side"):
-        frames = _reference_frames(job, shown, preset, pool)
-        side = _side(job, frames, preset, pool) if preset.conditioning == "side" else None
-        return Encoded(text, negative, frames=frames, side=side)
+        return Encoded(text, negative, sources=_source_latents(job, shown, preset, pool))
+    if preset.conditioning == "frames":
+        return Encoded(text, negative, frames=_frame_latents(job, shown, preset, pool))
+    if preset.conditioning == "side":
+        frames = _frame_latents(job, shown, preset, pool)
+        return Encoded(text, negative, frames=frames, side=_side_latents(job, frames, preset, pool))
     if not with_identity:
         return Encoded(text, negative)  # without subjects the model is plain Wan, as it was in training
-    references = _references(shown, [subject.weight for subject in job.subjects], preset, pool)
-    frames = _reference_frames(job, shown, preset, pool) if preset.conditioning == "identity+frames" else None
+    references = _identity_references(shown, [subject.weight for subject in job.subjects], preset, pool)
+    frames = None
+    if preset.conditioning == "identity+frames":
+        frames = _frame_latents(job, shown, preset, pool)
     return Encoded(text, negative, replace(references, vlm_states=states, vlm_mask=mask), frames)
 
 
-def _text(text: str, preset: Preset, pool: ModelPool) -> Tensor:
+def _prepare_shown(subject: Subject, preset: Preset) -> list[Pixels]:
+    """A subject's pictures; none at a weight of 0, which leaves it out everywhere, also where the VLM would see it."""
+    if subject.weight > 0:
+        return prepare_subject(subject, size=preset.reference_size)
+    return []
+
+
+def _encode_text(text: str, preset: Preset, pool: ModelPool) -> Tensor:
     key = ("text", fingerprint(preset.place("text_encoder")), fingerprint(preset.place("tokenizer")), text)
 
-    def made() -> Tensor:
+    def encode() -> Tensor:
         with pool.at_work("text_encoder", preset) as encoder:
             return text_states([text], pool.part("tokenizer", preset), encoder)
 
-    return pool.remembered(key, made)
+    return pool.remembered(key, encode)
 
 
-def _vlm(
+def _encode_vlm(
     prompt: str, shown: Sequence[Sequence[Pixels]], preset: Preset, pool: ModelPool
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     if not preset.components.vlm:
         return None, None
-    hashes = tuple(tuple(_hash(picture) for picture in subject) for subject in shown)
+    hashes = tuple(tuple(map(_hash_picture, subject)) for subject in shown)
     key = ("vlm", fingerprint(preset.place("vlm")), fingerprint(preset.place("vlm_tokenizer")), prompt, hashes)
 
-    def made() -> tuple[Tensor, Tensor]:
+    def encode() -> tuple[Tensor, Tensor]:
         with pool.at_work("vlm", preset) as vlm:
             return vlm_states([prompt], [shown], pool.part("vlm_tokenizer", preset), vlm)
 
-    return pool.remembered(key, made)
+    return pool.remembered(key, encode)
 
 
-def _references(
+def _identity_references(
     shown: Sequence[Sequence[Pixels]], weights: Sequence[float], preset: Preset, pool: ModelPool
 ) -> References:
     """The pictures of all subjects as one padded batch of one clip."""
     most = max(len(subject) for subject in shown)
     vae_files = fingerprint(preset.place("vae"))
 
-    def latents(picture: Pixels) -> Tensor:
-        return pool.remembered(("picture", vae_files, _hash(picture)), lambda: _still(picture, preset, pool)[0])
+    def encode(picture: Pixels) -> Tensor:
+        key = ("picture", vae_files, _hash_picture(picture))
+        return pool.remembered(key, lambda: _encode_picture(picture, preset, pool)[0])
 
-    rows = [[latents(picture) for picture in subject] for subject in shown]
+    rows = [list(map(encode, subject)) for subject in shown]
     nothing = torch.zeros_like(next(row[0] for row in rows if row))
-    padded = torch.stack([torch.stack(row + [nothing] * (most - len(row))) for row in rows])
-    there = torch.tensor([[number < len(row) for number in range(most)] for row in rows], device=padded.device)
+    padded_rows: list[Tensor] = []
+    is_there: list[list[bool]] = []
+    for row in rows:
+        missing = most - len(row)
+        padded_rows.append(torch.stack(row + [nothing] * missing))
+        is_there.append([True] * len(row) + [False] * missing)
+    latents = torch.stack(padded_rows)
+    mask = torch.tensor(is_there, device=latents.device)
+    subject_weights = None
+    if any(weight != 1 for weight in weights):
+        subject_weights = torch.tensor([weights], device=latents.device)
     return References(
-        latents=padded.unsqueeze(0),
-        mask=None if bool(there.all()) else there.unsqueeze(0),
-        weights=None if all(weight == 1 for weight in weights) else torch.tensor([weights], device=padded.device),
+        latents=latents.unsqueeze(0),
+        mask=None if bool(mask.all()) else mask.unsqueeze(0),
+        weights=subject_weights,
     )
 
 
-def _reference_frames(
+def _frame_latents(
     job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, pool: ModelPool
 ) -> Tensor | None:
     """Every picture at the clip's size on white, each a latent frame: (1, C, N, h, w); None without any.
 
     A subject's weight, 1 as trained, scales its latents, since zeros are what a model of this kind takes for nobody.
     """
-    latents = list(_pages(job, shown, lambda own: on_canvas(own, job.width or 0, job.height or 0), preset, pool))
-    return torch.stack(latents, dim=2) if latents else None
+
+    def page_of(picture: Pixels) -> Pixels:
+        return place_on_canvas(picture, job.width or 0, job.height or 0)
+
+    latents = list(_picture_latents(job, shown, page_of, preset, pool))
+    if not latents:
+        return None
+    return torch.stack(latents, dim=2)
 
 
-def _sources(
+def _source_latents(
     job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, pool: ModelPool
 ) -> tuple[Tensor, ...]:
     """Every picture at its own size, each (1, C, 1, h, w).
 
-    A subject's weight scales its latents here, too: a paler picture. Nothing else of the kind was trained.
+    A subject's weight scales its latents here, too, which makes a paler picture. The model was trained on nothing else
+    of the kind.
     """
-    pages = _pages(job, shown, lambda own: at_own_size(own, preset.size_multiple), preset, pool)
+    pages = _picture_latents(job, shown, lambda own: resize_to_multiple(own, preset.size_multiple), preset, pool)
     return tuple(latents.unsqueeze(2) for latents in pages)
 
 
-def _pages(
+def _picture_latents(
     job: GenerateJob,
     shown: Sequence[Sequence[Pixels]],
     page_of: Callable[[Pixels], Pixels],
@@ -140,17 +169,17 @@ def _pages(
     vae_files = fingerprint(preset.place("vae"))
     for subject, own in zip(job.subjects, shown, strict=True):
         for page in map(page_of, own):
-            key = ("frame", vae_files, _hash(page))
-            made = pool.remembered(key, lambda page=page: _still(page, preset, pool))
-            yield subject.weight * made
+            key = ("frame", vae_files, _hash_picture(page))
+            latents = pool.remembered(key, lambda page=page: _encode_picture(page, preset, pool))
+            yield subject.weight * latents
 
 
-def _still(page: Pixels, preset: Preset, pool: ModelPool) -> Tensor:
+def _encode_picture(page: Pixels, preset: Preset, pool: ModelPool) -> Tensor:
     with pool.at_work("vae", preset) as vae:
         return picture_latents([page], vae)
 
 
-def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, pool: ModelPool) -> Tensor:
+def _side_latents(job: GenerateJob, frames: Tensor | None, preset: Preset, pool: ModelPool) -> Tensor:
     """What VACE's side branch reads where everything is to be made: an even grey video, and a mask that says "all".
 
     Pictures come first, the last one first of all, as kept content with a mask of zeros.
@@ -159,12 +188,12 @@ def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, pool: ModelPo
     """
     shape = (1, 3, job.num_frames or 1, job.height or 0, job.width or 0)
 
-    def empty() -> Tensor:
+    def encode_grey() -> Tensor:
         with pool.at_work("vae", preset) as vae, torch.no_grad():
             grey = torch.zeros(shape, device=vae.device, dtype=vae.dtype)
             return normalize(vae.encode(grey, return_dict=False)[0].mode().float(), vae)
 
-    video = pool.remembered(("grey", fingerprint(preset.place("vae")), shape), empty)
+    video = pool.remembered(("grey", fingerprint(preset.place("vae")), shape), encode_grey)
     cells: Any = pool.part("vae", preset).config.scale_factor_spatial
     mask = video.new_ones(1, cells**2, *video.shape[2:])
     clip = torch.cat([video, video, mask], 1)
@@ -175,5 +204,5 @@ def _side(job: GenerateJob, frames: Tensor | None, preset: Preset, pool: ModelPo
     return torch.cat([torch.cat([kept, nothing], 1), clip], 2)
 
 
-def _hash(picture: Pixels) -> str:
+def _hash_picture(picture: Pixels) -> str:
     return hashlib.sha256(str(picture.shape).encode() + picture.tobytes()).hexdigest()

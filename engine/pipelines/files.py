@@ -81,13 +81,13 @@ def free_name(outputs: Path, job: GenerateJob) -> Path:
     stem = f"{now:%H%M%S}-{words}-s{job.seed}"
     folder = outputs / f"{now:%Y-%m-%d}"
     number, target = 1, folder / f"{stem}.mp4"
-    while target.exists() or not _claimed(outputs / PREVIEWS / target.stem):
+    while target.exists() or not _claim_folder(outputs / PREVIEWS / target.stem):
         number += 1
         target = folder / f"{stem}-{number}.mp4"
     return target
 
 
-def _claimed(folder: Path) -> bool:
+def _claim_folder(folder: Path) -> bool:
     """Whether the previews' folder is new: two workers may begin the same job within a second."""
     with explain_os_errors(folder.parent):
         try:

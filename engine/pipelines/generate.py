@@ -46,18 +46,18 @@ def make_clip(
     """The clip, made as the plan says.
 
     Raises:
-        Lack: some memory ran out.
+        OutOfMemory: the memory of the card or of the machine ran out.
     """
     pool.follow(plan)
     if plan is not None:
         job = job.model_copy(update={"precision": plan.parts["transformer"].precision})
     with classify_oom():
         kept = KeptLatents(target, job, preset)
-        drawn = kept.read(pool.device)
-        if drawn is None:
-            drawn = sample_latents(job, preset, say, pool, previews)
-            kept.write(*drawn)
-        latents, notes = drawn
+        sampled = kept.read(pool.device)
+        if sampled is None:
+            sampled = sample_latents(job, preset, say, pool, previews)
+            kept.write(*sampled)
+        latents, notes = sampled
         try:
             saved = decode_and_write(latents, job, preset, plan is not None and plan.tiled, say, target, pool)
         except Cancelled:
@@ -72,7 +72,7 @@ def sample_latents(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The clip's latents (1, C, F, h, w), and what was not done as a creator may have expected."""
     say(Progress("encode", 0, 1))
-    encoded = encode.job_states(job, preset, pool)
+    encoded = encode.encode_job(job, preset, pool)
 
     say(Progress("load", 0, 1))
     transformer, vae = pool.part("transformer", preset), pool.part("vae", preset)
@@ -84,13 +84,13 @@ def sample_latents(
         lead = conditions.lead
 
         solver = new_solver(job)
-        predict = step_cache.chosen(
-            job.sampling.cache, preset.caching, guided_prediction(job, conditions, solver), solver
+        predict = step_cache.with_step_cache(
+            job.sampling.step_cache, preset.step_cache, guided_prediction(job, conditions, solver), solver
         )
         pace = Pace()
 
         def on_step(step: solvers.Step) -> None:
-            say(Progress("sample", step.index + 1, step.total, eta_s=pace.left(step.index + 1, step.total)))
+            say(Progress("sample", step.index + 1, step.total, eta_s=pace.seconds_left(step.index + 1, step.total)))
             if previews.due(step.index + 1, step.total):
                 picture = previews.write(lambda: decode_preview(step.x_0[:, :, lead:], vae), preset.display_scale)
                 say(Preview(step.index + 1, step.total, picture))
@@ -120,7 +120,7 @@ def decode_and_write(
 ) -> Saved:
     """Decode, judge and write, frame by frame."""
     reporter = new_reporter(job, preset, pool)
-    document = write_job(lora_files.portable(pictures.portable(job)))
+    document = write_job(lora_files.shorten_paths(pictures.drop_embedded_paths(job)))
     size = (job.width or 0, job.height or 0)
     with video.ClipWriter(
         target, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
@@ -132,7 +132,7 @@ def decode_and_write(
                 writer.write(frame)
                 if reporter is not None:
                     reporter.see(frame)
-            say(Progress("decode", number, total, eta_s=pace.left(number, total)))
+            say(Progress("decode", number, total, eta_s=pace.seconds_left(number, total)))
             pace.go_on()
 
     say(Progress("save", 0, 1))
@@ -159,11 +159,11 @@ def guided_prediction(
 ) -> solvers.Predict:
     """The model's guided velocity, as the denoise loop asks for it."""
 
-    def asked(latents: Tensor, time: float) -> Tensor:
+    def predict(latents: Tensor, time: float) -> Tensor:
         sigma = solvers.level(solver, time)
         return guided(job.sampling, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
 
-    return asked
+    return predict
 
 
 def starting_latents(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any, lead: int) -> Tensor:

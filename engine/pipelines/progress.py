@@ -17,13 +17,13 @@ LOADING_GAP_S = 0.5
 
 
 class Pace:
-    """How long the rest will take, by the last eight steps; the first ones warm up and are slower."""
+    """How long the rest will take, estimated from the last eight steps; the first steps warm up and are slower."""
 
     def __init__(self) -> None:
         self._took: deque[float] = deque(maxlen=8)
         self._since = time.monotonic()
 
-    def left(self, done: int, total: int) -> float:
+    def seconds_left(self, done: int, total: int) -> float:
         """A step has ended: seconds until the last one does."""
         self._took.append(time.monotonic() - self._since)
         return (total - done) * sum(self._took) / len(self._took)
@@ -34,7 +34,7 @@ class Pace:
 
 
 class LoadingProgress:
-    """Says how far a part is that takes longer than a moment to load; loading an encoder belongs to reading."""
+    """Reports how far loading a part is, when that takes longer than a moment. An encoder's belongs to "encode"."""
 
     def __init__(self, say: Callable[[Message], None]) -> None:
         self._say = say
@@ -48,5 +48,7 @@ class LoadingProgress:
             del self._began[part]
         elif now - began > LOADING_GAP_S and now >= self._next:
             self._next = now + LOADING_GAP_S
-            stage, left = "load" if part == "transformer" else "encode", (now - began) * (1 - share) / share
-            self._say(Progress(stage, int(100 * share), 100, eta_s=left, note=f"loading the {part.replace('_', ' ')}"))
+            stage = "load" if part == "transformer" else "encode"
+            seconds_left = (now - began) * (1 - share) / share
+            note = f"loading the {part.replace('_', ' ')}"
+            self._say(Progress(stage, int(100 * share), 100, eta_s=seconds_left, note=note))

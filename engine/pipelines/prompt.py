@@ -16,9 +16,10 @@ from engine.presets import Preset
 
 # What Bernini's prompts begin with: `SYSTEM_PROMPTS` of bernini/prompt_enhancer.py, bytedance/Bernini 8c805a5.
 BERNINI = "You are a helpful assistant specialized in {}-to-video generation."
+DETERMINERS = {"a", "an", "the", "my", "our", "his", "her", "their", "some"}
 
 
-def render(prompt: str, subjects: Sequence[Subject], mention: Literal["slot", "noun", "image"]) -> str:
+def render_prompt(prompt: str, subjects: Sequence[Subject], mention: Literal["slot", "noun", "image"]) -> str:
     """The prompt as the model was taught to read it.
 
     Args:
@@ -29,38 +30,76 @@ def render(prompt: str, subjects: Sequence[Subject], mention: Literal["slot", "n
             with the numbers of its pictures among all that are shown (Bernini).
     """
     numbers = {subject.name: number for number, subject in enumerate(subjects, start=1)}
-    images = itertools.count()
-    shown = {s.name: [f"image{next(images)}" for _ in s.pictures] if s.weight > 0 else [] for s in subjects}
-    said: set[str] = set()
-    pieces, end = [], 0
+    images = _number_images(subjects)
+    mentioned: set[str] = set()
+    pieces: list[str] = []
+    end = 0
     for match in MENTION.finditer(prompt):
         name = match[1].lower()
-        noun = noun_phrase(subjects[numbers[name] - 1])
-        known = noun if with_article(noun) == noun else f"the {noun}"
-        first = name not in said
-        said.add(name)
+        number = numbers[name]
+        noun = noun_phrase(subjects[number - 1])
+        first = name not in mentioned
+        mentioned.add(name)
         if mention == "noun":
-            words = with_article(noun) if first else known
+            words = _render_noun(noun, first)
         elif mention == "image":
-            sources = " and ".join(shown[name])
-            words = f"{known} from {sources}" if sources else known
+            words = _render_images(noun, images[name])
         else:
-            words = f"subject {numbers[name]}"
-            if first:
-                # The comma that closes the apposition, unless the sentence brings one or stops here.
-                follows = prompt[match.end() :].lstrip()[:1]
-                words += f", {with_article(noun)}" + ("," if follows.isalnum() or follows == "@" else "")
+            words = _render_slot(noun, number, first, rest=prompt[match.end() :])
         pieces += [prompt[end : match.start()], words]
         end = match.end()
-    return " ".join(("".join(pieces) + prompt[end:]).split())
+    text = "".join(pieces) + prompt[end:]
+    return " ".join(text.split())
+
+
+def _number_images(subjects: Sequence[Subject]) -> dict[str, list[str]]:
+    """ "image0", "image1", ... for every picture that is shown, by the name of its subject."""
+    numbers = itertools.count()
+    images: dict[str, list[str]] = {}
+    for subject in subjects:
+        images[subject.name] = []
+        if subject.weight > 0:
+            images[subject.name] = [f"image{next(numbers)}" for _ in subject.pictures]
+    return images
+
+
+def _render_noun(noun: str, first: bool) -> str:
+    """ "a red fox" the first time, "the red fox" after that."""
+    if first:
+        return with_article(noun)
+    return _with_definite_article(noun)
+
+
+def _render_images(noun: str, images: Sequence[str]) -> str:
+    """ "the red fox from image0 and image1"."""
+    words = _with_definite_article(noun)
+    if images:
+        words += f" from {' and '.join(images)}"
+    return words
+
+
+def _render_slot(noun: str, number: int, first: bool, rest: str) -> str:
+    """ "subject 2, a red fox," the first time, "subject 2" after that; `rest` is the prompt after this mention."""
+    words = f"subject {number}"
+    if not first:
+        return words
+    words += f", {with_article(noun)}"
+    # The comma that closes the apposition, unless the sentence brings one or stops here.
+    next_character = rest.lstrip()[:1]
+    if next_character.isalnum() or next_character == "@":
+        words += ","
+    return words
 
 
 def render_job(job: GenerateJob, preset: Preset) -> str:
     """The job's prompt as its preset's encoders read it."""
-    prompt = render(job.prompt, job.subjects, preset.mention)
+    prompt = render_prompt(job.prompt, job.subjects, preset.mention)
     if preset.conditioning != "sources":
         return prompt
-    return BERNINI.format("subject" if any(subject.weight > 0 for subject in job.subjects) else "text") + prompt
+    task = "text"
+    if any(subject.weight > 0 for subject in job.subjects):
+        task = "subject"
+    return BERNINI.format(task) + prompt
 
 
 def noun_phrase(subject: Subject) -> str:
@@ -70,6 +109,18 @@ def noun_phrase(subject: Subject) -> str:
 
 def with_article(words: str) -> str:
     """ "a fox", "an orange fox"; nothing is added where an article or a possessive already stands."""
-    if words.split()[0].lower() in {"a", "an", "the", "my", "our", "his", "her", "their", "some"}:
+    if _begins_with_determiner(words):
         return words
-    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+    article = "an" if words[0].lower() in "aeiou" else "a"
+    return f"{article} {words}"
+
+
+def _with_definite_article(words: str) -> str:
+    """ "the fox"; nothing is added where an article or a possessive already stands."""
+    if _begins_with_determiner(words):
+        return words
+    return f"the {words}"
+
+
+def _begins_with_determiner(words: str) -> bool:
+    return words.split()[0].lower() in DETERMINERS

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine import presets
-from engine.identity.faces import FaceFiles, Faces
+from engine.identity.faces import FaceEvaluator, FaceModels
 from engine.identity.report import REPORT, STRIP, IdentityReport
 from engine.identity.reporter import Assignment, Evaluator, Reporter
-from engine.identity.things import THINGS, Things
-from engine.identity.toybox import Drawn, Judges
+from engine.identity.things import THINGS, ThingEvaluator
+from engine.identity.toybox import Judges, ToyboxEvaluator
 from engine.job import GenerateJob, Subject
 from engine.loading.pool import ModelPool
 from engine.media import pictures
@@ -24,17 +24,19 @@ from engine.presets import Preset
 
 
 def new_reporter(job: GenerateJob, preset: presets.Preset, pool: ModelPool) -> Reporter | None:
-    """Who judges the clip while it is decoded; None where nobody is to be recognised, or no judge is there."""
-    answers = assign_evaluators(job, preset, pool)
-    if not answers:
+    """The reporter that judges the clip while it is decoded; None where nobody is to be recognised, or no evaluator is
+    there."""
+    assignments = assign_evaluators(job, preset, pool)
+    if not assignments:
         return None
-    # Judges of drawings are quick; those of the real world look at one frame of each that the VAE packs together.
-    every = 1 if preset.components.judges else preset.frames_per_latent
-    return Reporter(answers, fps=preset.fps, num_frames=job.num_frames or 1, every=every)
+    every = preset.frames_per_latent  # one frame of each group that the VAE packs together
+    if preset.components.judges:
+        every = 1  # judges of drawings are quick
+    return Reporter(assignments, fps=preset.fps, num_frames=job.num_frames or 1, every=every)
 
 
 def write_report(reporter: Reporter | None, report: IdentityReport | None, clip: Path) -> Path | None:
-    """Report and outlined frames beside the clip; what an earlier clip of that name left there goes."""
+    """Write the report and the outlined frames beside the clip; those of an earlier clip of that name are deleted."""
     path = clip.with_suffix(REPORT)
     with explain_os_errors(clip.parent):
         for old in (path, clip.with_suffix(STRIP)):
@@ -47,31 +49,36 @@ def write_report(reporter: Reporter | None, report: IdentityReport | None, clip:
 
 
 def assign_evaluators(job: GenerateJob, preset: Preset, pool: ModelPool) -> tuple[Assignment, ...]:
-    """Everyone who is to be recognised, with the witness that knows them.
+    """Every subject that is to be recognised, with the evaluator that knows it.
 
     Raises:
-        StudioError: a witness's files are there, but damaged.
+        StudioError: an evaluator's files are there, but damaged.
     """
-    asked = [(at, each) for at, each in enumerate(job.subjects) if each.role != "background" and each.weight > 0]
-    shown = {at: pictures.prepare_subject(each, size=preset.reference_size) for at, each in asked}
-
-    def answer(witness: Evaluator, own: Sequence[tuple[int, Subject]]) -> Assignment:
-        return Assignment(witness, tuple((each.name, at) for at, each in own))
-
-    if not asked:
+    subjects = [(at, each) for at, each in enumerate(job.subjects) if each.role != "background" and each.weight > 0]
+    shown = {at: pictures.prepare_subject(each, size=preset.reference_size) for at, each in subjects}
+    if not subjects:
         return ()
     if preset.components.judges:
-        return (answer(Drawn(pool.part("judges", preset, build=Judges.load), list(shown.values())), asked),)
-    found, left = [], asked
+        judges = pool.part("judges", preset, build=Judges.load)
+        return (_assign(ToyboxEvaluator(judges, list(shown.values())), subjects),)
+    assignments: list[Assignment] = []
+    without_face = subjects
     if preset.has("faces"):
-        faces: FaceFiles = pool.part("faces", preset, build=FaceFiles)
-        known = {at: faces.known(shown[at]) for at, each in asked if each.role == "person"}
-        people = [(at, each) for at, each in asked if len(known.get(at, ()))]
-        left = [(at, each) for at, each in asked if not len(known.get(at, ()))]
+        faces: FaceModels = pool.part("faces", preset, build=FaceModels)
+        known = {at: faces.known(shown[at]) for at, each in subjects if each.role == "person"}
+        people = [(at, each) for at, each in subjects if len(known.get(at, ()))]
+        without_face = [(at, each) for at, each in subjects if not len(known.get(at, ()))]
         if people:
-            found.append(answer(Faces(faces, [known[at] for at, _ in people]), people))
-    if left and all(preset.has(part) for part in THINGS):
-        parts = [pool.part(part, preset) for part in THINGS]
-        things = Things(*parts, nouns=[each.noun for _, each in left], pictures=[shown[at] for at, _ in left])
-        found.append(answer(things, left))
-    return tuple(found)
+            assignments.append(_assign(FaceEvaluator(faces, [known[at] for at, _ in people]), people))
+    if without_face and all(preset.has(part) for part in THINGS):
+        things = ThingEvaluator(
+            *[pool.part(part, preset) for part in THINGS],
+            nouns=[each.noun for _, each in without_face],
+            pictures=[shown[at] for at, _ in without_face],
+        )
+        assignments.append(_assign(things, without_face))
+    return tuple(assignments)
+
+
+def _assign(evaluator: Evaluator, subjects: Sequence[tuple[int, Subject]]) -> Assignment:
+    return Assignment(evaluator, tuple((each.name, at) for at, each in subjects))

@@ -120,7 +120,7 @@ def test_leaving_out_steps_says_what_it_costs_and_makes_the_clip_cheaper(page: P
     server.queue.pause()
     page.locator("#go").click()
     row = wait_for(lambda: server.row("waiting"), "the job in the line")
-    assert row.job is not None and row.job.sampling.cache == "fast"
+    assert row.job is not None and row.job.sampling.step_cache == "fast"
 
 
 def test_nothing_jumps_when_a_run_begins_and_ends(page: Page, watched: Watched) -> None:

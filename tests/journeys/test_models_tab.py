@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.hub_server import Fault, HubServer
+from engine.paths import ROOT
 from tests.journeys.conftest import SLOW_S, Server, Watched, free_port, open_page, wait_for
 from tests.journeys.test_queue_and_gallery import tab
 from tests.journeys.test_the_page_itself import faults
-from tests.light.test_models import REPOS
+from tests.light.app.test_models import REPOS
+from tests.support.hub_server import Fault, HubServer
 
 pytestmark = pytest.mark.browser
 SECRET = "hf_notforthepage"
@@ -35,7 +36,7 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Market]:
     home = tmp_path_factory.mktemp("market")
     for folder in ("outputs", "models/presets"):
         (home / folder).mkdir(parents=True)
-    preset = json.loads((Path(__file__).parents[2] / "presets" / "toybox.json").read_text(encoding="utf-8"))
+    preset = json.loads((ROOT / "presets" / "toybox.json").read_text(encoding="utf-8"))
     parts = {part: _files("own/wan", part) for part in ("vae", "text_encoder", "tokenizer")}
     preset |= {"name": "little", "title": "Little", "licence": "MIT"}
     preset |= {"components": {"transformer": _files("own/one", "one.safetensors"), **parts}}

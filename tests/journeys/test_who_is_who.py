@@ -47,7 +47,7 @@ def test_variants_stand_in_the_order_of_their_weakest_subject(page: Page, server
 
 def test_a_likeness_out_of_reach_draws_further_seeds_up_to_the_limit(page: Page, server: Server) -> None:
     quick(page)
-    page.get_by_label("Draw again below a likeness of").fill("1")
+    page.get_by_label("Retry below likeness").fill("1")
     page.get_by_label("Further seeds at most").fill("2")
     page.locator("#go").click()
     wait_for(lambda: len(server.queue.rows(states=["done"])) == 3, "three clips")

@@ -1,7 +1,7 @@
 """What one training step reads, whatever world the samples come from.
 
 In:  tensors of one shard, or several shards of one shape.
-Out: `Batch` (samples) and `Blank` (what stands for an empty prompt and no picture).
+Out: `Batch` (samples) and `NullConditioning` (what stands for an empty prompt and no picture).
 Knows nothing of how samples are drawn, filmed or encoded, nor of losses.
 
 Shapes: B samples, N subjects, V pictures of each, C latent channels, F latent frames, h x w latent pixels, L text
@@ -24,7 +24,7 @@ class Batch:
     """What one training step reads. All tensors share their first dimension."""
 
     latents: Tensor  # (B, C, F, h, w), normalised
-    owner: Tensor  # (B, F, h, w), the slot that holds each latent pixel, 0 for the background
+    instance_ids: Tensor  # (B, F, h, w), the slot that holds each latent pixel, 0 for the background
     text: Tensor  # (B, L, text_dim), UMT5's states
     numbers: Tensor  # (B, L), the slot that a word of the caption numbers, 0 for all other words
     references: Tensor  # (B, N, V, C, h, w), normalised
@@ -40,14 +40,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Blank:
+class NullConditioning:
     """What stands where nothing is said or shown."""
 
     text: Tensor  # (1, L, text_dim), UMT5's states of the empty prompt
     white: Tensor  # (C,), the latent of white paper
 
     @classmethod
-    def load(cls, cache: Path, where: torch.device | None = None) -> Blank:
+    def load(cls, cache: Path, where: torch.device | None = None) -> NullConditioning:
         """Read it from the folder of a cache."""
         return cls(**load_file(cache / "null" / "blank.safetensors", device=str(where or "cpu")))
 
@@ -63,7 +63,7 @@ def cut_from_clip(batch: Batch, white: Tensor, rng: np.random.Generator) -> Tens
     B, N, V, C, h, w = batch.references.shape
     frame, reach = int(rng.integers(batch.latents.shape[2])), 3
     paper = white.view(1, 1, C, 1, 1).expand(B, N, C, h + 2 * reach, w + 2 * reach).clone()
-    held = batch.owner[:, None, frame] == torch.arange(1, N + 1, device=white.device).view(1, N, 1, 1)
+    held = batch.instance_ids[:, None, frame] == torch.arange(1, N + 1, device=white.device).view(1, N, 1, 1)
     alone = torch.where(held.unsqueeze(2), batch.latents[:, None, :, frame], white.view(1, 1, C, 1, 1))
     top, left = rng.integers(0, 2 * reach + 1, 2)
     paper[..., top : top + h, left : left + w] = alone

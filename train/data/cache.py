@@ -14,6 +14,14 @@ from safetensors.torch import load_file
 
 from train.data.batch import Batch, join_batches, take_rows
 
+RENAMED = {"owner": "instance_ids"}
+"""Names of tensors in shards written before the studio used the field's words, and their names now."""
+
+
+def read_shard(path: Path) -> Batch:
+    """One shard as a batch, in the precision it was written in."""
+    return Batch(**{RENAMED.get(name, name): tensor for name, tensor in load_file(path).items()})
+
 
 class Cache:
     """All shards of a folder in memory, sorted into buckets of one shape, so that no batch holds padding subjects."""
@@ -28,7 +36,7 @@ class Cache:
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name in self.read:
                 continue
-            batch = Batch(**load_file(path))
+            batch = read_shard(path)
             shape = (batch.references.shape[1], batch.references.shape[2])
             self.buckets[path.name.split("-")[0]].setdefault(shape, []).append(batch)
             self.read.add(path.name)

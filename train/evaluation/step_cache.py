@@ -1,8 +1,8 @@
-"""What a step cache saves and loses: jobs made whole, then under each word of `Sampling.cache`.
+"""What a step cache saves and loses: jobs made whole, then under each word of `Sampling.step_cache`.
 
 In:  a preset and jobs for it.
 Out: figures by word: steps computed, likeness to the whole clip in dB, change of the weakest likeness; written, where
-     asked for, into the preset's own file (`Preset.caching`).
+     asked for, into the preset's own file (`Preset.step_cache`).
 Knows nothing of how steps are chosen (engine/diffusion/step_cache.py), or of where the jobs come from.
 """
 
@@ -93,7 +93,7 @@ def _made(
 ) -> tuple[np.ndarray, float, float]:
     """Native frames, steps in which the model was asked, weakest likeness."""
     job, preset = presets.resolve(job)
-    job = job.model_copy(update={"sampling": job.sampling.model_copy(update={"cache": word})})
+    job = job.model_copy(update={"sampling": job.sampling.model_copy(update={"step_cache": word})})
     with Forwards(transformer) as forwards:
         saved = run.run(job, _quiet, outputs=folder, clip=folder / "clip.mp4", pool=pool)
     frames = video.read_frames(saved.clip, display_scale=preset.display_scale)
@@ -109,11 +109,11 @@ def write(preset: str, found: dict[str, dict[str, float]], jobs: int) -> Path:
     """Put what was measured at the preset's own steps into its file; returns the file."""
     path = presets.PRESETS / f"{preset}.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    caching = presets.load(preset).caching.model_dump()
+    modes = presets.load(preset).step_cache.model_dump()
     for word in WORDS:
         row = found[word]
         costs = f"{row['psnr']:.0f} dB from the whole clip, likeness {row['change']:+.3f} ({jobs} jobs)"
-        caching[word] |= {"share": round(row["computed"] / row["steps"], 3), "costs": costs}
-    values["caching"] = caching
+        modes[word] |= {"share": round(row["computed"] / row["steps"], 3), "costs": costs}
+    values["step_cache"] = modes
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -1,7 +1,7 @@
 """Teach attention where to look: a place in the frame at the word that numbers whoever is there, and at the same part
 of that subject's picture; background at the VLM.
 
-In:  a batch's owner maps, numbers, latents and reference latents; what attention read while the model predicted.
+In:  a batch's instance maps, numbers, latents and reference latents; what attention read while the model predicted.
 Out: three losses. The paper has no such terms: they are FastComposer's localised attention (arXiv 2305.10431), for
 words as it is, for pictures taken down to parts, and for what joins the two, the slot. Without them attention stayed
 even for as long as we watched (docs/log.md).
@@ -28,7 +28,7 @@ REACH = 0.7  # tokens; how far from the right part of a picture a look may land
 
 
 @dataclass
-class Seen:
+class RecordedAttention:
     """What attention read in one forward."""
 
     pictures: list[tuple[IdentityAttention, Tensor, LayerIdentity]] = field(default_factory=list)
@@ -40,9 +40,9 @@ class Seen:
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[Seen]:
+def record_attention(model: Any) -> Iterator[RecordedAttention]:
     """Inside, what the last three blocks that have a stage 3 read is noted down."""
-    seen = Seen()
+    seen = RecordedAttention()
     blocks = [m for m in model.modules() if isinstance(getattr(m, "identity", None), IdentityAttention)][-3:]
     worn = {block.identity: towers.slot_key for block, towers in zip(model.blocks, model.subject_blocks, strict=False)}
 
@@ -67,12 +67,12 @@ def watched(model: Any) -> Iterator[Seen]:
             handle.remove()
 
 
-def tokens_owner(owner: Tensor, patch: int) -> Tensor:
+def token_instance_ids(instance_ids: Tensor, patch: int) -> Tensor:
     """(B, F, h, w) slots -> (B, Q): who is in a token, 0 for nobody; the highest slot where several are."""
-    return nn.functional.max_pool2d(owner.float(), patch).long().flatten(1)
+    return nn.functional.max_pool2d(instance_ids.float(), patch).long().flatten(1)
 
 
-def counterparts(latents: Tensor, owner: Tensor, references: Tensor, white: Tensor, patch: int) -> Tensor:
+def counterparts(latents: Tensor, instance_ids: Tensor, references: Tensor, white: Tensor, patch: int) -> Tensor:
     """How near each subject token is to the part of its subject that a video token shows.
 
     Where in its subject a place is, is told by the box around the subject, in the frame and in the picture; of both
@@ -80,7 +80,7 @@ def counterparts(latents: Tensor, owner: Tensor, references: Tensor, white: Tens
 
     Args:
         latents: (B, C, F, h, w).
-        owner: (B, F, h, w), slots.
+        instance_ids: (B, F, h, w), slots.
         references: (B, N, V, C, h, w).
         white: (C,), the latent of white paper.
         patch: latent pixels of a token's side.
@@ -92,11 +92,11 @@ def counterparts(latents: Tensor, owner: Tensor, references: Tensor, white: Tens
     (B, _, F, h, w), (N, V) = latents.shape, references.shape[1:3]
     drawn = (references - white.view(-1, 1, 1)).square().mean(3) > 0.02  # (B, N, V, h, w)
     rim = torch.cat([drawn[..., 0, :], drawn[..., -1, :], drawn[..., :, 0], drawn[..., :, -1]], -1).float().mean(-1)
-    slots = torch.arange(1, N + 1, device=owner.device)
-    held = owner.unsqueeze(1) == slots.view(1, N, 1, 1, 1)  # (B, N, F, h, w)
+    slots = torch.arange(1, N + 1, device=instance_ids.device)
+    held = instance_ids.unsqueeze(1) == slots.view(1, N, 1, 1, 1)  # (B, N, F, h, w)
     inside, pictured = _box(held), _box(drawn)  # (B, N, F, 4), (B, N, V, 4)
 
-    sides = (torch.arange(side, device=owner.device) + 0.5 for side in (h, w))
+    sides = (torch.arange(side, device=instance_ids.device) + 0.5 for side in (h, w))
     ys, xs = torch.meshgrid(*sides, indexing="ij")
     cells = torch.stack([ys, xs], -1).view(1, 1, 1, 1, h * w, 2)
     straight = _carried(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=False)  # (B, N, F, V, h * w, 2)
@@ -112,7 +112,7 @@ def counterparts(latents: Tensor, owner: Tensor, references: Tensor, white: Tens
     )  # (B, N, F, V, q, 2)
     away = (places.unsqueeze(-2) - centres.view(1, 1, 1, 1, 1, -1, 2)).square().sum(-1) / patch**2
     near = torch.where((rim > 0.3).view(B, N, 1, V, 1, 1), 1.0, torch.exp(-away / (2 * REACH**2)))
-    mine = tokens_owner(owner, patch).view(B, 1, F, 1, -1, 1) == slots.view(1, N, 1, 1, 1, 1)
+    mine = token_instance_ids(instance_ids, patch).view(B, 1, F, 1, -1, 1) == slots.view(1, N, 1, 1, 1, 1)
     return (near * mine).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, N * V * near.shape[-1])
 
 
@@ -149,7 +149,7 @@ def _misfit(latents: Tensor, held: Tensor, references: Tensor, places: Tensor) -
     return error.sum(-1) / held.flatten(-2).sum(-1).unsqueeze(3).clamp(min=1)
 
 
-def binding_loss(seen: Seen, owner_BQ: Tensor, near_BQS: Tensor) -> Tensor:
+def region_alignment_loss(seen: RecordedAttention, instance_ids_BQ: Tensor, near_BQS: Tensor) -> Tensor:
     """-log of the share of attention that a place gives to the right part of whoever is there, or to the VLM's tokens.
 
     Background has to look at the VLM: what stage 3 adds could otherwise not tell a subject's place from any other, and
@@ -157,8 +157,8 @@ def binding_loss(seen: Seen, owner_BQ: Tensor, near_BQS: Tensor) -> Tensor:
     elsewhere.
 
     Args:
-        seen: what `watched` noted down.
-        owner_BQ: the slot at each video token, 0 for the background, -1 where nothing is asked.
+        seen: what `record_attention` noted down.
+        instance_ids_BQ: the slot at each video token, 0 for the background, -1 where nothing is asked.
         near_BQS: what `counterparts` gives, for the subjects' keys, which come first.
     """
     losses = []
@@ -172,26 +172,26 @@ def binding_loss(seen: Seen, owner_BQ: Tensor, near_BQS: Tensor) -> Tensor:
         if layer.mask is not None:
             scores = scores.masked_fill(~layer.mask[:, None, None], float("-inf"))
         shares = scores.softmax(-1).mean(1)  # (B, Q, S)
-        right = torch.where(owner_BQ > 0, (shares[..., :count] * near_BQS).sum(-1), shares[..., count:].sum(-1))
+        right = torch.where(instance_ids_BQ > 0, (shares[..., :count] * near_BQS).sum(-1), shares[..., count:].sum(-1))
         surprise = -right.clamp(min=1e-6).log()
-        for places in (owner_BQ > 0, owner_BQ == 0):
+        for places in (instance_ids_BQ > 0, instance_ids_BQ == 0):
             losses.append((surprise * places).sum() / places.sum().clamp(min=1))
     return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
-def naming_loss(seen: Seen, owner_BQ: Tensor, count: int) -> Tensor:
+def slot_alignment_loss(seen: RecordedAttention, instance_ids_BQ: Tensor, count: int) -> Tensor:
     """Cross entropy of the slot that a place's query asks for, by what keys wear of their slots alone.
 
     What pictures look like is left out, which near pure noise is louder than who is meant.
 
     Args:
-        seen: what `watched` noted down.
-        owner_BQ: the slot at each video token; 0 and below: nothing is asked.
+        seen: what `record_attention` noted down.
+        instance_ids_BQ: the slot at each video token; 0 and below: nothing is asked.
         count: how many subjects there are.
     """
     losses = []
-    places = owner_BQ > 0
-    wanted = (owner_BQ - 1).clamp(min=0)
+    places = instance_ids_BQ > 0
+    wanted = (instance_ids_BQ - 1).clamp(min=0)
     for module, z, worn in seen.slots:
         query = module.norm_q(module.to_q(module.norm(z)))
         width = query.shape[-1] // module.heads
@@ -201,19 +201,19 @@ def naming_loss(seen: Seen, owner_BQ: Tensor, count: int) -> Tensor:
     return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
-def reading_loss(seen: Seen, owner_BQ: Tensor, numbers_BL: Tensor) -> Tensor:
+def word_alignment_loss(seen: RecordedAttention, instance_ids_BQ: Tensor, numbers_BL: Tensor) -> Tensor:
     """-log of the share of attention that a place's first head gives to the words that number whoever is there.
 
     One head of each watched cross-attention is enough to say who it is; the others stay free for what happens.
 
     Args:
-        seen: what `watched` noted down.
-        owner_BQ: the slot at each video token; 0 and below: nothing is asked.
+        seen: what `record_attention` noted down.
+        instance_ids_BQ: the slot at each video token; 0 and below: nothing is asked.
         numbers_BL: the slot that each word numbers, 0 for other words.
     """
     losses = []
-    right = owner_BQ.unsqueeze(-1) == numbers_BL.unsqueeze(1)  # (B, Q, L)
-    places = (owner_BQ > 0) & right.any(-1)
+    right = instance_ids_BQ.unsqueeze(-1) == numbers_BL.unsqueeze(1)  # (B, Q, L)
+    places = (instance_ids_BQ > 0) & right.any(-1)
     for module, z, text in seen.words:
         width = module.inner_dim // module.heads
         query, key = module.norm_q(module.to_q(z)), module.norm_k(module.to_k(text))

@@ -7,6 +7,7 @@ Knows nothing of tensors.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,15 +45,15 @@ class SftConfig(Document):
     """Passes whose gradients are added up for one update."""
     clip_share: float = Field(1 / 3, ge=0, le=1)
     """Share of updates that take clips; a clip costs two to three stills, and it alone shows what is done."""
-    noises: int = Field(4, ge=1)
+    timesteps_per_sample: int = Field(4, ge=1)
     """Noise levels drawn for each still of an update; its subjects are read once for all of them."""
-    clip_noises: int = Field(2, ge=1)
+    timesteps_per_clip: int = Field(2, ge=1)
     """Noise levels drawn for each clip of an update."""
     known_region: float = Field(0.2, ge=0, le=1)
     """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
     learning_rate: float = Field(7e-4, gt=0)
     """AdamW's peak rate, after a warm-up of 100 updates."""
-    fall: float = Field(0.25, gt=0, le=1)
+    decay_fraction: float = Field(0.25, gt=0, le=1)
     """Share of the updates, the last ones, over which the rate falls to zero."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's, as a share of its rate."""
@@ -70,9 +71,9 @@ class SftConfig(Document):
     """Extra weight of the loss where a subject is."""
     motion_weight: float = Field(0.0, ge=0)
     """Extra weight of what differs between a clip's frames, seen coarsely: a small part, and what is done."""
-    binding: float = Field(0.1, ge=0)
+    subject_alignment: float = Field(0.1, ge=0)
     """Weight of the losses that have a subject's place in the frame look at its own pictures, and ask for its slot."""
-    reading: float = Field(0.1, ge=0)
+    caption_alignment: float = Field(0.1, ge=0)
     """Weight of the loss that has a subject's place read, in one head, the word that numbers it."""
     shift: float = Field(2.5, gt=0)
     """Shift of the noise levels of stills; above 1 more are near noise, where pictures have most to say."""
@@ -85,8 +86,21 @@ class SftConfig(Document):
 
 
 Kind = Literal["still", "clip", "sparse"]
+RENAMED = {
+    "noises": "timesteps_per_sample",
+    "clip_noises": "timesteps_per_clip",
+    "fall": "decay_fraction",
+    "binding": "subject_alignment",
+    "reading": "caption_alignment",
+}
+"""Names of fields in run folders written before the studio used the field's words, and their names now."""
 
 
 def read_run(run: Path) -> SftConfig:
-    """The document of a run folder."""
-    return SftConfig.model_validate_json((run / "run.json").read_text(encoding="utf-8"))
+    """The document of a run folder; one that an earlier studio wrote goes on with the fields' new names.
+
+    Raises:
+        ValidationError: the document does not hold together.
+    """
+    values = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return SftConfig.model_validate({RENAMED.get(name, name): value for name, value in values.items()})

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from engine.diffusion.solvers import noised, shifted, starting_noise
 from engine.models.subject_tower import References
-from train.data.batch import Batch, Blank, cut_from_clip
+from train.data.batch import Batch, NullConditioning, cut_from_clip
 from train.sft.attention_losses import (
-    Seen,
-    binding_loss,
+    RecordedAttention,
     counterparts,
-    naming_loss,
-    reading_loss,
-    tokens_owner,
-    watched,
+    record_attention,
+    region_alignment_loss,
+    slot_alignment_loss,
+    token_instance_ids,
+    word_alignment_loss,
 )
 from train.sft.config import Kind, SftConfig
 
@@ -40,19 +40,20 @@ def noise_levels(count: int, shift: float, generator: torch.Generator) -> Tensor
     return shifted(torch.sigmoid(torch.randn(count, generator=generator, device=generator.device)), shift)
 
 
-def surroundings(owner: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
+def surroundings(instance_ids: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
     """Where a clip is to be made anew: one subject's patches over all frames, a patch wider on every side.
 
     Args:
-        owner: (B, F, h, w), slots.
+        instance_ids: (B, F, h, w), slots.
 
     Returns:
         (B, F, h / patch, w / patch), True inside.
     """
     slots = [
-        int(rng.choice(np.unique(clip[clip > 0]))) if bool((clip > 0).any()) else 0 for clip in owner.cpu().numpy()
+        int(rng.choice(np.unique(clip[clip > 0]))) if bool((clip > 0).any()) else 0
+        for clip in instance_ids.cpu().numpy()
     ]
-    held = (owner == torch.tensor(slots, device=owner.device).view(-1, 1, 1, 1)).float()
+    held = (instance_ids == torch.tensor(slots, device=instance_ids.device).view(-1, 1, 1, 1)).float()
     coarse = nn.functional.max_pool2d(held, patch)
     return nn.functional.max_pool2d(coarse, 3, stride=1, padding=1) > 0
 
@@ -84,7 +85,7 @@ def at_moments(model: Any, moments: Tensor, frames: int) -> Iterator[None]:
 
 
 def conditions(
-    batch: Batch, config: SftConfig, blank: Blank, generator: torch.Generator, in_pair: float = 0.0
+    batch: Batch, config: SftConfig, blank: NullConditioning, generator: torch.Generator, in_pair: float = 0.0
 ) -> tuple[Tensor, Any]:
     """UMT5 states and `References` of a batch after condition dropout: text .1, subjects .1, both .1."""
     roll = torch.rand(len(batch), generator=generator, device=generator.device)
@@ -104,7 +105,7 @@ def conditions(
 
 
 def loss_at(
-    model: Any, batch: Batch, config: SftConfig, blank: Blank, place: tuple[int, ...], sparse: bool = False
+    model: Any, batch: Batch, config: SftConfig, blank: NullConditioning, place: tuple[int, ...], sparse: bool = False
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0, mean of |v_model - v|^2 over what has to be made.
 
@@ -128,19 +129,21 @@ def loss_at(
         between = 1 + torch.randperm(frames - 2, generator=generator, device=generator.device)
         ends = between.new_tensor([0, frames - 1])
         moments = torch.cat([ends, between[: config.sparse_frames - 2]]).sort().values
-        batch = replace(batch, latents=batch.latents[:, :, moments], owner=batch.owner[:, moments])
+        batch = replace(batch, latents=batch.latents[:, :, moments], instance_ids=batch.instance_ids[:, moments])
         placed = at_moments(model, moments, frames)
-    noises = config.clip_noises if moving else config.noises
+    repeats = config.timesteps_per_clip if moving else config.timesteps_per_sample
     shift = config.sparse_shift if sparse else config.clip_shift if moving else config.shift
-    clean, owner, text = (each.repeat_interleave(noises, 0) for each in (batch.latents, batch.owner, text))
+    clean, instance_ids, text = (
+        each.repeat_interleave(repeats, 0) for each in (batch.latents, batch.instance_ids, text)
+    )
     t = noise_levels(len(clean), shift, generator)
     noise = starting_noise(tuple(clean.shape), generator, config.shared_noise if moving else 0.0)
     noisy, target = noised(clean, noise, t)
-    weight = 1 + config.subject_weight * (owner > 0).float().unsqueeze(1)
+    weight = 1 + config.subject_weight * (instance_ids > 0).float().unsqueeze(1)
     timestep = t * 1000
     patch = int(config.architecture.get("patch_size", (1, 2, 2))[-1])
     if moving and rng.random() < config.known_region:
-        made = surroundings(owner, patch, rng)
+        made = surroundings(instance_ids, patch, rng)
         timestep = (timestep.view(-1, 1, 1, 1) * made).flatten(1)
         wide = made.float().repeat_interleave(patch, -1).repeat_interleave(patch, -2).unsqueeze(1)
         noisy = torch.where(wide > 0, noisy, clean)
@@ -150,17 +153,19 @@ def loss_at(
             predicted = model(noisy, timestep, text, return_dict=False)[0]
         looks = names = reads = predicted.new_zeros(())
     else:
-        repeated = identity.repeat_interleave(noises)
-        with watched(model) as seen, placed:
+        repeated = identity.repeat_interleave(repeats)
+        with record_attention(model) as seen, placed:
             predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
         looks = names = predicted.new_zeros(())
         if repeated.num_subject_tokens:
             looks, names = _looks(seen, batch, references, blank, patch)
-        told = torch.where((text == blank.text).flatten(1).all(1, keepdim=True), 0, tokens_owner(owner, patch))
-        reads = reading_loss(seen, told, batch.numbers.repeat_interleave(noises, 0))
+        told = torch.where(
+            (text == blank.text).flatten(1).all(1, keepdim=True), 0, token_instance_ids(instance_ids, patch)
+        )
+        reads = word_alignment_loss(seen, told, batch.numbers.repeat_interleave(repeats, 0))
     error = weighted_error(predicted - target, weight, config.motion_weight)
     parts = {"error": error, "looks": looks, "names": names, "reads": reads}
-    whole = error + config.binding * (looks + names) + config.reading * reads
+    whole = error + config.subject_alignment * (looks + names) + config.caption_alignment * reads
     return whole, {name: part.item() for name, part in parts.items()}
 
 
@@ -191,17 +196,19 @@ def _coarse(values: Tensor) -> Tensor:
     return flat.unflatten(0, values.shape[:2])
 
 
-def _looks(seen: Seen, batch: Batch, references: References, blank: Blank, patch: int) -> tuple[Tensor, Tensor]:
-    """Binding and naming loss of a batch in which some are asked nothing: without subjects, in background without a
+def _looks(
+    seen: RecordedAttention, batch: Batch, references: References, blank: NullConditioning, patch: int
+) -> tuple[Tensor, Tensor]:
+    """Region and slot alignment losses of a batch in which some are asked nothing: without subjects, in background without a
     VLM."""
     assert references.latents is not None and references.mask is not None and references.vlm_mask is not None
     there, heard = (mask.flatten(1).any(1, keepdim=True) for mask in (references.mask, references.vlm_mask))
-    owner = tokens_owner(batch.owner, patch)
-    asked = torch.where(there & (heard | (owner > 0)), owner, -1)
-    near = counterparts(batch.latents, batch.owner, references.latents, blank.white, patch)
-    noises = len(seen.pictures[0][1]) // len(batch)
-    asked, near = (each.repeat_interleave(noises, 0) for each in (asked, near))
-    return binding_loss(seen, asked, near), naming_loss(seen, asked, references.latents.shape[1])
+    instance_ids = token_instance_ids(batch.instance_ids, patch)
+    asked = torch.where(there & (heard | (instance_ids > 0)), instance_ids, -1)
+    near = counterparts(batch.latents, batch.instance_ids, references.latents, blank.white, patch)
+    repeats = len(seen.pictures[0][1]) // len(batch)
+    asked, near = (each.repeat_interleave(repeats, 0) for each in (asked, near))
+    return region_alignment_loss(seen, asked, near), slot_alignment_loss(seen, asked, references.latents.shape[1])
 
 
 def kind_at(step: int, config: SftConfig) -> Kind:

@@ -98,7 +98,7 @@ def new_optimizer(model: nn.Module, config: SftConfig) -> torch.optim.AdamW:
 
 def schedule(step: int, config: SftConfig) -> float:
     """Share of the peak rates: warm-up over 100 updates, flat, linear to zero over the last of them."""
-    return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (config.fall * config.steps)))
+    return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (config.decay_fraction * config.steps)))
 
 
 def export(run: Path, folder: Path) -> None:

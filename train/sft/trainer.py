@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from train.cpu_attention import quick
-from train.data.batch import Blank
+from train.cpu_attention import fast_training
+from train.data.batch import NullConditioning
 from train.data.cache import Cache
-from train.distributed import Team
+from train.distributed import ProcessGroup
 from train.runs import checkpoint, metrics
 from train.sft.config import Kind, SftConfig, read_run
 from train.sft.loss import kind_at, loss_at
@@ -37,7 +37,7 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
 
     Under torchrun every process draws batches of its own and the gradients are averaged.
     """
-    config, team = read_run(run), Team()
+    config, team = read_run(run), ProcessGroup()
     where = torch.device("cuda", team.rank % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
     model: Any = new_model(config)
     model.to(where).train()
@@ -46,7 +46,7 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     step = resume(run, model, ema, optimizer)
     cache = Cache(Path(config.cache))
     cache.refresh()
-    blank = Blank.load(Path(config.cache), where)
+    blank = NullConditioning.load(Path(config.cache), where)
     last = config.steps if updates is None else min(config.steps, step + updates)
     meter, began, kept = metrics.Meter(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
 
@@ -80,7 +80,7 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
 
 
 def _one_pass(
-    model: nn.Module, cache: Cache, config: SftConfig, blank: Blank, kind: Kind, place: tuple[int, int, int]
+    model: nn.Module, cache: Cache, config: SftConfig, blank: NullConditioning, kind: Kind, place: tuple[int, int, int]
 ) -> dict[str, float]:
     """Add the gradients of one batch; `place` is (step, process, pass). Returns the parts of its loss."""
     step, _, number = place
@@ -90,7 +90,7 @@ def _one_pass(
         "still" if kind == "still" else "clip", size, np.random.default_rng((config.seed, *place, 3)), shape
     )
     batch = batch.to(blank.text.device)
-    with quick():
+    with fast_training():
         loss, parts = loss_at(model, batch, config, blank, place, sparse=kind == "sparse")
         (loss / config.passes).backward()
     return parts

@@ -34,14 +34,14 @@ from torch import Tensor
 
 from engine import presets
 from engine.identity.crops import cut_out, to_unit
-from engine.identity.toybox import MOMENTS, SEEN, Judges, finder
+from engine.identity.toybox import MOMENTS, SEEN, Judges, make_finder
 from engine.job import GenerateJob, Subject, make_job
 from engine.loading.pool import ModelPool
 from engine.media import video
 from engine.messages import StudioError
 from engine.models.vae import clip_latents, decode_frames
 from engine.paths import ROOT
-from engine.pipelines.prompt import render
+from engine.pipelines.prompt import render_prompt
 from train.evaluation.clips import frames_of
 from train.evaluation.statistics import Interval, as_text, interval, spearman
 from train.runs.metrics import duration
@@ -143,10 +143,10 @@ def withheld(case: Case, *, attributes: bool) -> Case:
     """The same job from words alone, as the model was taught to read them; with attributes said, or without."""
     rng = np.random.default_rng([84, *case.id.encode()])
     subjects = [
-        subject.model_copy(update={"noun": captions.described(shown, rng) if attributes else subject.noun})
+        subject.model_copy(update={"noun": captions.describe(shown, rng) if attributes else subject.noun})
         for subject, shown in zip(case.job.subjects, case.scene.subjects, strict=True)
     ]
-    words = render(case.job.prompt, subjects, "slot")
+    words = render_prompt(case.job.prompt, subjects, "slot")
     return replace(case, instead=make_job(preset=case.job.preset, prompt=words, seed=case.job.seed))
 
 
@@ -170,9 +170,9 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     scene = case.scene
     pictures = [to_unit(torch.from_numpy(_decoded(subject)[None])) for subject in case.job.subjects]
     seen = to_unit(torch.from_numpy(frames))
-    find = finder(judges, seen)
-    owner = find(pictures).argmax(1)
-    masks = torch.stack([owner == slot for slot in range(1, len(pictures) + 1)], 1).float()  # (F, N, H, W)
+    find = make_finder(judges, seen)
+    instance_ids = find(pictures).argmax(1)
+    masks = torch.stack([instance_ids == slot for slot in range(1, len(pictures) + 1)], 1).float()  # (F, N, H, W)
     there = masks.mean((2, 3)) >= SEEN
     recognised, likeness, copied = [], [], []
     for slot, subject in enumerate(scene.subjects):
@@ -201,7 +201,7 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         place,
         means,
         acted,
-        float(judges.drawn(seen).mean()) if judges.critic is not None else None,
+        float(judges.drawn_probability(seen).mean()) if judges.critic is not None else None,
     )
 
 

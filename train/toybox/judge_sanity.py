@@ -47,7 +47,7 @@ def merged(of: Case, clean: world.Clip) -> Frames:
 def recoloured(of: Case, clean: world.Clip) -> Frames:
     """The second subject's colours have turned by a third of the circle."""
     turned = np.stack([_turned(frame) for frame in clean.frames])
-    return np.where((clean.owner == 2)[..., None], turned, clean.frames)
+    return np.where((clean.instance_ids == 2)[..., None], turned, clean.frames)
 
 
 def frozen(of: Case, clean: world.Clip) -> Frames:

@@ -34,7 +34,7 @@ from engine.identity.crops import CROP, cut_out, to_unit
 from engine.identity.toybox import FROZEN, MOMENTS, STILL, Judges
 from engine.job import Sampling
 from engine.loading.pool import ModelPool
-from train.cpu_attention import quick
+from train.cpu_attention import fast_training
 from train.evaluation.clips import frames_of
 from train.runs import checkpoint, metrics
 from train.toybox import world
@@ -118,18 +118,18 @@ class Stills:
     """Scenes drawn once, as they are and worn, with one picture of everyone in them.
 
     Attributes:
-        frames: uint8 (S, 2, H, W, 3), drawn and worn. owner: (S, H, W), slots. places: (S,), numbers of backgrounds.
+        frames: uint8 (S, 2, H, W, 3), drawn and worn. instance_ids: (S, H, W), slots. places: (S,), numbers of backgrounds.
         pictures: uint8 (P, H, W, 3). scene, slot, kind: (P,), where the subject of each picture is, and what it is.
     """
 
     def __init__(self, split: str, count: int, seed: int, wear: Wear) -> None:
         rng = np.random.default_rng((74, seed))
-        frames, owners, places, pictures, where = [], [], [], [], []
+        frames, instance_ids, places, pictures, where = [], [], [], [], []
         meter = metrics.Meter(f"stills of {split}", count, STATE / "judges")
         for number in range(count):
             clip = world.render(a_scene(rng, split), num_frames=1)
             frames.append(clip.frames[0])
-            owners.append(clip.owner[0])
+            instance_ids.append(clip.instance_ids[0])
             places.append(world.BACKGROUNDS.index(clip.facts.background))
             for slot, subject in enumerate(clip.scene.subjects, start=1):
                 pictures.append(reference(subject, rng))
@@ -140,7 +140,11 @@ class Stills:
             wear(to_unit(torch.from_numpy(drawn[i : i + 24])), rng).mul(255).round().byte().movedim(1, -1).numpy()
             for i in range(0, count, 24)
         ]
-        self.frames, self.owner, self.places = np.stack([drawn, np.concatenate(worn)], 1), np.stack(owners), places
+        self.frames, self.instance_ids, self.places = (
+            np.stack([drawn, np.concatenate(worn)], 1),
+            np.stack(instance_ids),
+            places,
+        )
         self.pictures = np.stack(pictures)
         self.scene, self.slot, self.kind = np.array(where).T
 
@@ -187,10 +191,12 @@ def locator_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tens
     scenes = rng.integers(0, len(pool.frames), 12)
     asked = [asked_about(pool, int(scene), rng) for scene in scenes]
     pictures = to_unit(torch.from_numpy(pool.pictures[np.stack([shown for shown, _ in asked])])).unsqueeze(2)
-    owner = torch.from_numpy(np.stack([n[pool.owner[s]] for s, (_, n) in zip(scenes, asked, strict=True)]))
+    instance_ids = torch.from_numpy(
+        np.stack([n[pool.instance_ids[s]] for s, (_, n) in zip(scenes, asked, strict=True)])
+    )
     figure, scores = judges.locator.scores(pool.frame(scenes, rng), pictures)
-    drawn = functional.binary_cross_entropy_with_logits(figure.float(), (owner > 0).float())
-    small = owner[:, 1::2, 1::2]
+    drawn = functional.binary_cross_entropy_with_logits(figure.float(), (instance_ids > 0).float())
+    small = instance_ids[:, 1::2, 1::2]
     target = torch.where(small == NAMED + 1, 0, small).flatten()
     whose = functional.cross_entropy(scores.float().permute(0, 2, 3, 1).flatten(0, 2), target, reduction="none")
     counts = (small > 0).flatten().float()
@@ -201,7 +207,7 @@ def embedder_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Ten
     """Each cut-out finds its own picture among all of the batch, by an angular margin (ArcFace's, arXiv 1801.07698)."""
     kinds = rng.choice(len(world.KINDS), KINDS_AT_ONCE, replace=False)
     chosen = np.concatenate([rng.choice(np.nonzero(pool.kind == kind)[0], ALIKE, replace=False) for kind in kinds])
-    masks = torch.from_numpy(pool.owner[pool.scene[chosen]] == pool.slot[chosen, None, None]).float()
+    masks = torch.from_numpy(pool.instance_ids[pool.scene[chosen]] == pool.slot[chosen, None, None]).float()
     seen = masks.sum((1, 2)) >= LEAST
     chosen, masks = chosen[seen.numpy()], masks[seen]
     cuts = cut_out(pool.frame(pool.scene[chosen], rng), frayed(masks, rng))
@@ -263,7 +269,7 @@ def acted(rng: np.random.Generator, split: str, count: int) -> tuple[Tensor, ...
         for action in scene.actions[:2]:
             if len(frames) == count:
                 break
-            held = [(clip.owner == slot).astype(np.float32) for slot in action.slots]
+            held = [(clip.instance_ids == slot).astype(np.float32) for slot in action.slots]
             frames.append(clip.frames)
             actors.append(held[0])
             others.append(held[1] if len(held) > 1 else np.zeros_like(held[0]))
@@ -402,7 +408,7 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
         rate = 2e-3 * min(1.0, (step + 1) / 50, max(0.01, (total - step) / (0.4 * total)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with quick():
+        with fast_training():
             loss = loss_of(judges, pool, rng)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -452,26 +458,26 @@ def measure(judges: Judges, vae: AutoencoderKLWan, *, scenes: int = 160, seed: i
     """How often a set is right about held-out drawings that have been through the VAE; shares of 1."""
     wear, rng = Wear(vae), np.random.default_rng((75, seed))
     found = {"place": 0.0}
-    overlaps: list[float] = []
+    ious: list[float] = []
     for _ in range(scenes):
         clip = world.render(a_scene(rng, "heldout"), num_frames=1)
         frame = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
         pictures = to_unit(torch.from_numpy(np.stack([reference(s, rng)[None] for s in clip.scene.subjects])))
-        owner = judges.locator(judges.locator.look(frame), pictures).argmax(1)[0].numpy()
-        overlaps += overlap(owner, clip.owner[0], len(clip.scene.subjects))
+        instance_ids = judges.locator(judges.locator.look(frame), pictures).argmax(1)[0].numpy()
+        ious += iou(instance_ids, clip.instance_ids[0], len(clip.scene.subjects))
         place = int(judges.place(frame)[0].argmax())
         found["place"] += (judges.places[place] == clip.facts.background) / scenes
-    found["locator IoU"] = float(np.mean(overlaps))
+    found["locator IoU"] = float(np.mean(ious))
     found["own of 16"] = own_picture_found(judges, wear, rng, rounds=max(1, scenes // 4))
     found |= actions_right(judges, wear, rng, clips=scenes)
     if judges.critic is not None:
         both = Both("heldout", max(1, scenes // 8), 99, wear)
-        sure = [judges.drawn(to_unit(torch.from_numpy(each))) for each in (both.drawn, both.generated)]
+        sure = [judges.drawn_probability(to_unit(torch.from_numpy(each))) for each in (both.drawn, both.generated)]
         found["critic"] = float(torch.cat([sure[0] > 0.5, sure[1] < 0.5]).float().mean())
     return found
 
 
-def overlap(found: np.ndarray, truth: np.ndarray, subjects: int) -> list[float]:
+def iou(found: np.ndarray, truth: np.ndarray, subjects: int) -> list[float]:
     """Intersection over union of every subject that shows enough of itself to be told."""
     shares = []
     for slot in range(1, subjects + 1):
@@ -493,7 +499,7 @@ def own_picture_found(judges: Judges, wear: Wear, rng: np.random.Generator, roun
         for number in range(0, CANDIDATES, 4):
             pair = (subjects[number], subjects[number + 1])
             clip = world.render(a_scene(rng, "heldout", subjects=pair), num_frames=1)
-            masks = torch.from_numpy(np.stack([clip.owner[0] == slot for slot in (1, 2)])).float()
+            masks = torch.from_numpy(np.stack([clip.instance_ids[0] == slot for slot in (1, 2)])).float()
             frame = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
             likest = (judges.embedder(cut_out(frame.expand(2, -1, -1, -1), masks)) @ known.T).argmax(1)
             right += [int(likest[slot]) == number + slot for slot in range(2) if float(masks[slot].sum()) >= LEAST]

@@ -80,8 +80,8 @@ def found(frames: Pixels, picture: Pixels, judges: Judges) -> tuple[NDArray[np.f
     """Mean traits of a clip's subject over the frames that show it; None when none does."""
     shown = to_unit(torch.from_numpy(picture[None]))
     with torch.no_grad():
-        owner = locate(judges, to_unit(torch.from_numpy(frames)), [shown]).argmax(1).numpy()
-    seen = [traits(f, own == 1) for f, own in zip(frames, owner, strict=True) if (own == 1).mean() >= SEEN]
+        instance_ids = locate(judges, to_unit(torch.from_numpy(frames)), [shown]).argmax(1).numpy()
+    seen = [traits(f, own == 1) for f, own in zip(frames, instance_ids, strict=True) if (own == 1).mean() >= SEEN]
     return (np.mean([t[0] for t in seen], 0), np.mean([t[1] for t in seen], 0)) if seen else None
 
 

@@ -76,9 +76,9 @@ MOTION = {
     "sparse_shift": 12.0,
     "clip_shift": 3.5,
     "motion_weight": 1.0,
-    "binding": 0.25,
-    "reading": 0.3,
-    "fall": 0.4,
+    "subject_alignment": 0.25,
+    "caption_alignment": 0.3,
+    "decay_fraction": 0.4,
     "in_pair": 0.0,
     "ema": 0.999,
 }

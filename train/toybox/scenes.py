@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 
 from engine.models.encoders import text_states, vlm_states
 from engine.models.vae import clip_latents, picture_latents
-from train.distributed import Team
+from train.distributed import ProcessGroup
 from train.runs.metrics import Meter
 from train.toybox import world
 from train.toybox.text import asked, load_tokenizer
@@ -87,13 +87,13 @@ def _references(scene: world.Scene, pictures: int, rng: np.random.Generator, pix
     return [[one(subject) for _ in range(pictures)] for subject in scene.subjects]
 
 
-def _owner_of_latents(owner: np.ndarray, frames: int, cells: int) -> Tensor:
-    """(F', H, W) pixel owners -> (F, h, w): whoever fills most of a latent cell's last frame, background only if alone.
+def _instance_ids_of_latents(instance_ids: np.ndarray, frames: int, cells: int) -> Tensor:
+    """(F', H, W) pixel instance_ids -> (F, h, w): whoever fills most of a latent cell's last frame, background only if alone.
 
     Latent frame 0 is pixel frame 0; with time compressed k times, latent frame i covers pixel frames up to ki.
     """
-    side = owner.shape[-1] // cells
-    last = owner[:: max(1, (len(owner) - 1) // max(1, frames - 1))] if frames > 1 else owner
+    side = instance_ids.shape[-1] // cells
+    last = instance_ids[:: max(1, (len(instance_ids) - 1) // max(1, frames - 1))] if frames > 1 else instance_ids
     blocks = last.reshape(frames, cells, side, cells, side).transpose(0, 1, 3, 2, 4).reshape(frames, cells, cells, -1)
     counts = np.stack([(blocks == slot).sum(-1) for slot in range(1, world.MAX_SUBJECTS + 1)])
     return torch.from_numpy(np.where(counts.max(0) > 0, counts.argmax(0) + 1, 0).astype(np.uint8))
@@ -131,7 +131,7 @@ def make_shard(number: int, encoders: Encoders, form: Format = Format()) -> dict
     mask = [torch.nn.functional.pad(there, (0, longest - there.shape[1])) for _, there in seen]
     return {
         "latents": latents.half(),
-        "owner": torch.stack([_owner_of_latents(c.owner, latents.shape[2], cells) for c in clips]),
+        "instance_ids": torch.stack([_instance_ids_of_latents(c.instance_ids, latents.shape[2], cells) for c in clips]),
         "text": text.half(),
         "numbers": _numbers(captions, text.shape[1], encoders.tokenizer),
         "references": torch.cat(pages).unflatten(0, shape).half(),
@@ -148,7 +148,7 @@ def _numbers(captions: list[str], length: int, tokenizer: PreTrainedTokenizerBas
 
 def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float, form: Format = Format()) -> bool:
     """Write shards that are not there yet, up to `shards`; True once all are. A team shares them out."""
-    team = Team()
+    team = ProcessGroup()
     folder.mkdir(parents=True, exist_ok=True)
     mine = range(team.rank, shards, team.size)
     have = sum(any(folder.glob(f"*-{number:05d}.safetensors")) for number in mine)

@@ -32,7 +32,7 @@ from transformers import (
 from engine.models.encoders import vlm_inputs
 from train.runs import checkpoint, metrics
 from train.toybox import world
-from train.toybox.world.captions import CAMERA_WORDS, described, noun, with_article
+from train.toybox.world.captions import CAMERA_WORDS, describe, noun, with_article
 
 TEXT_TOKENS = 64
 TEXT_STEPS, TEXT_BATCH = 1000, 96
@@ -320,7 +320,7 @@ def shown(step: int, count: int, seed: int) -> tuple[list[str], list[list[list[n
 def full_description(subject: world.ToySubject) -> str:
     """Everything a caption could say of a subject: 'striped red and blue fox with a green hat'."""
     rng = np.random.default_rng(0)
-    return max((described(subject, rng) for _ in range(8)), key=len)
+    return max((describe(subject, rng) for _ in range(8)), key=len)
 
 
 def with_replies(

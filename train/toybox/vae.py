@@ -121,7 +121,7 @@ def _fit_half(half: Any, inputs: Tensor, outputs: Tensor) -> None:
 def stills(vae: nn.Module) -> Iterator[None]:
     """Inside, one-frame inputs run through 2-D convolutions: the other taps only ever see zero padding.
 
-    Exact for one frame, three times less work (tests/test_train.py compares both).
+    Exact for one frame, three times less work (tests/train/test_sft.py compares both).
     """
     convs = [m for m in vae.modules() if isinstance(m, WanCausalConv3d) and m.kernel_size[0] == 3]
 

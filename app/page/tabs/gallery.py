@@ -180,7 +180,7 @@ def _table(job: GenerateJob | None) -> str:
         return "<p>This clip carries no document that this studio can read.</p>"
     sampling = job.sampling
     title = preset.title if (preset := presets.find(job.preset)) else job.preset
-    weights = {"joint": [sampling.guidance_scale]}.get(
+    weights = {"cfg": [sampling.guidance_scale]}.get(
         sampling.guidance or "", [sampling.subject_scale, sampling.text_scale]
     )
     guidance = (
@@ -194,11 +194,11 @@ def _table(job: GenerateJob | None) -> str:
         "Guidance": guidance,
     }
     if job.precision:
-        facts["Weights"] = next(words for words, value in PRECISIONS if value == job.precision)
+        facts["Precision"] = next(words for words, value in PRECISIONS if value == job.precision)
     for lora in job.loras:
         facts[f"LoRA {lora_files.base_name(lora.path)}"] = f"weight {lora.weight:g}"
     if job.negative_prompt:
-        facts["Stay away from"] = job.negative_prompt
+        facts["Negative prompt"] = job.negative_prompt
     for subject in job.subjects:
         many = f"{len(subject.pictures)} picture{'s' if len(subject.pictures) > 1 else ''}"
         facts[f"@{subject.name}"] = f"{subject.noun or subject.name}, {subject.role}, weight {subject.weight:g}, {many}"

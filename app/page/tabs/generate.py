@@ -31,7 +31,8 @@ from engine.job import read_job
 from engine.messages import StudioError
 from engine.presets import Preset
 
-WEIGHTS = "Fewer bits take less memory and change the clip a little; a finished clip says what it was made with."
+GUIDANCE = [("None", "none"), ("CFG", "cfg"), ("Dual", "dual"), ("APG", "apg"), ("Chained", "chained")]
+PRECISION = "Fewer bits take less memory and change the clip a little; a finished clip says what it was made with."
 FIELDS = [field.name for field in fields(Form)]
 # Which error stands beside which field of the form; everything else stands above the button.
 BESIDE = {
@@ -140,7 +141,7 @@ def _prompt() -> gr.Textbox:
 
 
 def _model(form: dict[str, Any], preset: Preset, refused: dict[str, gr.HTML]) -> tuple[gr.Radio, gr.HTML]:
-    titles = [(each.title, each.name) for each in presets.readable()]
+    titles = [(each.title, each.name) for each in presets.list_readable()]
     form["preset"] = gr.Dropdown(titles, value=preset.name, label="Model", elem_id="preset")
     quality = gr.Radio(_qualities(preset), value="standard", label="Quality", elem_id="quality")
     refused["preset"] = _beside()
@@ -175,18 +176,17 @@ def _advanced(
                 min_width=90,
             )
             form["shift"] = gr.Number(start.shift, label="Shift", step=0.1, min_width=70)
-        form["cache"] = gr.Dropdown(
+        form["step_cache"] = gr.Dropdown(
             [("Off", "off"), ("Careful", "careful"), ("Fast", "fast")],
-            value=start.cache or "off",
-            label="Leave out",
+            value=start.step_cache or "off",
+            label="Step cache",
             info=_left_out(preset),
             elem_id="leave-out",
         )
         form["precision"] = gr.Dropdown(
-            PRECISIONS, value=start.precision, label="Weights", info=WEIGHTS, elem_id="precision"
+            PRECISIONS, value=start.precision, label="Precision", info=PRECISION, elem_id="precision"
         )
-        modes = [(word.capitalize(), word) for word in ("none", "joint", "dual", "projected", "chained")]
-        form["guidance"] = gr.Radio(modes, value=start.guidance, label="Guidance", elem_id="guidance")
+        form["guidance"] = gr.Radio(GUIDANCE, value=start.guidance, label="Guidance", elem_id="guidance")
         with gr.Row(elem_classes="numbers"):
             shown = _scales(start.guidance)
             for name, label in (
@@ -195,10 +195,10 @@ def _advanced(
                 ("text_scale", "Text scale"),
             ):
                 form[name] = gr.Number(getattr(start, name), label=label, step=0.1, visible=shown[name], min_width=90)
-        form["negative_prompt"] = gr.Textbox(start.negative_prompt, label="Stay away from", max_lines=3)
+        form["negative_prompt"] = gr.Textbox(start.negative_prompt, label="Negative prompt", max_lines=3)
         with gr.Row(elem_classes="numbers"):
             form["until"] = gr.Number(
-                start.until or 0, label="Draw again below a likeness of", step=0.05, min_width=150
+                start.until or 0, label="Retry below likeness", step=0.05, min_width=150
             )
             form["tries"] = gr.Number(start.tries, label="Further seeds at most", precision=0, min_width=90)
         loras = lora_panel.layout()
@@ -218,7 +218,7 @@ def _go(form: dict[str, Any], refused: dict[str, gr.HTML]) -> tuple[gr.HTML, gr.
             )
             go = gr.Button("Make clip", variant="primary", elem_id="go", min_width=120, scale=1)
         stop_editing = gr.Button("Leave the job as it is", size="sm", visible=False)
-        sanity = gr.Button("Sanity check", size="sm", visible=SANITY.is_file(), elem_id="sanity")
+        sanity = gr.Button("Test my setup", size="sm", visible=SANITY.is_file(), elem_id="sanity")
     return cost, go, stop_editing, sanity
 
 
@@ -238,7 +238,7 @@ def _left_out(preset: Preset) -> str:
     """What leaving out steps brings and costs, as it was measured on this model."""
     said = [
         f"{word}: {1 / left.share:.1f}x fewer, {left.costs}."
-        for word, left in (("Careful", preset.caching.careful), ("Fast", preset.caching.fast))
+        for word, left in (("Careful", preset.step_cache.careful), ("Fast", preset.step_cache.fast))
     ]
     return f"Steps that hardly differ from those before are not computed. {' '.join(said)}"
 
@@ -250,8 +250,8 @@ def _length(form: Form) -> str:
 
 def _scales(guidance: str | None) -> dict[str, bool]:
     """Which guidance weights the chosen mode reads."""
-    several = guidance in ("dual", "projected", "chained")
-    return {"guidance_scale": guidance == "joint", "subject_scale": several, "text_scale": several}
+    several = guidance in ("dual", "apg", "chained")
+    return {"guidance_scale": guidance == "cfg", "subject_scale": several, "text_scale": several}
 
 
 def _quality_of(form: Form) -> str | None:
@@ -294,7 +294,7 @@ def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
     preset = presets.load(form.preset)
     scales = _scales(form.guidance)
     shown = {name: gr.Number(value=getattr(form, name), visible=scales[name]) for name in scales}
-    shown["cache"] = gr.Dropdown(value=form.cache or "off", info=_left_out(preset))
+    shown["step_cache"] = gr.Dropdown(value=form.step_cache or "off", info=_left_out(preset))
     values = [shown.get(name, getattr(form, name)) for name in FIELDS]
     quality = gr.Radio(_qualities(preset), value=_quality_of(form))
     # A LoRA that came with a document is not left behind a closed lid: what is wrong with it is said there.

@@ -92,7 +92,7 @@ def _judging() -> str:
     """Size of the networks that judge clips, each counted once."""
     named = dict.fromkeys(
         files
-        for preset in presets.readable()
+        for preset in presets.list_readable()
         for part, own in preset.downloads().items()
         if part in presets.OPTIONAL
         for files in own
@@ -102,7 +102,7 @@ def _judging() -> str:
 
 def likes() -> list[tuple[str, str]]:
     """Whose defaults a repository may take."""
-    return [(SELF, ""), *((f"like {preset.title}", preset.name) for preset in presets.readable())]
+    return [(SELF, ""), *((f"like {preset.title}", preset.name) for preset in presets.list_readable())]
 
 
 # --- what it shows ---------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def likes() -> list[tuple[str, str]]:
 def choices(studio: Studio) -> list[tuple[str, str]]:
     """Every preset for a dropdown, those that are not here marked."""
     hub = studio.pulls.hub()
-    found = [models.state(preset, hub) for preset in presets.readable()]
+    found = [models.state(preset, hub) for preset in presets.list_readable()]
     return [(each.preset.title + ("" if each.here else " · not here"), each.preset.name) for each in found]
 
 
@@ -242,7 +242,7 @@ def _buttons(found: models.State, pull: Pull | None) -> str:
         buttons.append(act("Fetch judges", "judges"))
     if found.fetched:
         buttons += [act("Verify", "verify"), act("Remove", "ask")]
-    if (presets.own_presets() / f"{name}.json").is_file():
+    if (presets.own_presets_dir() / f"{name}.json").is_file():
         buttons.append(act("Forget", "forget"))
     return "".join(buttons)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from train.toybox.world.drawing import SUPERSAMPLE, Brush, Colour, Picture, cv, mixed, shrink, smooth
+from train.toybox.world.drawing import SUPERSAMPLE, Brush, Colour, Picture, cv, frame_size, mix, shrink, smooth
 
 MARGIN = 0.2  # how far, in frame widths, a camera may move to either side
 HORIZON = 0.46
@@ -64,17 +64,17 @@ def _beach(b: Brush, rng: Rng) -> None:
     sea = _pick(rng, (72, 160, 206), (60, 176, 186), (92, 142, 204))
     _band(b, 0.32, 0.6, sea)
     for x in _spread(rng, 5):
-        _blob(b, x, float(rng.uniform(0.37, 0.44)), 0.07, 0.008, mixed(sea, WHITE, 0.5))
+        _blob(b, x, float(rng.uniform(0.37, 0.44)), 0.07, 0.008, mix(sea, WHITE, 0.5))
     sand = _pick(rng, (240, 218, 160), (232, 204, 146), (246, 228, 184))
     shore = [(x, 0.5 + 0.02 * math.sin(9 * x)) for x in np.linspace(-MARGIN, 1 + MARGIN, 20)]
-    _shape(b, [*[(x, y - 0.025) for x, y in shore], (1.2, 1), (-0.2, 1)], mixed(sea, WHITE, 0.7))
+    _shape(b, [*[(x, y - 0.025) for x, y in shore], (1.2, 1), (-0.2, 1)], mix(sea, WHITE, 0.7))
     _shape(b, [*shore, (1.2, 1), (-0.2, 1)], sand)
     for x in _spread(rng, int(rng.integers(3, 6))):
-        _blob(b, x, float(rng.uniform(0.62, 0.96)), 0.025, 0.014, mixed(sand, (150, 110, 70), 0.35))
+        _blob(b, x, float(rng.uniform(0.62, 0.96)), 0.025, 0.014, mix(sand, (150, 110, 70), 0.35))
     x = float(rng.choice([rng.uniform(-0.1, 0.12), rng.uniform(0.88, 1.1)]))
     b.stroke([(x, 0.6), (x + 0.02, 0.4), (x + 0.06, 0.22)], 0.03, (166, 124, 84), outline=False, inside=True)
     for k in range(5):
-        leaf = b.moved(x + 0.06, 0.2, -0.5 + 1.05 * k)
+        leaf = b.at(x + 0.06, 0.2, -0.5 + 1.05 * k)
         leaf.ellipse(0.09, 0, 0.1, 0.026, (98, 172, 104), outline=False, inside=True)
 
 
@@ -88,7 +88,10 @@ def _forest(b: Brush, rng: Rng) -> None:
     for x in _spread(rng, 5):
         h = float(rng.uniform(0.0, 0.1))
         _shape(b, [(x - 0.025, 0.3), (x + 0.025, 0.3), (x + 0.03, 0.58), (x - 0.03, 0.58)], (132, 104, 82))
-        for k in range(3) if pines else ():
+        if not pines:
+            _blob(b, x, 0.22 - h, 0.13, 0.17, near)
+            continue
+        for k in range(3):
             _shape(
                 b,
                 [
@@ -96,14 +99,12 @@ def _forest(b: Brush, rng: Rng) -> None:
                     (x, 0.18 - 0.11 * k - h),
                     (x + 0.13 - 0.02 * k, 0.42 - 0.11 * k - h),
                 ],
-                mixed(near, WHITE, 0.06 * k),
+                mix(near, WHITE, 0.06 * k),
             )
-        if not pines:
-            _blob(b, x, 0.22 - h, 0.13, 0.17, near)
     _band(b, 0.5, 1, ground)
     for x in _spread(rng, 6):
         y = float(rng.uniform(0.58, 0.97))
-        _blob(b, x, y, 0.06, 0.018, mixed(ground, near, 0.4))
+        _blob(b, x, y, 0.06, 0.018, mix(ground, near, 0.4))
 
 
 def _night_city(b: Brush, rng: Rng) -> None:
@@ -114,7 +115,7 @@ def _night_city(b: Brush, rng: Rng) -> None:
     _blob(b, float(rng.uniform(0.05, 0.95)), 0.13, 0.07, 0.07, (246, 238, 190))
     for x in _spread(rng, 8):
         w, top = float(rng.uniform(0.06, 0.1)), float(rng.uniform(0.16, 0.36))
-        wall = mixed(sky, _pick(rng, (120, 110, 170), (90, 130, 170), (150, 110, 140)), 0.5)
+        wall = mix(sky, _pick(rng, (120, 110, 170), (90, 130, 170), (150, 110, 140)), 0.5)
         _shape(b, [(x - w, top), (x + w, top), (x + w, 0.62), (x - w, 0.62)], wall)
         for wx in (-0.5, 0.05, 0.55):
             for wy in np.arange(top + 0.05, 0.54, 0.085):
@@ -130,7 +131,7 @@ def _night_city(b: Brush, rng: Rng) -> None:
                         (252, 222, 130),
                     )
     street = _pick(rng, (92, 94, 122), (104, 96, 116), (84, 100, 118))
-    _band(b, 0.56, 1, mixed(street, WHITE, 0.25))
+    _band(b, 0.56, 1, mix(street, WHITE, 0.25))
     _band(b, 0.62, 1, street)
     for x in np.arange(-0.15, 1.2, 0.3):
         _shape(b, [(x, 0.77), (x + 0.13, 0.77), (x + 0.13, 0.79), (x, 0.79)], (226, 218, 170))
@@ -142,7 +143,7 @@ def _meadow(b: Brush, rng: Rng) -> None:
     _clouds(b, rng)
     grass = _pick(rng, (146, 206, 112), (170, 212, 110), (126, 196, 128))
     for x in _spread(rng, 3):
-        _blob(b, x, 0.56, 0.34, 0.17, mixed(grass, (90, 160, 130), 0.35))
+        _blob(b, x, 0.56, 0.34, 0.17, mix(grass, (90, 160, 130), 0.35))
     _band(b, 0.5, 1, grass)
     for x in _spread(rng, int(rng.integers(6, 11))):
         y = float(rng.uniform(0.56, 0.98))
@@ -164,12 +165,12 @@ def _snow(b: Brush, rng: Rng) -> None:
                     (x, 0.36 - 0.09 * k),
                     (x + 0.09 - 0.015 * k, 0.52 - 0.09 * k),
                 ],
-                mixed((96, 150, 140), WHITE, 0.22 * k),
+                mix((96, 150, 140), WHITE, 0.22 * k),
             )
     ground = _pick(rng, (240, 244, 250), (230, 238, 250), (244, 242, 246))
     _band(b, 0.52, 1, ground)
     for x in _spread(rng, 4):
-        _blob(b, x, float(rng.uniform(0.6, 0.96)), 0.11, 0.02, mixed(ground, (150, 176, 214), 0.35))
+        _blob(b, x, float(rng.uniform(0.6, 0.96)), 0.11, 0.02, mix(ground, (150, 176, 214), 0.35))
     for x in _spread(rng, 14):
         _blob(b, x, float(rng.uniform(0.0, 0.5)), 0.013, 0.013, WHITE)
     if rng.random() < 0.5:  # a snowman
@@ -185,13 +186,13 @@ def _desert(b: Brush, rng: Rng) -> None:
     sand = _pick(rng, (232, 178, 106), (226, 160, 104), (238, 196, 124))
     if rng.random() < 0.5:
         for x in _spread(rng, 3):
-            _shape(b, [(x - 0.17, 0.52), (x, 0.27), (x + 0.17, 0.52)], mixed(sand, (150, 90, 60), 0.2))
-            _shape(b, [(x, 0.52), (x, 0.27), (x + 0.17, 0.52)], mixed(sand, (150, 90, 60), 0.4))
+            _shape(b, [(x - 0.17, 0.52), (x, 0.27), (x + 0.17, 0.52)], mix(sand, (150, 90, 60), 0.2))
+            _shape(b, [(x, 0.52), (x, 0.27), (x + 0.17, 0.52)], mix(sand, (150, 90, 60), 0.4))
     for x in _spread(rng, 3):
-        _blob(b, x, 0.6, 0.36, 0.16, mixed(sand, WHITE, 0.2))
+        _blob(b, x, 0.6, 0.36, 0.16, mix(sand, WHITE, 0.2))
     _band(b, 0.53, 1, sand)
     for x in _spread(rng, 4):
-        _blob(b, x, float(rng.uniform(0.62, 0.96)), 0.14, 0.012, mixed(sand, (150, 90, 60), 0.25))
+        _blob(b, x, float(rng.uniform(0.62, 0.96)), 0.14, 0.012, mix(sand, (150, 90, 60), 0.25))
     green = (110, 160, 104)
     for x in (float(rng.uniform(-0.12, 0.14)), float(rng.uniform(0.86, 1.1))):
         b.stroke([(x, 0.58), (x, 0.3)], 0.045, green, outline=False, inside=True)
@@ -209,19 +210,19 @@ def _space(b: Brush, rng: Rng) -> None:
         y, r = float(rng.uniform(0.1, 0.4)), float(rng.uniform(0.07, 0.13))
         planet = _pick(rng, (206, 130, 110), (120, 160, 204), (212, 184, 120), (150, 190, 150))
         _blob(b, x, y, r, r, planet)
-        _blob(b, x - 0.3 * r, y - 0.3 * r, 0.4 * r, 0.3 * r, mixed(planet, WHITE, 0.3))
+        _blob(b, x - 0.3 * r, y - 0.3 * r, 0.4 * r, 0.3 * r, mix(planet, WHITE, 0.3))
         if rng.random() < 0.5:
             b.stroke(
                 [(x - 1.6 * r, y + 0.35 * r), (x, y + 0.2 * r), (x + 1.6 * r, y - 0.35 * r)],
                 0.02,
-                mixed(planet, WHITE, 0.5),
+                mix(planet, WHITE, 0.5),
                 outline=False,
                 inside=True,
             )
     ground = _pick(rng, (150, 146, 166), (170, 140, 134), (132, 150, 170))
     _blob(b, 0.5, 1.5, 1.3, 0.76, ground)
     for x in _spread(rng, 5):
-        _blob(b, x, float(rng.uniform(0.86, 0.97)), 0.06, 0.018, mixed(ground, sky, 0.3))
+        _blob(b, x, float(rng.uniform(0.86, 0.97)), 0.06, 0.018, mix(ground, sky, 0.3))
 
 
 def _room(b: Brush, rng: Rng) -> None:
@@ -229,7 +230,7 @@ def _room(b: Brush, rng: Rng) -> None:
     _band(b, -1, 1, wall)
     if rng.random() < 0.5:
         for x in np.arange(-0.2, 1.2, 0.12):
-            _shape(b, [(x, 0), (x + 0.04, 0), (x + 0.04, 0.6), (x, 0.6)], mixed(wall, WHITE, 0.35))
+            _shape(b, [(x, 0), (x + 0.04, 0), (x + 0.04, 0.6), (x, 0.6)], mix(wall, WHITE, 0.35))
     x = float(rng.uniform(0.1, 0.75))
     _shape(b, [(x - 0.02, 0.08), (x + 0.28, 0.08), (x + 0.28, 0.4), (x - 0.02, 0.4)], (168, 126, 90))
     pane = _pick(rng, (176, 220, 246), (250, 206, 160), (92, 100, 160))
@@ -247,7 +248,7 @@ def _room(b: Brush, rng: Rng) -> None:
     _band(b, 0.54, 0.58, WHITE)
     _band(b, 0.58, 1, floor)
     for y in (0.68, 0.8, 0.93):
-        _band(b, y, y + 0.012, mixed(floor, (90, 60, 40), 0.25))
+        _band(b, y, y + 0.012, mix(floor, (90, 60, 40), 0.25))
     if rng.random() < 0.6:
         _blob(b, 0.5, 0.84, 0.4, 0.11, _pick(rng, (200, 130, 130), (130, 160, 196), (150, 180, 140)))
 
@@ -255,9 +256,9 @@ def _room(b: Brush, rng: Rng) -> None:
 def _underwater(b: Brush, rng: Rng) -> None:
     water = _pick(rng, (66, 150, 196), (56, 160, 176), (78, 132, 200))
     for k in range(4):
-        _band(b, -0.1 + 0.24 * k, 2, mixed(mixed(water, WHITE, 0.3), (30, 70, 120), 0.16 * k))
+        _band(b, -0.1 + 0.24 * k, 2, mix(mix(water, WHITE, 0.3), (30, 70, 120), 0.16 * k))
     for x in _spread(rng, 3):
-        _shape(b, [(x, 0), (x + 0.09, 0), (x - 0.02, 0.8), (x - 0.2, 0.8)], mixed(water, WHITE, 0.32))
+        _shape(b, [(x, 0), (x + 0.09, 0), (x - 0.02, 0.8), (x - 0.2, 0.8)], mix(water, WHITE, 0.32))
     sand = _pick(rng, (222, 206, 160), (206, 190, 166), (196, 200, 176))
     for x in _spread(rng, 6):
         weed = _pick(rng, (70, 160, 110), (60, 140, 120), (206, 120, 130), (220, 150, 100))
@@ -272,7 +273,7 @@ def _underwater(b: Brush, rng: Rng) -> None:
     _shape(b, [*[(x, 0.84 + 0.02 * math.sin(7 * x)) for x in np.linspace(-0.2, 1.2, 20)], (1.2, 1), (-0.2, 1)], sand)
     for x in _spread(rng, 9):
         r = float(rng.uniform(0.01, 0.024))
-        _blob(b, x, float(rng.uniform(0.05, 0.7)), r, r, mixed(water, WHITE, 0.65))
+        _blob(b, x, float(rng.uniform(0.05, 0.7)), r, r, mix(water, WHITE, 0.65))
 
 
 def _mountains(b: Brush, rng: Rng) -> None:
@@ -283,7 +284,7 @@ def _mountains(b: Brush, rng: Rng) -> None:
         for x in _spread(rng, count):
             top, w = float(rng.uniform(low, high)), float(rng.uniform(0.2, 0.28))
             k = 0.36
-            _shape(b, [(x - w, 0.56), (x, top), (x + w, 0.56)], mixed(rock, WHITE, shade))
+            _shape(b, [(x - w, 0.56), (x, top), (x + w, 0.56)], mix(rock, WHITE, shade))
             cap = [
                 (x - k * w, top + k * (0.56 - top)),
                 (x, top),
@@ -298,13 +299,13 @@ def _mountains(b: Brush, rng: Rng) -> None:
         y, r = float(rng.uniform(0.6, 0.97)), float(rng.uniform(0.03, 0.05))
         b.poly(
             smooth(((-1.0, 0.5), (-0.6, -0.5), (0.4, -0.7), (1.0, 0.1), (0.9, 0.5))) * r + (x, y),
-            mixed(ground, rock, 0.6),
+            mix(ground, rock, 0.6),
             outline=False,
             inside=True,
         )
 
 
-_DRAWN: dict[str, Callable[[Brush, Rng], None]] = {
+_PAINTERS: dict[str, Callable[[Brush, Rng], None]] = {
     "beach": _beach,
     "forest": _forest,
     "night city": _night_city,
@@ -316,22 +317,22 @@ _DRAWN: dict[str, Callable[[Brush, Rng], None]] = {
     "underwater": _underwater,
     "mountains": _mountains,
 }
-BACKGROUNDS: tuple[str, ...] = tuple(_DRAWN)
+BACKGROUNDS: tuple[str, ...] = tuple(_PAINTERS)
 
 
-def board(name: str, seed: int, size: tuple[int, int]) -> Picture:
+def draw_board(name: str, seed: int, size: tuple[int, int]) -> Picture:
     """The whole board of a background, supersampled: uint8 (2H, 2W * (1 + 2 * MARGIN), 3) for a (width, height) frame.
 
     Raises:
         ValueError: an unknown name.
     """
-    if name not in _DRAWN:
+    if name not in _PAINTERS:
         raise ValueError(f"{name!r} is no background. Use one of {', '.join(BACKGROUNDS)}.")
     width, height = size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE
     side = round(MARGIN * width)
     canvas = np.zeros((height, width + 2 * side, 3), np.uint8)
     brush = Brush(canvas, None, np.array([[width, 0.0, side], [0.0, height, 0.0]]))
-    _DRAWN[name](brush, np.random.default_rng([seed, BACKGROUNDS.index(name)]))
+    _PAINTERS[name](brush, np.random.default_rng([seed, BACKGROUNDS.index(name)]))
     return canvas
 
 
@@ -339,7 +340,7 @@ def view(whole: Picture, size: tuple[int, int], offset: float, zoom: float) -> P
     """What the camera sees of a board: supersampled frame, uint8 (2H, 2W, 3).
 
     Args:
-        whole: from `board`, of the same size.
+        whole: from `draw_board`, of the same size.
         offset: how far the camera has moved to the right, frame widths, within +-MARGIN.
         zoom: 1 is the frame at rest, larger is nearer; about the frame's centre.
     """
@@ -357,6 +358,6 @@ def background_picture(name: str, seed: int, size: int | tuple[int, int] = 64, c
 
     The seed is a board's seed; a scene's own board is `scene.background_seed`.
     """
-    frame = (size, size) if isinstance(size, int) else size
+    frame = frame_size(size)
     offset = float(np.clip(camera_offset, -MARGIN, MARGIN))
-    return shrink(view(board(name, seed, frame), frame, offset, 1.0), frame)
+    return shrink(view(draw_board(name, seed, frame), frame, offset, 1.0), frame)

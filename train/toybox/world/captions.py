@@ -1,4 +1,4 @@
-"""What is said about a scene: plain facts in, one of many sentences out.
+"""The captions of the toybox world: plain facts about a scene in, one of many sentences out.
 
 In:  slots with kinds, actions, a background, a camera; for attribute captions the subjects themselves.
 Out: a lower-case caption and the list of all words captions are made of. Knows nothing of pixels or poses.
@@ -127,33 +127,38 @@ WORN_WORDS: dict[str, str] = {
     "disc": "with a {c} dot",
     "cross": "with a {c} cross",
 }
+WORN_NOUNS = "hat scarf bow glasses backpack star heart dot cross"
 ATTRIBUTE_WORDS: frozenset[str] = frozenset(
-    word
-    for text in (*PALETTE, *PATTERN_WORDS.values(), "hat scarf bow glasses backpack star heart dot cross")
-    for word in re.findall(r"[a-z-]+", text)
+    re.findall(r"[a-z-]+", " ".join([*PALETTE, *PATTERN_WORDS.values(), WORN_NOUNS]))
 )
 
 
 def noun(kind: str) -> str:
     """The word a caption uses for a kind; patchwork has no name."""
-    return "thing" if kind == PATCHWORK else kind
+    if kind == PATCHWORK:
+        return "thing"
+    return kind
 
 
 def with_article(words: str) -> str:
     """'a fox', 'an orange fox'."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    if words[0] in "aeiou":
+        return f"an {words}"
+    return f"a {words}"
 
 
-def _one(rng: Rng, choices: Sequence[str]) -> str:
+def _pick_one(rng: Rng, choices: Sequence[str]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def described(subject: ToySubject, rng: Rng) -> str:
+def describe(subject: ToySubject, rng: Rng) -> str:
     """A noun phrase with attributes, without article: 'striped red fox with a blue hat'."""
     colour = subject.body
     if subject.pattern != "plain" and rng.random() < 0.5:
         colour = f"{subject.body} and {subject.second}"
-    words = " ".join(w for w in (PATTERN_WORDS[subject.pattern], colour, noun(subject.kind)) if w)
+    words = f"{colour} {noun(subject.kind)}"
+    if PATTERN_WORDS[subject.pattern]:
+        words = f"{PATTERN_WORDS[subject.pattern]} {words}"
     if subject.accessory != "none" and rng.random() < 0.5:
         worn = WORN_WORDS[subject.accessory].format(c=subject.third)
         words = f"{words} {re.sub(r'a (?=[aeiou])', 'an ', worn)}"
@@ -166,75 +171,98 @@ class _Speaker:
     def __init__(self, kinds: Sequence[str], subjects: Sequence[ToySubject] | None, rng: Rng) -> None:
         self.kinds, self.subjects, self.rng = kinds, subjects, rng
         self.kinds_too = rng.random() < 0.8
-        self.closing = "," if rng.random() < 0.6 else ""
-        self.form = _one(
+        self.closing = ""
+        if rng.random() < 0.6:
+            self.closing = ","
+        # {s} is 'subject 1', {n} a noun phrase, {a} the same with its article, {c} the closing comma.
+        self.form = _pick_one(
             rng, ("{s}, {a}{c}", "{s}, {a}{c}", "{s}, {a}{c}", "{s}, the {n}{c}", "{s} the {n}", "{s} ({a})")
         )
         self.said: set[int] = set()
 
     def mention(self, slot: int) -> str:
+        """'subject 1, a fox,' the first time, 'subject 1' from then on."""
         name = f"subject {slot}"
         if slot in self.said or not (self.kinds_too or self.subjects):
             return name
         self.said.add(slot)
-        words = described(self.subjects[slot - 1], self.rng) if self.subjects else noun(self.kinds[slot - 1])
+        words = noun(self.kinds[slot - 1])
+        if self.subjects:
+            words = describe(self.subjects[slot - 1], self.rng)
         return self.form.format(s=name, a=with_article(words), n=words, c=self.closing)
 
 
 def _clause(action: Action, kinds: Sequence[str], speaker: _Speaker, rng: Rng) -> str:
-    direction = _one(rng, DIRECTIONS[action.direction]) if action.direction else ""
-    actor, *others = action.slots
-    if others:
-        other = others[0]
-        if action.verb != "walks" and rng.random() < 0.25:
-            direction = ""  # a person often leaves it out
-        if action.verb in PASSIVE and rng.random() < 0.2:
-            first = speaker.mention(other)
-            return f"{first} {PASSIVE[action.verb].format(b=speaker.mention(actor), d=direction)}"
-        first = speaker.mention(actor)
-        return f"{first} {_one(rng, WORDINGS[action.verb]).format(b=speaker.mention(other), d=direction)}"
+    direction = ""
+    if action.direction:
+        direction = _pick_one(rng, DIRECTIONS[action.direction])
+    if len(action.slots) == 2:
+        return _pair_clause(action, direction, speaker, rng)
+    [actor] = action.slots
     kind = kinds[actor - 1]
-    words = _one(rng, WORDINGS[action.verb])
+    words = _pick_one(rng, WORDINGS[action.verb])
     if action.verb == "wobbles" and kind in CREATURES:
-        words = _one(rng, WAVING)
+        words = _pick_one(rng, WAVING)
     if action.verb == "walks" and kind in OWN_WAY and rng.random() < 0.4:
         words = OWN_WAY[kind]
     return f"{speaker.mention(actor)} {words.format(d=direction)}"
 
 
-def say(facts: Facts, subjects: Sequence[ToySubject] | None, rng: Rng) -> str:
+def _pair_clause(action: Action, direction: str, speaker: _Speaker, rng: Rng) -> str:
+    """'subject 1 chases subject 2 left' or its passive; the order of draws and mentions is part of the world."""
+    actor, other = action.slots
+    if action.verb != "walks" and rng.random() < 0.25:
+        direction = ""  # a person often leaves it out
+    if action.verb in PASSIVE and rng.random() < 0.2:
+        first, second = speaker.mention(other), speaker.mention(actor)
+        return f"{first} {PASSIVE[action.verb].format(b=second, d=direction)}"
+    first = speaker.mention(actor)
+    wording = _pick_one(rng, WORDINGS[action.verb])
+    return f"{first} {wording.format(b=speaker.mention(other), d=direction)}"
+
+
+def write_caption(facts: Facts, subjects: Sequence[ToySubject] | None, rng: Rng) -> str:
     """One caption of the facts, worded at random.
 
     Args:
         facts: who does what, where.
-        subjects: given, the caption also names their attributes; None keeps identity out.
-        rng: decides wording, order of mention, whether kind, place and camera are said.
+        subjects: when given, the caption also names their attributes; None keeps identity out.
+        rng: decides the wording, the order of mention, and whether kind, place and camera are said.
     """
     speaker = _Speaker(facts.kinds, subjects, rng)
     clauses = [_clause(a, facts.kinds, speaker, rng) for a in rng.permutation(np.array(facts.actions, dtype=object))]
-    joint = _one(rng, (" and ", ", and ", ", while ", ", "))
+    joint = _pick_one(rng, (" and ", ", and ", ", while ", ", "))
     text = joint.join(clauses)
-    place = _one(rng, PLACES[facts.background])
+    place = _pick_one(rng, PLACES[facts.background])
     roll = rng.random()
     if roll < 0.7:
         text = f"{text} {place}"
     elif roll < 0.94:
         text = f"{place}, {text}"
     if rng.random() < 0.5:
-        camera = _one(rng, CAMERA_WORDS[facts.camera])
-        text = f"{text}, {camera}" if rng.random() < 0.7 else f"{camera}, {text}"
+        camera = _pick_one(rng, CAMERA_WORDS[facts.camera])
+        parts = [text, camera]
+        if rng.random() >= 0.7:
+            parts = [camera, text]
+        text = ", ".join(parts)
     text = re.sub(r"\s+", " ", text).strip(" ,").replace(",,", ",").replace(" ,", ",")
-    return text + ("." if rng.random() < 0.4 else "")
+    if rng.random() < 0.4:
+        text += "."
+    return text
 
 
 def vocabulary() -> tuple[str, ...]:
     """Every word captions can contain, sorted; punctuation apart."""
-    tables = (WORDINGS, DIRECTIONS, PLACES, CAMERA_WORDS)
-    texts = [text for table in tables for group in table.values() for text in group]
+    texts: list[str] = []
+    for table in (WORDINGS, DIRECTIONS, PLACES, CAMERA_WORDS):
+        for wordings in table.values():
+            texts += wordings
     texts += [*PASSIVE.values(), *OWN_WAY.values(), *WAVING, *WORN_WORDS.values(), *PATTERN_WORDS.values(), *PALETTE]
     texts += [noun(kind) for kind in KINDS] + ["a an the and while subject"]
     texts += [str(k + 1) for k in range(MAX_SUBJECTS)]
-    words = {w for text in texts for w in words_of(re.sub(r"\{.\}", " ", text))}
+    words: set[str] = set()
+    for text in texts:
+        words.update(words_of(re.sub(r"\{.\}", " ", text)))
     return tuple(sorted(words))
 
 

@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.toybox.world.drawing import OUTLINE, PALETTE, Brush, Colour, Points, Pose, mixed, smooth
+from train.toybox.world.drawing import OUTLINE, PALETTE, Brush, Colour, Points, Pose, mix, smooth
 
 if TYPE_CHECKING:
     from train.toybox.world.traits import ToySubject
 
 WHITE: Colour = (250, 250, 246)
+NOSE_PINK: Colour = (240, 110, 130)
+MOUTH_FILLS: dict[str, Colour] = {"open": (170, 40, 60), "teeth": WHITE}
 
 
 def _colours(s: ToySubject) -> tuple[Colour, Colour, Colour]:
     return PALETTE[s.body], PALETTE[s.second], PALETTE[s.third]
 
 
-def bent(points: list[tuple[float, float]]) -> Points:
+def round_corners(points: list[tuple[float, float]]) -> Points:
     """An open line with its corners rounded, ends kept."""
     p = np.array(points)
     for _ in range(2):
@@ -41,12 +43,16 @@ def _swing(pose: Pose, offset: float = 0.0) -> float:
 
 def _eye(b: Brush, s: ToySubject, x: float, y: float, r: float) -> None:
     """One eye about `r` in radius, looking ahead."""
-    iris = PALETTE[s.eye_colour] if s.eye_colour != "black" else OUTLINE
     if s.eyes == "dots":
         b.ellipse(x + 0.1 * r, y, 0.62 * r, 0.8 * r, OUTLINE, outline=False, inside=True)
         b.ellipse(x + 0.28 * r, y - 0.3 * r, 0.24 * r, 0.24 * r, WHITE, outline=False, inside=True)
         return
-    tall = 1.3 if s.eyes == "wide" else 1.0
+    tall = 1.0
+    if s.eyes == "wide":
+        tall = 1.3
+    iris = OUTLINE
+    if s.eye_colour != "black":
+        iris = PALETTE[s.eye_colour]
     b.ellipse(x, y, r, tall * r, WHITE, inside=True)
     b.ellipse(x + 0.3 * r, y, 0.58 * r, 0.66 * r, iris, outline=False, inside=True)
     if s.eyes == "sleepy":
@@ -62,8 +68,8 @@ def _mouth(b: Brush, s: ToySubject, x: float, y: float, r: float) -> None:
     elif s.mouth == "smile":
         b.stroke(curve, 0.035, OUTLINE, outline=False, inside=True)
     else:
-        fill = (170, 40, 60) if s.mouth == "open" else WHITE
-        b.poly([(x - r, y), *[(px, py + 0.5 * r) for px, py in curve[1:4]], (x + r, y)], fill, inside=True)
+        lower_lip = [(px, py + 0.5 * r) for px, py in curve[1:4]]
+        b.poly([(x - r, y), *lower_lip, (x + r, y)], MOUTH_FILLS[s.mouth], inside=True)
 
 
 def _face(b: Brush, s: ToySubject, x: float, y: float, r: float, *, gap: float = 0.42, eye: float = 0.27) -> None:
@@ -129,13 +135,16 @@ def _wear(b: Brush, s: ToySubject, neck: tuple[float, float, float], head: tuple
         b.stroke([(x - 0.7 * r, y + 0.12 * r), (x - 0.55 * r, y + 0.85 * r)], 0.08, fill)
         b.stroke([(x - 0.85 * r, y), (x, y + 0.12 * r), (x + 0.85 * r, y)], 0.085, fill)
     elif s.accessory == "bow":
-        cx, cy = (x + 0.2 * r, y + 0.05 * r) if s.detail else (hx - 0.35 * hr, hy - 0.88 * hr)
+        if s.detail:  # at the neck
+            cx, cy = x + 0.2 * r, y + 0.05 * r
+        else:  # on the head
+            cx, cy = hx - 0.35 * hr, hy - 0.88 * hr
         for side in (-1, 1):
             b.poly([(cx, cy), (cx + side * 0.15, cy - 0.1), (cx + side * 0.15, cy + 0.1)], fill)
         b.ellipse(cx, cy, 0.045, 0.045, fill)
     elif s.accessory == "glasses":
         ex = hx + 0.24 * hr
-        frame = mixed(fill, (0, 0, 0), 0.1)
+        frame = mix(fill, (0, 0, 0), 0.1)
         for side in (-1, 1):
             ring = [
                 (ex + side * 0.46 * hr + 0.44 * hr * math.cos(t), hy - 0.08 * hr + 0.46 * hr * math.sin(t))
@@ -150,43 +159,46 @@ def _legs(b: Brush, fill: Colour, pose: Pose, hips: tuple[float, float], top: fl
     """Two legs from y = top to y = foot; the gait swings them against each other and lifts the feet."""
     for x, offset in zip(hips, (0.5, 0.0), strict=True):
         s = _swing(pose, offset)
-        lift = 0.05 * max(0.0, _swing(pose, offset + 0.25)) if pose.gait else 0.0
+        lift = 0.0
+        if pose.gait:
+            lift = 0.05 * max(0.0, _swing(pose, offset + 0.25))
         b.stroke([(x, top), (x + 0.1 * s, foot - lift), (x + 0.1 * s + 0.05, foot - lift)], width, fill)
 
 
 def _arm(b: Brush, fill: Colour, pose: Pose, x: float, y: float, length: float, width: float, side: int) -> None:
     """An arm from the shoulder; side +1 is the near one, which also waves."""
-    angle = side * 0.5 + 0.45 * _swing(pose, 0.5 if side > 0 else 0.0)
+    angle = side * 0.5 + 0.45 * _swing(pose)
     if side > 0:
-        angle += pose.wave * 2.0
+        angle = side * 0.5 + 0.45 * _swing(pose, 0.5) + pose.wave * 2.0
     b.stroke([(x, y), (x + length * math.sin(angle), y + length * math.cos(angle))], width, fill)
 
 
 def _fox(b: Brush, s: ToySubject, pose: Pose) -> None:
     body, second, _ = _colours(s)
     wag = 0.12 * _swing(pose)
-    t = b.moved(-0.26 * s.wide, 0.12, -0.5 + wag - 0.25 * s.detail)
+    t = b.at(-0.26 * s.wide, 0.12, -0.5 + wag - 0.25 * s.detail)
     t.poly(
         smooth(((0.04, -0.06), (-0.18, -0.2), (-0.46, -0.16), (-0.6, 0.0), (-0.42, 0.12), (-0.16, 0.1), (0.04, 0.08))),
         body,
         textured=True,
     )
     t.poly(smooth(((-0.4, -0.15), (-0.6, -0.06), (-0.6, 0.03), (-0.42, 0.09), (-0.46, -0.02))), second, inside=True)
-    for x, offset in ((-0.2, 0.5), (0.16, 0.0), (-0.12, 0.0), (0.24, 0.5)):
+    for x, offset, fill in ((-0.2, 0.5, body), (0.16, 0.0, second), (-0.12, 0.0, second), (0.24, 0.5, body)):
         k = 0.08 * _swing(pose, offset)
-        b.stroke([(x * s.wide, 0.2), (x * s.wide + k, 0.28 + 0.14 * s.limb)], 0.085, body if offset else second)
+        b.stroke([(x * s.wide, 0.2), (x * s.wide + k, 0.28 + 0.14 * s.limb)], 0.085, fill)
     _wear_behind(b, s, 0.06, 0.0, 0.13)
     b.ellipse(0.0, 0.14, 0.31 * s.wide, 0.165, body, textured=True)
     hx, hy, r = 0.25 * s.wide, -0.12, 0.21 * s.head
     tall = (1.5, 1.15, 1.8)[s.variant]
+    ear_fill = (body, second, body)[s.variant]
     for side in (-1, 1):
         ear = [
             (hx + side * 0.95 * r, hy - 0.3 * r),
             (hx + side * (0.75 + 0.15 * s.variant) * r, hy - tall * r),
             (hx + side * 0.1 * r, hy - 0.8 * r),
         ]
-        b.poly(ear, body if s.variant != 1 else second)
-    h = b.moved(hx, hy)
+        b.poly(ear, ear_fill)
+    h = b.at(hx, hy)
     h.poly(
         smooth(
             (
@@ -244,10 +256,10 @@ def _cat(b: Brush, s: ToySubject, pose: Pose) -> None:
     body, second, _ = _colours(s)
     wag = 0.1 * _swing(pose)
     tail = [(-0.12, 0.34), (-0.34, 0.36), (-0.46 - wag, 0.18), (-0.4 - wag, -0.02), (-0.52 - wag, -0.14)]
-    b.stroke(bent(tail), 0.075, body)
-    b.stroke(bent(tail)[-8:], 0.075, second, outline=False, inside=True)
+    b.stroke(round_corners(tail), 0.075, body)
+    b.stroke(round_corners(tail)[-8:], 0.075, second, outline=False, inside=True)
     x, y, r = _biped(b, s, pose, 0.2 * s.wide, 0.25 * s.head, 0.14 * s.limb, 0.19, 0.08)
-    h = b.moved(x, y, sx=1.12)
+    h = b.at(x, y, sx=1.12)
     for side in (-1, 1):
         tip = (1.0, 0.85, 1.25)[s.variant]
         ear = [
@@ -274,10 +286,10 @@ def _cat(b: Brush, s: ToySubject, pose: Pose) -> None:
             OUTLINE,
             outline=False,
         )
-    h.ellipse(0.3 * r, 0.42 * r, 0.42 * r, 0.3 * r, second if s.detail == 0 else WHITE, outline=False, inside=True)
-    h.poly(
-        [(0.18 * r, 0.18 * r), (0.46 * r, 0.18 * r), (0.32 * r, 0.36 * r)], (240, 110, 130), outline=False, inside=True
-    )
+    muzzle = (second, WHITE, WHITE)[s.detail]
+    h.ellipse(0.3 * r, 0.42 * r, 0.42 * r, 0.3 * r, muzzle, outline=False, inside=True)
+    nose = [(0.18 * r, 0.18 * r), (0.46 * r, 0.18 * r), (0.32 * r, 0.36 * r)]
+    h.poly(nose, NOSE_PINK, outline=False, inside=True)
     _face(h, s, 0, 0, r, gap=0.46, eye=0.28)
     b.face(x, y, 1.1 * r, 0.88 * r)
     _wear(b, s, (x, y + 0.86 * r, 0.2), (x, y, r))
@@ -304,7 +316,10 @@ def _bear(b: Brush, s: ToySubject, pose: Pose) -> None:
 
 def _rabbit(b: Brush, s: ToySubject, pose: Pose) -> None:
     body, second, _ = _colours(s)
-    b.ellipse(-0.21 * s.wide, 0.3, 0.085, 0.085, WHITE if s.body != "white" else second)
+    tail_fill = WHITE
+    if s.body == "white":
+        tail_fill = second
+    b.ellipse(-0.21 * s.wide, 0.3, 0.085, 0.085, tail_fill)
     x, y, r = _biped(b, s, pose, 0.18 * s.wide, 0.21 * s.head, 0.13 * s.limb, 0.17, 0.08)
     y = -0.08
     droop = 0.06 * _swing(pose)
@@ -312,13 +327,13 @@ def _rabbit(b: Brush, s: ToySubject, pose: Pose) -> None:
         lean = side * (0.14, 0.45, 0.1)[s.variant] + droop
         if s.variant == 2 and side > 0:
             lean = 1.9  # one ear hangs
-        e = b.moved(x + side * 0.45 * r, y - 0.6 * r, lean)
+        e = b.at(x + side * 0.45 * r, y - 0.6 * r, lean)
         length = 0.19 + 0.05 * s.limb
         e.ellipse(0, -length * 0.85, 0.085, length, body)
         e.ellipse(0, -length * 0.85, 0.042, length * 0.7, second, outline=False, inside=True)
     b.ellipse(x, y, 1.04 * r, 0.95 * r, body, textured=s.detail == 1)
     b.ellipse(x + 0.3 * r, y + 0.45 * r, 0.42 * r, 0.3 * r, WHITE, outline=False, inside=True)
-    b.ellipse(x + 0.32 * r, y + 0.22 * r, 0.13 * r, 0.1 * r, (240, 110, 130), outline=False, inside=True)
+    b.ellipse(x + 0.32 * r, y + 0.22 * r, 0.13 * r, 0.1 * r, NOSE_PINK, outline=False, inside=True)
     _face(b, s, x, y, r, gap=0.45, eye=0.28)
     b.face(x, y, 1.04 * r, 0.95 * r)
     _wear(b, s, (x, y + 0.93 * r, 0.19), (x, y, r))
@@ -327,17 +342,20 @@ def _rabbit(b: Brush, s: ToySubject, pose: Pose) -> None:
 def _bird(b: Brush, s: ToySubject, pose: Pose) -> None:
     body, second, third = _colours(s)
     flap = _swing(pose)
-    beak = third if s.accessory in ("none", "bow") else (250, 176, 40)
+    beak: Colour = (250, 176, 40)
+    if s.accessory in ("none", "bow"):
+        beak = third
     for x, offset in ((-0.06, 0.5), (0.1, 0.0)):
         k = 0.06 * _swing(pose, offset)
         b.stroke([(x, 0.25), (x + k, 0.42), (x + k + 0.07, 0.42)], 0.04, beak)
-    for k in range(3 if s.variant else 2):
-        b.moved(-0.22, 0.06 + 0.03 * k, 0.35 - 0.33 * k).ellipse(-0.2, 0, 0.2, 0.065, second)
+    tail_feathers = (2, 3, 3)[s.variant]
+    for k in range(tail_feathers):
+        b.at(-0.22, 0.06 + 0.03 * k, 0.35 - 0.33 * k).ellipse(-0.2, 0, 0.2, 0.065, second)
     _wear_behind(b, s, -0.12, 0.0, 0.13)
     hx, hy, r = 0.17, -0.18, 0.2 * s.head
-    crest = (0, 3, 1)[s.variant]
-    for k in range(crest):
-        b.moved(hx - 0.03, hy - 0.8 * r, -0.6 + 0.5 * k if crest > 1 else 0.5).ellipse(0, -0.1, 0.045, 0.12, second)
+    crest_angles = ((), (-0.6, -0.6 + 0.5, -0.6 + 0.5 * 2), (0.5,))[s.variant]
+    for angle in crest_angles:
+        b.at(hx - 0.03, hy - 0.8 * r, angle).ellipse(0, -0.1, 0.045, 0.12, second)
     b.ellipse(0.0, 0.06, 0.27 * s.wide, 0.25, body, textured=True)
     b.poly(
         [
@@ -349,7 +367,7 @@ def _bird(b: Brush, s: ToySubject, pose: Pose) -> None:
     )
     b.ellipse(hx, hy, r, r, body)
     _eye(b, s, hx + 0.38 * r, hy - 0.12 * r, 0.36 * r)
-    w = b.moved(-0.02, 0.0, 0.25 - 1.1 * flap - 1.6 * pose.wave)
+    w = b.at(-0.02, 0.0, 0.25 - 1.1 * flap - 1.6 * pose.wave)
     w.poly(smooth(((0.06, -0.06), (0.03, 0.09), (-0.16, 0.17), (-0.34, 0.1), (-0.24, -0.05), (-0.1, -0.12))), second)
     b.face(hx + 0.2 * r, hy, 1.2 * r, r)
     if s.accessory == "glasses":
@@ -372,15 +390,10 @@ def _frog(b: Brush, s: ToySubject, pose: Pose) -> None:
         )
     _wear_behind(b, s, -0.24, 0.05, 0.12)
     b.ellipse(0.0, 0.12, 0.37 * s.wide, 0.27, body, textured=True)
-    b.ellipse(
-        0.08,
-        0.26,
-        0.22 * s.wide,
-        0.12,
-        second if s.pattern == "plain" or s.detail else WHITE,
-        outline=False,
-        inside=True,
-    )
+    belly = WHITE
+    if s.pattern == "plain" or s.detail:
+        belly = second
+    b.ellipse(0.08, 0.26, 0.22 * s.wide, 0.12, belly, outline=False, inside=True)
     for side in (-1, 1):
         x = 0.1 + side * 0.13 * s.wide
         b.stroke(
@@ -394,18 +407,22 @@ def _frog(b: Brush, s: ToySubject, pose: Pose) -> None:
         )
     r = 0.125 * s.head
     spread = (0.17, 0.24, 0.13)[s.variant] * s.wide
+    socket = (body, body, second)[s.variant]
     for side in (-1, 1):
         x = 0.08 + side * spread
-        b.ellipse(x, -0.15, 1.15 * r, 1.15 * r, body if s.variant != 2 else second)
+        b.ellipse(x, -0.15, 1.15 * r, 1.15 * r, socket)
         _eye(b, s, x + 0.01, -0.16, 0.82 * r)
     width = 0.2 * s.wide
     lips = [(0.1 + width * t, 0.07 + 0.07 * (1 - t * t)) for t in np.linspace(-1, 1, 7)]
-    if s.mouth in ("open", "teeth"):
-        b.poly([*lips, (0.1, 0.06)], (170, 40, 60) if s.mouth == "open" else WHITE, inside=True)
+    if s.mouth in MOUTH_FILLS:
+        b.poly([*lips, (0.1, 0.06)], MOUTH_FILLS[s.mouth], inside=True)
     else:
         b.stroke(lips, 0.04, OUTLINE, outline=False, inside=True)
     b.face(0.08, -0.03, 0.3 * s.wide, 0.24)
-    _wear(b, s, (0.05, 0.22, 0.3), (0.08, -0.12 if s.accessory == "hat" else -0.15, 0.2))
+    head_y = -0.15
+    if s.accessory == "hat":
+        head_y = -0.12
+    _wear(b, s, (0.05, 0.22, 0.3), (0.08, head_y, 0.2))
 
 
 def _robot(b: Brush, s: ToySubject, pose: Pose) -> None:
@@ -462,11 +479,9 @@ def _robot(b: Brush, s: ToySubject, pose: Pose) -> None:
     _wear(b, s, (0, y + 1.12 * hh, 0.22), (0, y, 0.2 * s.head))
 
 
-def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
+def _monster_headgear(b: Brush, s: ToySubject, k: float, top: float) -> None:
+    """Horns, spikes or stalks on a monster whose head begins at height `top`; `k` sways the stalks."""
     body, second, _ = _colours(s)
-    k = 0.06 * _swing(pose)
-    n = s.numbers
-    w, top = 0.3 * s.wide, -0.26 - 0.06 * s.head
     if s.variant == 0:  # horns
         for side in (-1, 1):
             b.poly(
@@ -474,7 +489,7 @@ def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
                     (
                         (side * 0.06, top + 0.12),
                         (side * 0.3, top + 0.14),
-                        (side * (0.3 + 0.08 * n[0]), top - 0.2),
+                        (side * (0.3 + 0.08 * s.numbers[0]), top - 0.2),
                         (side * 0.2, top - 0.04),
                     ),
                     1,
@@ -488,13 +503,43 @@ def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
         for x in (-0.16, 0.16):
             b.stroke([(x * 0.7, top + 0.1), (x + k, top - 0.14)], 0.035, body)
             b.ellipse(x + k, top - 0.17, 0.06, 0.06, second)
+
+
+def _monster_feet(s: ToySubject, pose: Pose, half: float) -> list[tuple[float, float]]:
+    """The scalloped lower edge of a monster, `half` wide to each side: points up and down in turn, swinging."""
+    feet = []
+    for i, x in enumerate(np.linspace(half, -half, 5 + 2 * s.detail)):
+        odd = i % 2
+        depth = 0.07 + 0.05 * _swing(pose, 0.5 * odd) * (pose.gait > 0)
+        if odd:
+            feet.append((x, 0.48 + depth))
+        else:
+            feet.append((x, 0.48 - depth))
+    return feet
+
+
+def _monster_eyes_and_mouth(b: Brush, s: ToySubject, y: float) -> None:
+    """One to three eyes at height y, a mouth below them, and fangs on a closed mouth."""
+    number = 1 + int(s.numbers[2] * 3)
+    radius = (0.14, 0.1, 0.085)[number - 1]
+    places = (((0.08, 0.0),), ((-0.08, 0.0), (0.2, 0.0)), ((-0.16, 0.0), (0.07, 0.06), (0.28, 0.0)))[number - 1]
+    for x, lift in places:
+        _eye(b, s, x * s.wide, y - lift, radius)
+    m = b.at(0.08, y + 0.22)
+    _mouth(m, s, 0, 0, 0.14)
+    if s.mouth in ("smile", "line"):
+        for side in (-1, 1):
+            m.poly([(side * 0.1 - 0.04, 0.03), (side * 0.1 + 0.04, 0.03), (side * 0.1, 0.12)], WHITE, inside=True)
+
+
+def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
+    body, _, _ = _colours(s)
+    k = 0.06 * _swing(pose)
+    w, top = 0.3 * s.wide, -0.26 - 0.06 * s.head
+    _monster_headgear(b, s, k, top)
     _wear_behind(b, s, -0.16, 0.1, 0.14)
     b.stroke([(-0.9 * w, 0.1), (-1.35 * w, 0.24 - k)], 0.09, body)
-    flare = 1.0 + 0.35 * (n[1] - 0.3)
-    feet = [
-        (x, 0.48 + (0.07 + 0.05 * _swing(pose, 0.5 * (i % 2)) * (pose.gait > 0)) * (1 if i % 2 else -1))
-        for i, x in enumerate(np.linspace(flare * w, -flare * w, 5 + 2 * s.detail))
-    ]
+    flare = 1.0 + 0.35 * (s.numbers[1] - 0.3)
     b.poly(
         smooth(
             (
@@ -502,7 +547,7 @@ def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
                 (0.62 * w, top),
                 (w, top + 0.24),
                 (flare * w, 0.3),
-                *feet,
+                *_monster_feet(s, pose, flare * w),
                 (-flare * w, 0.3),
                 (-w, top + 0.24),
             )
@@ -511,14 +556,8 @@ def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
         textured=True,
     )
     b.stroke([(0.9 * w, 0.1), (1.35 * w, 0.24 + k - 0.4 * pose.wave)], 0.09, body)
-    y, eyes = top + 0.22, 1 + int(n[2] * 3)
-    for x in ((0.08,), (-0.08, 0.2), (-0.16, 0.07, 0.28))[eyes - 1]:
-        lift = 0.06 if eyes == 3 and x == 0.07 else 0.0
-        _eye(b, s, x * s.wide, y - lift, (0.14, 0.1, 0.085)[eyes - 1])
-    m = b.moved(0.08, y + 0.22)
-    _mouth(m, s, 0, 0, 0.14)
-    for side in (-1, 1) if s.mouth in ("smile", "line") else ():
-        m.poly([(side * 0.1 - 0.04, 0.03), (side * 0.1 + 0.04, 0.03), (side * 0.1, 0.12)], WHITE, inside=True)
+    y = top + 0.22
+    _monster_eyes_and_mouth(b, s, y)
     b.face(0.04, top + 0.26, 0.95 * w, 0.26)
     if s.accessory == "glasses":
         _wear(b, s, (0, 0, 0), (0.02, y, 0.21))
@@ -526,7 +565,7 @@ def _monster(b: Brush, s: ToySubject, pose: Pose) -> None:
         _wear(b, s, (0.02, 0.24, 0.3), (0.0, top + 0.16, 0.2))
 
 
-_DRAWN: dict[str, Callable[[Brush, ToySubject, Pose], None]] = {
+_PAINTERS: dict[str, Callable[[Brush, ToySubject, Pose], None]] = {
     "fox": _fox,
     "cat": _cat,
     "bear": _bear,
@@ -540,4 +579,4 @@ _DRAWN: dict[str, Callable[[Brush, ToySubject, Pose], None]] = {
 
 def draw_creature(b: Brush, s: ToySubject, pose: Pose) -> None:
     """Draw a creature of any kind in CREATURES with a placed brush."""
-    _DRAWN[s.kind](b, s, pose)
+    _PAINTERS[s.kind](b, s, pose)

@@ -1,7 +1,7 @@
 """The drawing tools of the toybox world: palette, pose, a brush for outlined flat shapes, textures.
 
 In:  points in the local units of whatever is drawn, colours by name.
-Out: pixels on an RGB canvas, and the same shapes in an owner map. Knows nothing of subjects, scenes or captions.
+Out: pixels on an RGB canvas, and the same shapes in an instance map. Knows nothing of subjects, scenes or captions.
 
 Local units: y points down, x points to where the subject faces. Canvases are uint8 RGB, drawn at SUPERSAMPLE times
 the final size and averaged down. cv2 is imported on first use, so that importing this module costs nothing.
@@ -103,13 +103,13 @@ def smooth(points: tuple[tuple[float, float], ...], rounds: int = 3) -> Points:
     return p
 
 
-def mixed(colour: Colour, other: Colour, share: float) -> Colour:
+def mix(colour: Colour, other: Colour, share: float) -> Colour:
     """`colour` with `share` (0 to 1) of `other` in it."""
     r, g, b = (round((1 - share) * a + share * o) for a, o in zip(colour, other, strict=True))
     return r, g, b
 
 
-def lit(colour: Colour, light: tuple[float, float, float]) -> Colour:
+def apply_light(colour: Colour, light: tuple[float, float, float]) -> Colour:
     """A colour under a light given as gains for red, green, blue."""
     r, g, b = (min(255, round(c * gain)) for c, gain in zip(colour, light, strict=True))
     return r, g, b
@@ -148,18 +148,18 @@ def texture(pattern: str, first: Colour, second: Colour, angle: float, period: f
 
 
 class Brush:
-    """Draws outlined flat shapes given in local units, through a 2x3 matrix, on a canvas and an owner map.
+    """Draws outlined flat shapes given in local units, through a 2x3 matrix, on a canvas and an instance map.
 
     Without a canvas it draws nothing and only collects the outline's points in `trace` (how extents are measured).
     `faces` collects the corners of what is declared to be the face region.
     """
 
-    __slots__ = ("canvas", "faces", "label", "light", "line", "matrix", "owner", "texture", "trace")
+    __slots__ = ("canvas", "faces", "instance_ids", "label", "light", "line", "matrix", "texture", "trace")
 
     def __init__(
         self,
         canvas: Picture | None,
-        owner: Picture | None,
+        instance_ids: Picture | None,
         matrix: Points,
         *,
         label: int = 1,
@@ -167,13 +167,13 @@ class Brush:
         light: tuple[float, float, float] = (1.0, 1.0, 1.0),
         texture: Picture | None = None,
     ) -> None:
-        """canvas (H, W, 3) and owner (H, W) are drawn in place; matrix (2, 3) maps local units to canvas pixels."""
-        self.canvas, self.owner, self.matrix = canvas, owner, matrix
+        """Canvas (H, W, 3) and instance_ids (H, W) are drawn in place; matrix (2, 3): local units -> canvas pixels."""
+        self.canvas, self.instance_ids, self.matrix = canvas, instance_ids, matrix
         self.label, self.line, self.light, self.texture = label, line, light, texture
         self.trace: list[Points] = []
         self.faces: list[Points] = []
 
-    def moved(self, dx: float, dy: float, angle: float = 0.0, sx: float = 1.0, sy: float = 1.0) -> Brush:
+    def at(self, dx: float, dy: float, angle: float = 0.0, sx: float = 1.0, sy: float = 1.0) -> Brush:
         """The same brush in the frame of a part at (dx, dy), rotated and stretched; the texture goes along."""
         part = object.__new__(Brush)
         for name in Brush.__slots__:
@@ -184,7 +184,7 @@ class Brush:
         part.matrix[:, 2] = self.matrix[:, :2] @ (dx, dy) + self.matrix[:, 2]
         return part
 
-    def through(self, points: Points | Sequence[tuple[float, float]]) -> Points:
+    def to_canvas(self, points: Points | Sequence[tuple[float, float]]) -> Points:
         """Local points (N, 2) in canvas pixels."""
         return np.asarray(points, dtype=np.float64) @ self.matrix[:, :2].T + self.matrix[:, 2]
 
@@ -202,8 +202,8 @@ class Brush:
         textured: bool = False,
         inside: bool = False,
     ) -> None:
-        """A filled polygon. `inside` promises that it lies on something already drawn, which spares the owner map."""
-        p = self.through(points)
+        """A filled polygon. `inside` promises that it lies on something already drawn, so the instance ids stay."""
+        p = self.to_canvas(points)
         if self.canvas is None:
             if not inside:
                 self.trace.append(p)
@@ -213,16 +213,16 @@ class Brush:
         if textured and self.texture is not None:
             self._fill_textured(p, q)
         else:
-            c.fillPoly(self.canvas, q, lit(fill, self.light), c.LINE_AA, _SHIFT)
+            c.fillPoly(self.canvas, q, apply_light(fill, self.light), c.LINE_AA, _SHIFT)
         if outline:
-            # Thinner inside: at 64x64 a full outline around an eye leaves no eye.
-            c.polylines(
-                self.canvas, q, True, OUTLINE, max(1, self.line // 2) if inside else self.line, c.LINE_AA, _SHIFT
-            )
-        if self.owner is not None and not inside:
-            c.fillPoly(self.owner, q, self.label, c.LINE_8, _SHIFT)
+            line = self.line
+            if inside:  # thinner: at 64x64 a full outline around an eye leaves no eye
+                line = max(1, self.line // 2)
+            c.polylines(self.canvas, q, True, OUTLINE, line, c.LINE_AA, _SHIFT)
+        if self.instance_ids is not None and not inside:
+            c.fillPoly(self.instance_ids, q, self.label, c.LINE_8, _SHIFT)
             if outline:
-                c.polylines(self.owner, q, True, self.label, self.line, c.LINE_8, _SHIFT)
+                c.polylines(self.instance_ids, q, True, self.label, self.line, c.LINE_8, _SHIFT)
 
     def _fill_textured(self, p: Points, q: NDArray[np.int32]) -> None:
         canvas, c = self.canvas, cv()
@@ -268,7 +268,7 @@ class Brush:
         inside: bool = False,
     ) -> None:
         """An open line `width` local units thick with round ends: limbs, tails, strings."""
-        p = self.through(points)
+        p = self.to_canvas(points)
         if self.canvas is None:
             if not inside:
                 half = self.pixels(width) / 2
@@ -277,16 +277,24 @@ class Brush:
         c = cv()
         q = np.round(p * (1 << _SHIFT)).astype(np.int32)[None]
         thick = max(1, round(self.pixels(width)))
-        rim = thick + 2 * self.line if outline else thick
+        rim = thick
         if outline:
+            rim = thick + 2 * self.line
             c.polylines(self.canvas, q, False, OUTLINE, rim, c.LINE_AA, _SHIFT)
-        c.polylines(self.canvas, q, False, lit(fill, self.light), thick, c.LINE_AA, _SHIFT)
-        if self.owner is not None and not inside:
-            c.polylines(self.owner, q, False, self.label, rim, c.LINE_8, _SHIFT)
+        c.polylines(self.canvas, q, False, apply_light(fill, self.light), thick, c.LINE_AA, _SHIFT)
+        if self.instance_ids is not None and not inside:
+            c.polylines(self.instance_ids, q, False, self.label, rim, c.LINE_8, _SHIFT)
 
     def face(self, x: float, y: float, rx: float, ry: float) -> None:
         """Declare the face region as an ellipse in local units; nothing is drawn."""
-        self.faces.append(self.through(_CIRCLE * (rx, ry) + (x, y)))
+        self.faces.append(self.to_canvas(_CIRCLE * (rx, ry) + (x, y)))
+
+
+def frame_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a frame; a single number means a square one."""
+    if isinstance(size, int):
+        return size, size
+    return size
 
 
 def shrink(canvas: Picture, size: tuple[int, int]) -> Picture:
@@ -295,17 +303,17 @@ def shrink(canvas: Picture, size: tuple[int, int]) -> Picture:
     return c.resize(canvas, size, interpolation=c.INTER_AREA)
 
 
-def shrink_owner(owner: Picture, size: tuple[int, int]) -> Picture:
+def shrink_instance_ids(instance_ids: Picture, size: tuple[int, int]) -> Picture:
     """Owner of each final pixel: the label with most supersampled pixels in it; at a tie a subject, the lower first.
 
     Ties go to subjects because strings and whiskers are half a pixel wide and would otherwise belong to nobody.
     """
     width, height = size
-    factor = owner.shape[0] // height
-    labels = int(owner.max())
+    factor = instance_ids.shape[0] // height
+    labels = int(instance_ids.max())
     if labels == 0:
         return np.zeros((height, width), np.uint8)
-    votes = [shrink((owner == k).astype(np.uint8) * 255, (width, height)) for k in range(labels + 1)]
+    votes = [shrink((instance_ids == k).astype(np.uint8) * 255, (width, height)) for k in range(labels + 1)]
     votes[0] -= votes[0] > 0
-    assert factor * height == owner.shape[0]
+    assert factor * height == instance_ids.shape[0]
     return np.argmax(np.stack(votes), axis=0).astype(np.uint8)

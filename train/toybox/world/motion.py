@@ -47,7 +47,15 @@ def cycles(duration: float, period: float) -> int:
 
 
 def _gait(p: Place, t: float, way: float, pace: float = 1.0) -> float:
-    return way / (math.pi * 2 * p.feet) if p.rolls else p.phase + pace * p.steps * t
+    """Phase of the gait at t seconds: a ball turns by the way it went, anybody else steps at a steady pace."""
+    if p.rolls:
+        return way / (math.pi * 2 * p.feet)
+    return p.phase + pace * p.steps * t
+
+
+def _step_height(p: Place, t: float) -> float:
+    """How high a step lifts the body at t seconds, 0 to 1."""
+    return abs(math.sin(2 * math.pi * (p.phase + p.steps * t)))
 
 
 def _hop(w: float) -> tuple[float, float]:
@@ -66,14 +74,18 @@ def _tilted(p: Place, angle: float) -> tuple[float, float]:
     return p.x + p.feet * math.sin(angle), p.y + p.feet * (1 - math.cos(angle))
 
 
-def single(verb: str, p: Place, u: float, duration: float) -> Pose:
+def pose_single(verb: str, p: Place, u: float, duration: float) -> Pose:
     """Pose of one subject doing a verb of SINGLE_VERBS alone; 'walks' goes where it faces."""
     t = u * duration
-    ahead = -1.0 if p.flip else 1.0
     flip = p.flip
+    ahead = 1.0
+    if flip:
+        ahead = -1.0
     if verb == "walks":
         way = 2 * p.travel * u
-        bob = 0.0 if p.rolls else 0.035 * p.scale * abs(math.sin(2 * math.pi * (p.phase + p.steps * t)))
+        bob = 0.0
+        if not p.rolls:
+            bob = 0.035 * p.scale * _step_height(p, t)
         return Pose(p.x + ahead * (way - p.travel), p.y - bob, p.scale, flip=flip, gait=_gait(p, t, way), wave=0.0)
     if verb == "jumps":
         height, squash = _hop(cycles(duration, 1.0) * u + p.phase)
@@ -121,75 +133,117 @@ def single(verb: str, p: Place, u: float, duration: float) -> Pose:
     raise ValueError(f"{verb!r} is no verb for one subject.")
 
 
-def pair(verb: str, a: Place, b: Place, direction: str, u: float, duration: float) -> tuple[Pose, Pose]:
+def pose_pair(verb: str, a: Place, b: Place, direction: str, u: float, duration: float) -> tuple[Pose, Pose]:
     """Poses of an actor (place a) and of the one it concerns (place b), for a verb of PAIR_VERBS."""
     t = u * duration
-    ahead = -1.0 if direction == "left" else 1.0
-    flip = ahead < 0
-    if verb in ("chases", "pushes"):
-        way = 2 * a.travel * u
-        shift = ahead * (way - a.travel)
-        run = verb == "chases"
-        poses = []
-        for p, lean in ((a, 0.14 if run else 0.22), (b, 0.06 if run else 0.09 * math.sin(9 * t))):
-            hop = (
-                (0.09 if run else 0.0 if p is b else 0.02)
-                * p.scale
-                * abs(math.sin(2 * math.pi * (p.phase + p.steps * t)))
-            )
-            gait = _gait(p, t, way, 1.4 if run else 0.9) if run or p is a or p.rolls else 0.0
-            lean = 0.0 if p.rolls else lean
-            wave = 0.9 if p is a and not run else 0.3
-            poses.append(Pose(p.x + shift, p.y - hop, p.scale, angle=ahead * lean, flip=flip, gait=gait, wave=wave))
-        return poses[0], poses[1]
+    ahead = 1.0
+    if direction == "left":
+        ahead = -1.0
+    if verb == "chases":
+        return _pose_chase(a, b, ahead, u, t)
+    if verb == "pushes":
+        return _pose_push(a, b, ahead, u, t)
     if verb == "meets":
         near = min(1.0, u / 0.85)
-        poses = []
-        for p, side in ((a, -ahead), (b, ahead)):
-            way = p.travel * near
-            gait = _gait(p, t, way) if near < 1 or p.rolls else 0.0
-            poses.append(
-                Pose(
-                    p.x + side * (p.travel - way),
-                    p.y,
-                    p.scale,
-                    flip=side > 0,
-                    gait=gait,
-                    wave=0.8 if near == 1 else 0.0,
-                )
-            )
-        return poses[0], poses[1]
+        return _pose_meeting(a, -ahead, near, t), _pose_meeting(b, ahead, near, t)
     if verb == "circles":
-        turn = 2 * math.pi * ((cycles(duration, 2.0) if duration > 1.4 else 0.8) * u + a.phase)
-        k = 1.0 + 0.1 * math.sin(turn)
-        gait = _gait(a, t, a.travel * turn)
-        actor = Pose(
-            a.x + a.travel * math.cos(turn),
-            a.y + a.high * math.sin(turn),
-            a.scale * k,
-            flip=math.sin(turn) > 0,
-            gait=gait,
-        )
-        return actor, Pose(b.x, b.y, b.scale, squash=1.0 + 0.02 * math.sin(4 * t), flip=b.flip)
+        return _pose_circle(a, b, u, t, duration)
     if verb == "jumps over":
-        n = cycles(duration, 2.0)
-        lap, w = min(int(n * u), n - 1), n * u - min(int(n * u), n - 1)
-        back = lap % 2 == 1
-        s = min(1.0, max(0.0, (w - 0.12) / 0.74))
-        along = ahead * (1 - 2 * s if back else 2 * s - 1)
-        squash = 1.0 if 0.12 < w < 0.86 else 0.86
-        actor = Pose(
-            a.x + a.travel * along,
-            a.y - 4 * s * (1 - s) * a.high,
-            a.scale,
-            angle=0.25 * (2 * s - 1) * (-ahead if back else ahead),
-            squash=squash,
-            flip=flip != back,
-            gait=_gait(a, t, 2 * a.travel * s),
-            wave=0.6,
-        )
-        return actor, Pose(b.x, b.y, b.scale, squash=1.0 - 0.12 * 4 * s * (1 - s), flip=b.flip)
+        return _pose_jump_over(a, b, ahead, u, t, duration)
     raise ValueError(f"{verb!r} is no verb between two subjects.")
+
+
+def _pose_chase(a: Place, b: Place, ahead: float, u: float, t: float) -> tuple[Pose, Pose]:
+    """Both run the same way, leaning into it; a ball rolls upright."""
+    way = 2 * a.travel * u
+    shift = ahead * (way - a.travel)
+    poses = []
+    for p, lean in ((a, 0.14), (b, 0.06)):
+        if p.rolls:
+            lean = 0.0
+        hop = 0.09 * p.scale * _step_height(p, t)
+        gait = _gait(p, t, way, 1.4)
+        poses.append(Pose(p.x + shift, p.y - hop, p.scale, angle=ahead * lean, flip=ahead < 0, gait=gait, wave=0.3))
+    return poses[0], poses[1]
+
+
+def _pose_push(a: Place, b: Place, ahead: float, u: float, t: float) -> tuple[Pose, Pose]:
+    """The actor steps with its arm up; the other slides along, wobbling, or rolls when it is a ball."""
+    way = 2 * a.travel * u
+    shift = ahead * (way - a.travel)
+    actor_lean, other_lean = 0.22, 0.09 * math.sin(9 * t)
+    if a.rolls:
+        actor_lean = 0.0
+    other_gait = 0.0
+    if b.rolls:
+        other_lean, other_gait = 0.0, _gait(b, t, way, 0.9)
+    hop = 0.02 * a.scale * _step_height(a, t)
+    actor = Pose(
+        a.x + shift,
+        a.y - hop,
+        a.scale,
+        angle=ahead * actor_lean,
+        flip=ahead < 0,
+        gait=_gait(a, t, way, 0.9),
+        wave=0.9,
+    )
+    other = Pose(b.x + shift, b.y, b.scale, angle=ahead * other_lean, flip=ahead < 0, gait=other_gait, wave=0.3)
+    return actor, other
+
+
+def _pose_meeting(p: Place, side: float, near: float, t: float) -> Pose:
+    """One of two that meet: comes from `side`, and stops and waves when `near` (the part of its way) is 1."""
+    way = p.travel * near
+    gait = 0.0
+    if near < 1 or p.rolls:
+        gait = _gait(p, t, way)
+    wave = 0.0
+    if near == 1:
+        wave = 0.8
+    return Pose(p.x + side * (p.travel - way), p.y, p.scale, flip=side > 0, gait=gait, wave=wave)
+
+
+def _pose_circle(a: Place, b: Place, u: float, t: float, duration: float) -> tuple[Pose, Pose]:
+    """The actor goes around the other, larger in front and smaller behind."""
+    laps = 0.8
+    if duration > 1.4:
+        laps = cycles(duration, 2.0)
+    turn = 2 * math.pi * (laps * u + a.phase)
+    k = 1.0 + 0.1 * math.sin(turn)
+    actor = Pose(
+        a.x + a.travel * math.cos(turn),
+        a.y + a.high * math.sin(turn),
+        a.scale * k,
+        flip=math.sin(turn) > 0,
+        gait=_gait(a, t, a.travel * turn),
+    )
+    return actor, Pose(b.x, b.y, b.scale, squash=1.0 + 0.02 * math.sin(4 * t), flip=b.flip)
+
+
+def _pose_jump_over(a: Place, b: Place, ahead: float, u: float, t: float, duration: float) -> tuple[Pose, Pose]:
+    """The actor jumps over the other and, in longer clips, back again; the other ducks."""
+    jumps = cycles(duration, 2.0)
+    lap = min(int(jumps * u), jumps - 1)
+    w = jumps * u - lap  # the part of this jump that has passed
+    s = min(1.0, max(0.0, (w - 0.12) / 0.74))  # the part of its flight
+    back = lap % 2 == 1
+    heading, along = ahead, ahead * (2 * s - 1)
+    if back:
+        heading, along = -ahead, ahead * (1 - 2 * s)
+    squash = 0.86
+    if 0.12 < w < 0.86:
+        squash = 1.0
+    actor = Pose(
+        a.x + a.travel * along,
+        a.y - 4 * s * (1 - s) * a.high,
+        a.scale,
+        angle=0.25 * (2 * s - 1) * heading,
+        squash=squash,
+        flip=(ahead < 0) != back,
+        gait=_gait(a, t, 2 * a.travel * s),
+        wave=0.6,
+    )
+    return actor, Pose(b.x, b.y, b.scale, squash=1.0 - 0.12 * 4 * s * (1 - s), flip=b.flip)
 
 
 def camera_at(camera: str, reach: float, u: float) -> tuple[float, float]:

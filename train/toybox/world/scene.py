@@ -1,10 +1,10 @@
-"""The toybox world: a small, endless, seeded world of drawn subjects that act in front of named backgrounds.
+"""Scenes of the toybox world: drawn subjects that act in front of named backgrounds, and the clips they become.
 
 In:  integer seeds (and, where wanted, subjects, a background, a verb).
-Out: scenes; clips with frames, owner maps, poses, face boxes, captions and facts; reference pictures.
+Out: scenes; clips with frames, instance maps, poses, face boxes, captions and facts; reference pictures.
 Knows nothing of torch, models or files on disk.
 
-Shapes: F frames, H x W pixels, N subjects. Slots are 1-based; owner maps hold 0 for the background.
+Shapes: F frames, H x W pixels, N subjects. Slots are 1-based; instance maps hold 0 for the background.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from train.toybox.world.backgrounds import BACKGROUNDS, board, view
+from train.toybox.world.backgrounds import BACKGROUNDS, draw_board, view
 from train.toybox.world.captions import (
     CAMERAS,
     DIRECTED,
@@ -25,11 +25,11 @@ from train.toybox.world.captions import (
     VERBS,
     Action,
     Facts,
-    say,
+    write_caption,
 )
-from train.toybox.world.drawing import SUPERSAMPLE, Picture, Pose, cv, shrink, shrink_owner
-from train.toybox.world.layout import arrange, pick, plan
-from train.toybox.world.motion import FPS, ZOOM, Place, camera_at, pair, single
+from train.toybox.world.drawing import SUPERSAMPLE, Picture, Pose, cv, frame_size, shrink, shrink_instance_ids
+from train.toybox.world.layout import arrange_places, pick, plan_actions
+from train.toybox.world.motion import FPS, ZOOM, Place, camera_at, pose_pair, pose_single
 from train.toybox.world.subjects import KINDS, PATCHWORK_SHARE, draw, extents, make_subject
 from train.toybox.world.traits import PATCHWORK, ToySubject
 
@@ -45,6 +45,11 @@ SPLITS: dict[str, int] = {
     "judge-reward": 2 * IDENTITIES,
     "judge-test": 3 * IDENTITIES,
 }
+
+# Gains for red, green and blue of the light on backgrounds that are not in daylight.
+TINTS = {"night city": (0.88, 0.9, 1.0), "underwater": (0.9, 1.0, 1.04), "space": (0.95, 0.95, 1.0)}
+# Verbs that need room: the most subjects in their scenes.
+MOST_SUBJECTS = {"circles": 2, "jumps over": 2, "flies up": 2, "falls down": 2, "walks": 3}
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,13 @@ class Scene:
 class Clip:
     """A rendered scene.
 
-    frames: uint8 (F, H, W, 3), RGB. owner: uint8 (F, H, W), 0 for background, k for slot k.
+    frames: uint8 (F, H, W, 3), RGB. instance_ids: uint8 (F, H, W), 0 for background, k for slot k.
     poses: F tuples of N poses, as seen by the camera. face_boxes: float32 (F, N, 4), x0 y0 x1 y1 in pixels, NaN for
-    whatever has no face (boxes may reach past the frame, and tell nothing about occlusion: ask `owner`).
+    whatever has no face (boxes may reach past the frame, and tell nothing about occlusion: ask `instance_ids`).
     """
 
     frames: Picture
-    owner: Picture
+    instance_ids: Picture
     poses: tuple[tuple[Pose, ...], ...]
     face_boxes: NDArray[np.float32]
     caption: str
@@ -110,9 +115,14 @@ def split_of(seed: int) -> str:
     raise ValueError(f"Seed {seed} belongs to no split. Use 0 to {len(SPLITS) * IDENTITIES - 1}.")
 
 
-def _cast(rng: Rng, count: int, split: str) -> tuple[ToySubject, ...]:
+def _draw_cast(rng: Rng, count: int, split: str) -> tuple[ToySubject, ...]:
     """Who plays: a quarter patchwork; in 30 % of larger casts at least two are of one kind."""
-    kinds = [PATCHWORK if rng.random() < PATCHWORK_SHARE else pick(rng, KINDS[:-1]) for _ in range(count)]
+    kinds = []
+    for _ in range(count):
+        if rng.random() < PATCHWORK_SHARE:
+            kinds.append(PATCHWORK)
+        else:
+            kinds.append(pick(rng, KINDS[:-1]))
     if count > 1 and rng.random() < 0.3:
         a, b = rng.choice(count, 2, replace=False)
         kinds[a] = kinds[b]
@@ -132,11 +142,11 @@ def make_scene(
     """The scene a seed stands for; whatever is given is kept, the rest is drawn from the seed.
 
     Args:
-        num_subjects: 1 to MAX_SUBJECTS; left out, 35 / 40 / 15 / 10 % for 1 / 2 / 3 / 4.
+        num_subjects: 1 to MAX_SUBJECTS; None draws 1 / 2 / 3 / 4 with 35 / 40 / 15 / 10 %.
         subjects: the cast in slot order; num_subjects then follows from it.
         background, camera: one of BACKGROUNDS, one of CAMERAS.
-        verb: one of VERBS, optionally with a direction ('walks right', 'chases left'); the first action's.
-        split: whose identities and scenes; the same seed in another split is another scene.
+        verb: of the first action: one of VERBS, optionally with a direction ('walks right', 'chases left').
+        split: of the identities and the scene; the same seed in another split is another scene.
 
     Raises:
         ValueError: an unknown name, a number outside 1 to 4, or a verb that this many subjects cannot do.
@@ -144,43 +154,52 @@ def make_scene(
     subject_seed(0, split)
     rng = np.random.default_rng([seed, list(SPLITS).index(split), 101])
     drawn_count = int(rng.choice(4, p=[0.35, 0.4, 0.15, 0.1])) + 1
-    verb, direction, least, most = _parse(verb)
-    wanted = len(subjects) if subjects is not None else num_subjects
-    count = min(max(drawn_count, least), most) if wanted is None else wanted
+    verb, direction, least, most = _parse_verb(verb)
+    if subjects is not None:
+        num_subjects = len(subjects)
+    count = num_subjects
+    if count is None:
+        count = min(max(drawn_count, least), most)
     if not 1 <= count <= MAX_SUBJECTS:
         raise ValueError(f"A scene holds 1 to {MAX_SUBJECTS} subjects, not {count}.")
     if not least <= count <= most:
         raise ValueError(f"{verb!r} needs {least} to {most} subjects in a scene, not {count}.")
-    cast = tuple(subjects) if subjects is not None else _cast(rng, count, split)
-    actions = plan(rng, count, verb, direction)
+    if subjects is None:
+        subjects = _draw_cast(rng, count, split)
+    cast = tuple(subjects)
+    actions = plan_actions(rng, count, verb, direction)
     where = background or pick(rng, BACKGROUNDS)
     if where not in BACKGROUNDS:
         raise ValueError(f"{where!r} is no background. Use one of {', '.join(BACKGROUNDS)}.")
     how = camera or str(rng.choice(CAMERAS, p=[0.52, 0.15, 0.15, 0.18]))
     if how not in CAMERAS:
         raise ValueError(f"{how!r} is no camera. Use one of {', '.join(CAMERAS)}.")
-    places = arrange(rng, cast, actions, 1 / ZOOM if how == "zoom in" else 1.0)
+    width = 1.0
+    if how == "zoom in":
+        width = 1 / ZOOM
+    places = arrange_places(rng, cast, actions, width)
     gain, warmth = float(rng.uniform(0.95, 1.04)), float(rng.uniform(-0.03, 0.03))
-    tint = {"night city": (0.88, 0.9, 1.0), "underwater": (0.9, 1.0, 1.04), "space": (0.95, 0.95, 1.0)}.get(
-        where, (1.0, 1.0, 1.0)
-    )
+    tint = TINTS.get(where, (1.0, 1.0, 1.0))
     light = (tint[0] * gain * (1 + warmth), tint[1] * gain, tint[2] * gain * (1 - warmth))
     return Scene(int(seed), split, cast, actions, places, where, int(rng.integers(2**31)), how, light)
 
 
-def _parse(verb: str | None) -> tuple[str | None, str | None, int, int]:
+def _parse_verb(verb: str | None) -> tuple[str | None, str | None, int, int]:
     """'chases left' -> ('chases', 'left', fewest subjects, most subjects)."""
     if verb is None:
         return None, None, 1, MAX_SUBJECTS
     name, direction = verb, None
     if verb not in VERBS and " " in verb:
         name, direction = verb.rsplit(" ", 1)
-    if name not in VERBS or direction not in (None, "left", "right") or (direction and name not in DIRECTED):
+    known = name in VERBS and direction in (None, "left", "right")
+    if not known or (direction and name not in DIRECTED):
         raise ValueError(
             f"{verb!r} is no verb. Use one of {', '.join(VERBS)}; {', '.join(DIRECTED)} may add left or right."
         )
-    most = {"circles": 2, "jumps over": 2, "flies up": 2, "falls down": 2, "walks": 3}.get(name, MAX_SUBJECTS)
-    return name, direction, 2 if name in PAIR_VERBS else 1, most
+    least = 1
+    if name in PAIR_VERBS:
+        least = 2
+    return name, direction, least, MOST_SUBJECTS.get(name, MAX_SUBJECTS)
 
 
 def poses_at(scene: Scene, u: float, duration: float, size: tuple[int, int] = (64, 64)) -> tuple[Pose, ...]:
@@ -196,25 +215,35 @@ def poses_at(scene: Scene, u: float, duration: float, size: tuple[int, int] = (6
     for action in scene.actions:
         p = [scene.places[k - 1] for k in action.slots]
         if len(p) == 1:
-            poses[action.slots[0]] = single(action.verb, p[0], u, duration)
+            poses[action.slots[0]] = pose_single(action.verb, p[0], u, duration)
         else:
-            direction = action.direction or ("left" if p[0].flip else "right")
-            poses[action.slots[0]], poses[action.slots[1]] = pair(action.verb, p[0], p[1], direction, u, duration)
+            direction = action.direction
+            if not direction and p[0].flip:
+                direction = "left"
+            poses[action.slots[0]], poses[action.slots[1]] = pose_pair(action.verb, p[0], p[1], direction, u, duration)
         if action.verb in ("walks", "chases", "pushes", "meets"):
             movers.update(action.slots)
-    reach = 0.1 if len(scene.subjects) == 1 else 0.07
-    offset, zoom = camera_at(scene.camera, reach, u)
-    seen = []
+    offset, zoom = camera_at(scene.camera, _camera_reach(scene), u)
+    in_view = []
     for k, subject in enumerate(scene.subjects, start=1):
         pose = poses[k]
-        # Who stands is tied to the ground and slides with it; whoever travels is followed by the camera.
-        x = pose.x - (0.0 if k in movers else offset)
+        # A standing subject is tied to the ground and slides with it; the camera follows a travelling one.
+        x = pose.x
+        if k not in movers:
+            x -= offset
         pose = replace(pose, x=0.5 + (x - 0.5) * zoom, y=0.5 + (pose.y - 0.5) * zoom, scale=pose.scale * zoom)
-        seen.append(_kept_inside(subject, pose, size))
-    return tuple(seen)
+        in_view.append(_keep_inside(subject, pose, size))
+    return tuple(in_view)
 
 
-def _kept_inside(subject: ToySubject, pose: Pose, size: tuple[int, int], overhang: float = 0.04) -> Pose:
+def _camera_reach(scene: Scene) -> float:
+    """Half the way of a pan, in frame widths."""
+    if len(scene.subjects) == 1:
+        return 0.1
+    return 0.07
+
+
+def _keep_inside(subject: ToySubject, pose: Pose, size: tuple[int, int], overhang: float = 0.04) -> Pose:
     """The pose moved so that no more than `overhang` of the subject's extent leaves the frame on any side."""
     left, top, right, bottom = extents(subject, pose)
     short = min(size)
@@ -247,7 +276,7 @@ def render(
         num_frames: 1, or any 4k + 1; one frame is a still at `moment`.
         moment: 0 to 1, the part of the action that has passed in a still; None takes one from the scene's seed.
         attributes: whether the caption names attributes; None lets one caption in four do so.
-        hide: slots left out of the picture (the caption and facts stay): what the scene looks like without them.
+        hide: slots that are not drawn; the caption and the facts still name them.
 
     Raises:
         ValueError: a number of frames that is not 4k + 1.
@@ -255,32 +284,33 @@ def render(
     if num_frames < 1 or num_frames % 4 != 1:
         low = max(1, (num_frames - 1) // 4 * 4 + 1)
         raise ValueError(f"{num_frames} frames do not fit the video VAE, which takes 4k + 1. Use {low} or {low + 4}.")
-    frame = (size, size) if isinstance(size, int) else size
-    rng = np.random.default_rng([scene.seed, list(SPLITS).index(scene.split), 202])
-    chosen = float(rng.random())
+    frame = frame_size(size)
     if num_frames == 1:
-        times, duration = [chosen if moment is None else moment], 16 / FPS
+        if moment is None:
+            rng = np.random.default_rng([scene.seed, list(SPLITS).index(scene.split), 202])
+            moment = float(rng.random())
+        times, duration = [moment], 16 / FPS
     else:
         times, duration = [i / (num_frames - 1) for i in range(num_frames)], (num_frames - 1) / FPS
-    whole = board(scene.background, scene.background_seed, frame)
+    whole = draw_board(scene.background, scene.background_seed, frame)
     frames = np.empty((num_frames, frame[1], frame[0], 3), np.uint8)
-    owners = np.empty((num_frames, frame[1], frame[0]), np.uint8)
+    instance_ids = np.empty((num_frames, frame[1], frame[0]), np.uint8)
     boxes = np.full((num_frames, len(scene.subjects), 4), np.nan, np.float32)
-    reach = 0.1 if len(scene.subjects) == 1 else 0.07
+    reach = _camera_reach(scene)
     all_poses = []
     for i, u in enumerate(times):
         poses = poses_at(scene, u, duration, frame)
         canvas = view(whole, frame, *camera_at(scene.camera, reach, u))
-        owner = np.zeros(canvas.shape[:2], np.uint8)
+        canvas_ids = np.zeros(canvas.shape[:2], np.uint8)
         for k in _draw_order(scene, poses):
             if k in hide:
                 continue
-            box = draw(canvas, scene.subjects[k - 1], poses[k - 1], scene.light, owner=owner, label=k)
+            box = draw(canvas, scene.subjects[k - 1], poses[k - 1], scene.light, instance_ids=canvas_ids, label=k)
             if box is not None:
                 boxes[i, k - 1] = box / SUPERSAMPLE
-        frames[i], owners[i] = shrink(canvas, frame), shrink_owner(owner, frame)
+        frames[i], instance_ids[i] = shrink(canvas, frame), shrink_instance_ids(canvas_ids, frame)
         all_poses.append(poses)
-    return Clip(frames, owners, tuple(all_poses), boxes, caption(scene, attributes), scene.facts, scene)
+    return Clip(frames, instance_ids, tuple(all_poses), boxes, caption(scene, attributes), scene.facts, scene)
 
 
 def caption(scene: Scene, attributes: bool | None = None, rng: Rng | None = None) -> str:
@@ -291,8 +321,11 @@ def caption(scene: Scene, attributes: bool | None = None, rng: Rng | None = None
         rng: decides the wording; None takes the wording that belongs to the scene's seed.
     """
     rng = rng or np.random.default_rng([scene.seed, list(SPLITS).index(scene.split), 303])
-    named = bool(rng.random() < 0.25) if attributes is None else attributes
-    return say(scene.facts, scene.subjects if named else None, rng)
+    if attributes is None:
+        attributes = bool(rng.random() < 0.25)
+    if attributes:
+        return write_caption(scene.facts, scene.subjects, rng)
+    return write_caption(scene.facts, None, rng)
 
 
 def reference_picture(
@@ -333,19 +366,19 @@ def reference_picture(
     if background == "white":
         canvas = np.full((size * SUPERSAMPLE, size * SUPERSAMPLE, 3), 255, np.uint8)
     else:
-        canvas = view(board(name, background_seed, (size, size)), (size, size), float(rng.uniform(-0.1, 0.1)), 1.0)
-    owner = np.zeros(canvas.shape[:2], np.uint8)
-    draw(canvas, subject, replace(pose, x=x, y=y, scale=scale), light, owner=owner)
-    return shrink(canvas, (size, size)), shrink_owner(owner, (size, size)) > 0
+        canvas = view(draw_board(name, background_seed, (size, size)), (size, size), float(rng.uniform(-0.1, 0.1)), 1.0)
+    instance_ids = np.zeros(canvas.shape[:2], np.uint8)
+    draw(canvas, subject, replace(pose, x=x, y=y, scale=scale), light, instance_ids=instance_ids)
+    return shrink(canvas, (size, size)), shrink_instance_ids(instance_ids, (size, size)) > 0
 
 
 def cut_from_clip(clip: Clip, slot: int, frame: int, size: int = 64) -> tuple[Picture, NDArray[np.bool_]]:
-    """An in-pair reference: a slot cut out of a frame by its mask, on white, filling 80 % of (S, S).
+    """A reference picture taken from the clip itself: a slot cut out by its mask, on white, filling 80 % of (S, S).
 
     Raises:
         ValueError: the slot cannot be seen in that frame.
     """
-    mask = clip.owner[frame] == slot
+    mask = clip.instance_ids[frame] == slot
     if not mask.any():
         raise ValueError(f"Slot {slot} cannot be seen in frame {frame}.")
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
@@ -359,10 +392,11 @@ def cut_from_clip(clip: Clip, slot: int, frame: int, size: int = 64) -> tuple[Pi
     cut[spot] = mask[part]
     picture[spot] = np.where(mask[part][..., None], clip.frames[frame][part], 255)
     c = cv()
-    how = c.INTER_AREA if side > size else c.INTER_LINEAR
-    return c.resize(picture, (size, size), interpolation=how), c.resize(
-        cut, (size, size), interpolation=c.INTER_NEAREST
-    ) > 0
+    how = c.INTER_LINEAR
+    if side > size:
+        how = c.INTER_AREA
+    resized = c.resize(picture, (size, size), interpolation=how)
+    return resized, c.resize(cut, (size, size), interpolation=c.INTER_NEAREST) > 0
 
 
 # Chosen by eye from the held-out identities: name -> (kind, index, seed of the picture).

@@ -25,7 +25,7 @@ def _save(path: Path, picture: Picture, enlarge: int = 1) -> None:
         raise OSError(f"{path} could not be written.")
 
 
-def subjects_sheet(seed: int = 0, columns: int = 12, size: int = 64) -> Picture:
+def draw_subjects_sheet(seed: int = 0, columns: int = 12, size: int = 64) -> Picture:
     """One row of references per kind; neighbours share an identity, uint8 (rows * size, columns * size, 3)."""
     rows = []
     for kind in world.KINDS:
@@ -34,8 +34,8 @@ def subjects_sheet(seed: int = 0, columns: int = 12, size: int = 64) -> Picture:
     return np.concatenate(rows, 0)
 
 
-def clips_sheet(scenes: list[world.Scene], columns: int = 9, size: int = 64, overlay: bool = False) -> Picture:
-    """One row of frames per scene, spread over 17 frames; with `overlay` the owner map is laid over them."""
+def draw_clips_sheet(scenes: list[world.Scene], columns: int = 9, size: int = 64, overlay: bool = False) -> Picture:
+    """One row of frames per scene, spread over 17 frames; with `overlay` the instance map is laid over them."""
     tints = np.array([(0, 0, 0), (255, 60, 60), (60, 200, 60), (60, 90, 255), (250, 210, 40)], np.float64)
     rows = []
     for scene in scenes:
@@ -43,8 +43,8 @@ def clips_sheet(scenes: list[world.Scene], columns: int = 9, size: int = 64, ove
         take = np.linspace(0, len(clip.frames) - 1, columns).round().astype(int)
         frames = clip.frames[take].astype(np.float64)
         if overlay:
-            owner = clip.owner[take]
-            frames = np.where(owner[..., None] > 0, 0.35 * frames + 0.65 * tints[owner], frames)
+            instance_ids = clip.instance_ids[take]
+            frames = np.where(instance_ids[..., None] > 0, 0.35 * frames + 0.65 * tints[instance_ids], frames)
         rows.append(np.concatenate(list(frames.astype(np.uint8)), 1))
     return np.concatenate(rows, 0)
 
@@ -64,8 +64,8 @@ def main() -> None:
     if verb == "sheet" and rest:
         verbs = [world.make_scene(k, verb=v) for k, v in enumerate(world.VERBS)]
         crowds = [world.make_scene(100 + k, num_subjects=1 + k % 4) for k in range(8)]
-        left = subjects_sheet()
-        right = clips_sheet(verbs[:8] + crowds[:0] + verbs[8:] + crowds[:3])
+        left = draw_subjects_sheet()
+        right = draw_clips_sheet(verbs[:8] + crowds[:0] + verbs[8:] + crowds[:3])
         height = max(len(left), len(right))
         sides = [np.pad(p, ((0, height - len(p)), (0, 0), (0, 0)), constant_values=255) for p in (left, right)]
         _save(Path(rest[0]), np.concatenate(sides, 1), 2)

@@ -1,7 +1,7 @@
 """Subjects of the toybox world: what a seed decides about one, and how it is drawn in a pose.
 
 In:  an integer seed (and a kind); later a canvas, a pose and a light.
-Out: a frozen ToySubject; its pixels, its pixels in an owner map, its face box. Knows nothing of scenes or captions.
+Out: a frozen ToySubject; its pixels, its pixels in an instance map, its face box. Knows nothing of scenes or captions.
 
 Local units of every drawing: about one unit high, y down, facing +x. `draw` measures each subject once and rescales
 it, so that a pose's `scale` is the true height of the resting subject (wide ones are bounded by their width).
@@ -24,8 +24,8 @@ from train.toybox.world.drawing import (
     Picture,
     Points,
     Pose,
+    apply_light,
     far_apart,
-    lit,
     rotation,
     texture,
 )
@@ -53,8 +53,10 @@ def make_subject(seed: int, kind: str | None = None) -> ToySubject:
         ValueError: an unknown kind.
     """
     rng = np.random.default_rng(seed)
-    chosen = PATCHWORK if rng.random() < PATCHWORK_SHARE else KINDS[int(rng.integers(len(KINDS) - 1))]
-    kind = chosen if kind is None else kind
+    if kind is None:
+        kind = PATCHWORK
+        if rng.random() >= PATCHWORK_SHARE:
+            kind = KINDS[int(rng.integers(len(KINDS) - 1))]
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of subject. Use one of {', '.join(KINDS)}.")
     rng = np.random.default_rng([seed, KINDS.index(kind)])
@@ -62,12 +64,21 @@ def make_subject(seed: int, kind: str | None = None) -> ToySubject:
     body = str(rng.choice(colours))
     second = str(rng.choice([c for c in colours if far_apart(c, body)]))
     third = str(rng.choice([c for c in colours if far_apart(c, body) and c != second]))
-    worn = WORN if kind in CREATURES else EMBLEMS if kind in THINGS else ("none",)
-    creature = kind in CREATURES
+    # Every kind draws eyes and a mouth, so that the draws which follow do not depend on the kind.
     eye_colour = str(rng.choice(["black", "blue", "green", "brown", "red", "purple"]))
     eyes, mouth = str(rng.choice(EYES)), str(rng.choice(MOUTHS))
+    accessories: tuple[str, ...] = ("none",)
+    if kind in CREATURES:
+        accessories = WORN
+    else:
+        eyes = eye_colour = mouth = ""
+        if kind in THINGS:
+            accessories = EMBLEMS
     # Patterns carry most of what is seen at 64x64: plain is one in five, and never on patchwork.
-    weights = np.array([0.2 if p == "plain" and kind != PATCHWORK else 0.0 if p == "plain" else 0.16 for p in PATTERNS])
+    weights = np.full(len(PATTERNS), 0.16)
+    weights[PATTERNS.index("plain")] = 0.2
+    if kind == PATCHWORK:
+        weights[PATTERNS.index("plain")] = 0.0
     return ToySubject(
         seed=int(seed),
         kind=kind,
@@ -77,10 +88,10 @@ def make_subject(seed: int, kind: str | None = None) -> ToySubject:
         pattern=str(rng.choice(PATTERNS, p=weights / weights.sum())),
         pattern_angle=float(rng.choice([0.0, 0.5, 1.0, 1.5])) * math.pi / 2,
         pattern_period=float(rng.uniform(0.2, 0.32)),
-        eyes=eyes if creature else "",
-        eye_colour=eye_colour if creature else "",
-        mouth=mouth if creature else "",
-        accessory=str(rng.choice(worn)),
+        eyes=eyes,
+        eye_colour=eye_colour,
+        mouth=mouth,
+        accessory=str(rng.choice(accessories)),
         variant=int(rng.integers(3)),
         detail=int(rng.integers(3)),
         wide=float(rng.uniform(0.82, 1.2)),
@@ -93,7 +104,9 @@ def make_subject(seed: int, kind: str | None = None) -> ToySubject:
 def _painter(subject: ToySubject) -> Callable[[Brush, ToySubject, Pose], None]:
     if subject.kind == PATCHWORK:
         return draw_patchwork
-    return draw_creature if subject.kind in CREATURES else draw_thing
+    if subject.kind in CREATURES:
+        return draw_creature
+    return draw_thing
 
 
 @lru_cache(maxsize=4096)
@@ -110,7 +123,10 @@ def _fit(subject: ToySubject) -> tuple[float, float, float, Points]:
 def _local_matrix(subject: ToySubject, pose: Pose) -> Points:
     """(2, 3): the drawing's local units -> units of the subject's height around its centre, posed but not placed."""
     cx, cy, size, points = _fit(subject)
-    stretch = np.array([(-1.0 if pose.flip else 1.0) / math.sqrt(pose.squash), pose.squash]) / size
+    facing = 1.0
+    if pose.flip:
+        facing = -1.0
+    stretch = np.array([facing / math.sqrt(pose.squash), pose.squash]) / size
     feet = (points[:, 1].max() - cy) / size  # squash leaves the feet where they are
     turn = rotation(pose.angle)
     m = np.empty((2, 3))
@@ -133,7 +149,7 @@ def draw(
     pose: Pose,
     light: tuple[float, float, float] = (1.0, 1.0, 1.0),
     *,
-    owner: Picture | None = None,
+    instance_ids: Picture | None = None,
     label: int = 1,
 ) -> NDArray[np.float64] | None:
     """Draw a posed subject on a (supersampled) canvas, in place.
@@ -142,7 +158,7 @@ def draw(
         canvas: uint8 (H, W, 3), RGB.
         pose: x and y in fractions of width and height, scale in fractions of the shorter side.
         light: gains for red, green and blue.
-        owner: uint8 (H, W), drawn in place with `label` wherever the subject is.
+        instance_ids: uint8 (H, W), drawn in place with `label` wherever the subject is.
 
     Returns:
         The face box (x0, y0, x1, y1) in pixels of the canvas; None for things and patchwork.
@@ -153,13 +169,13 @@ def draw(
     m[:, 2] += (pose.x * width, pose.y * height)
     # 1.2 final pixels at least: a thinner outline is lost in a 4x VAE.
     line = max(2, round(0.034 * pose.scale * short))
-    body, second = lit(PALETTE[subject.body], light), lit(PALETTE[subject.second], light)
+    body, second = apply_light(PALETTE[subject.body], light), apply_light(PALETTE[subject.second], light)
     tiles = None
     if subject.pattern != "plain":
         # About one texel to a canvas pixel: coarser shows steps at 256x256, finer flickers at 64x64.
         side = 48 * 2 ** max(0, min(4, round(math.log2(max(1.0, pose.scale * short / 40)))))
         tiles = texture(subject.pattern, body, second, subject.pattern_angle, subject.pattern_period, side)
-    brush = Brush(canvas, owner, m, label=label, line=line, light=light, texture=tiles)
+    brush = Brush(canvas, instance_ids, m, label=label, line=line, light=light, texture=tiles)
     _painter(subject)(brush, subject, pose)
     if not brush.faces:
         return None

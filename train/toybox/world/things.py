@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.toybox.world.drawing import OUTLINE, PALETTE, Brush, Colour, Points, Pose, lit, smooth, texture
+from train.toybox.world.drawing import OUTLINE, PALETTE, Brush, Colour, Points, Pose, apply_light, smooth, texture
 
 if TYPE_CHECKING:
     from train.toybox.world.traits import ToySubject
@@ -71,7 +71,7 @@ def _swing(pose: Pose, offset: float = 0.0) -> float:
 
 def _ball(b: Brush, s: ToySubject, pose: Pose) -> None:
     body, second, _ = _colours(s)
-    r = b.moved(0, 0, 2 * math.pi * pose.gait)  # it rolls
+    r = b.at(0, 0, 2 * math.pi * pose.gait)  # it rolls
     r.ellipse(0, 0, 0.5, 0.5, body, textured=True)
     if s.variant == 0:
         r.stroke([(-0.5, 0), (-0.25, 0.12), (0.25, 0.12), (0.5, 0)], 0.05, OUTLINE, outline=False, inside=True)
@@ -97,7 +97,10 @@ def _kite(b: Brush, s: ToySubject, pose: Pose) -> None:
     k = 0.06 * _swing(pose)
     tail = [(-0.06, 0.12), (-0.14 - k, 0.22), (-0.06 + k, 0.32), (-0.16 - k, 0.42), (-0.1 + k, 0.5)]
     b.stroke(tail, 0.025, OUTLINE, outline=False)
-    for x, y in tail[1::2] if s.detail else tail[1:]:
+    bows = tail[1:]
+    if s.detail:
+        bows = tail[1::2]
+    for x, y in bows:
         b.poly(
             [(x - 0.12, y - 0.055), (x + 0.12, y + 0.055), (x + 0.12, y - 0.055), (x - 0.12, y + 0.055)],
             third,
@@ -108,7 +111,7 @@ def _kite(b: Brush, s: ToySubject, pose: Pose) -> None:
         b.poly([(0.05, -0.5), (-1.35 * w, 0.12), (0.0, 0.02), (1.35 * w, 0.12)], body, textured=True)
         b.poly([(0.05, -0.5), (-0.3 * w, 0.1), (0.35 * w, 0.1)], second, inside=True)
     else:
-        low = 0.2 if s.variant else 0.12
+        low = (0.12, 0.2)[s.variant]
         top, right, bottom, left = (0.06, -0.5), (w, -0.18), (-0.06, low), (-w, -0.14)
         b.poly([top, right, bottom, left], body, textured=True)
         if s.variant == 0:
@@ -148,7 +151,8 @@ def _car(b: Brush, s: ToySubject, pose: Pose) -> None:
     else:  # pick-up
         cabin = np.array([(-0.08, 0.02), (-0.02, -0.3), (0.2, -0.3), (0.34, 0.02)])
         hull = np.array([(-w, 0.28), (-w, -0.04), (0.4, -0.04), (w, 0.08), (w, 0.28)])
-    b.poly(cabin * (s.wide, 1), second if s.detail != 1 else body)
+    cabin_fill = (second, body, second)[s.detail]
+    b.poly(cabin * (s.wide, 1), cabin_fill)
     x0, x1 = ((-0.2, 0.2), (0.0, 0.36), (0.0, 0.24))[s.variant]
     b.poly(
         np.array([(x0, -0.04), (x0 + 0.03, -0.22), (x1 - 0.07, -0.22), (x1, -0.04)]) * (s.wide, 1), GLASS, inside=True
@@ -159,17 +163,15 @@ def _car(b: Brush, s: ToySubject, pose: Pose) -> None:
     for x in (-0.28, 0.28):
         _wheel(b, x * s.wide, 0.3, 0.115 + 0.03 * (s.limb - 1), third, pose.gait)
     if s.detail == 2:
-        b.poly(
-            [(-0.1, -0.36), (0.06, -0.36), (0.06, -0.28), (-0.1, -0.28)]
-            if s.variant != 2
-            else [(-0.46, -0.16), (-0.18, -0.16), (-0.18, -0.04), (-0.46, -0.04)],
-            third,
-        )
+        load = [(-0.1, -0.36), (0.06, -0.36), (0.06, -0.28), (-0.1, -0.28)]  # on the roof
+        if s.variant == 2:  # on the bed of the pick-up
+            load = [(-0.46, -0.16), (-0.18, -0.16), (-0.18, -0.04), (-0.46, -0.04)]
+        b.poly(load, third)
 
 
 def _boat(b: Brush, s: ToySubject, pose: Pose) -> None:
     body, second, third = _colours(s)
-    r = b.moved(0, 0.3, 0.06 * _swing(pose))
+    r = b.at(0, 0.3, 0.06 * _swing(pose))
     w = 0.44 * s.wide
     if s.variant == 2:  # steamer
         r.poly([(-0.24, -0.12), (-0.24, -0.36), (0.2, -0.36), (0.2, -0.12)], second)
@@ -184,14 +186,12 @@ def _boat(b: Brush, s: ToySubject, pose: Pose) -> None:
             r.poly([(-0.05, -0.64), (-0.05, -0.18), (-0.34 * s.wide, -0.18)], third)
         else:
             r.poly([(0.0, -0.78), (-0.18, -0.71), (0.0, -0.64)], third)
-    hull = ((-w, -0.14), (1.1 * w, -0.14), (0.7 * w, 0.17), (-0.65 * w, 0.17))
-    r.poly(
-        hull
-        if s.detail
-        else smooth(((-w, -0.14), (-w, -0.14), (1.1 * w, -0.14), (1.1 * w, -0.14), (0.7 * w, 0.2), (-0.7 * w, 0.2))),
-        body,
-        textured=True,
-    )
+    if s.detail:
+        hull = np.array([(-w, -0.14), (1.1 * w, -0.14), (0.7 * w, 0.17), (-0.65 * w, 0.17)])
+    else:
+        stern, bow = (-w, -0.14), (1.1 * w, -0.14)  # twice each: corners that stay when the rest is rounded
+        hull = smooth((stern, stern, bow, bow, (0.7 * w, 0.2), (-0.7 * w, 0.2)))
+    r.poly(hull, body, textured=True)
     _emblem(r, s, 0.1 * w, 0.01, 0.12)
 
 
@@ -200,19 +200,18 @@ def _rocket(b: Brush, s: ToySubject, pose: Pose) -> None:
     flick = 0.05 * _swing(pose) + 0.03
     w = 0.19 * s.wide
     b.poly([(-0.11, 0.3), (0.0, 0.5 + flick), (0.11, 0.3)], (250, 190, 50))
+    wing = [(w * 0.8, 0.02), (w * 2.0, 0.26), (w * 1.8, 0.38), (w * 0.7, 0.28)]
+    if s.variant == 1:
+        wing = [(w * 0.8, -0.05), (w * 2.3, 0.32), (w * 0.7, 0.24)]
     for side in (-1, 1):
-        wing = (
-            ((w * 0.8, 0.02), (w * 2.0, 0.26), (w * 1.8, 0.38), (w * 0.7, 0.28))
-            if s.variant != 1
-            else ((w * 0.8, -0.05), (w * 2.3, 0.32), (w * 0.7, 0.24))
-        )
         b.poly([(side * x, y) for x, y in wing], second)
     hull = smooth(
         ((-0.8 * w, 0.32), (-1.1 * w, 0.05), (-w, -0.24), (0, -0.6), (w, -0.24), (1.1 * w, 0.05), (0.8 * w, 0.32))
     )
     b.poly(hull, body, textured=True)
     nose = hull[hull[:, 1] < (-0.36, -0.26, -0.22)[s.detail]]  # the top of the hull itself, however it is curved
-    b.poly(nose, second if s.detail != 2 else third, inside=True)
+    nose_fill = (second, second, third)[s.detail]
+    b.poly(nose, nose_fill, inside=True)
     if s.accessory in ("none", "disc"):
         b.ellipse(0.02, -0.09, 0.11, 0.11, third, inside=True)
         b.ellipse(0.02, -0.09, 0.06, 0.06, GLASS, outline=False, inside=True)
@@ -224,7 +223,7 @@ def _rocket(b: Brush, s: ToySubject, pose: Pose) -> None:
 
 def _umbrella(b: Brush, s: ToySubject, pose: Pose) -> None:
     body, second, third = _colours(s)
-    u = b.moved(0, 0, 0.08 * _swing(pose))
+    u = b.at(0, 0, 0.08 * _swing(pose))
     hook = 0.1 + 0.03 * s.limb
     u.stroke([(0, -0.3), (0, 0.38), (0.03, 0.46), (hook, 0.47), (hook + 0.03, 0.38)], 0.04, third)
     u.stroke([(0, -0.5), (0, -0.4)], 0.04, third)
@@ -324,50 +323,77 @@ def _house(b: Brush, s: ToySubject, pose: Pose) -> None:
 def draw_patchwork(b: Brush, s: ToySubject, pose: Pose) -> None:
     """A shape without a name: a random silhouette cut in two or three textures, with knobs around it."""
     n = s.numbers
-    body, second, third = _colours(s)
-    corners = 5 + int(n[0] * 5)
-    spread = 0.25 + 0.3 * n[1]
     turn = 2 * math.pi * n[2]
     wobble = 0.04 * _swing(pose)
+    _patchwork_knobs(b, s, turn, wobble)
+    outline = _patchwork_outline(s, turn, wobble)
+    b.poly(outline, PALETTE[s.body], textured=True)
+    if n[22] < 0.7:
+        _patchwork_inlay(b, s, outline, turn)
+    if s.variant == 0:
+        b.ellipse(0.06, -0.02, 0.1, 0.1, PALETTE[s.second], inside=True)
+
+
+def _patchwork_outline(s: ToySubject, turn: float, wobble: float) -> Points:
+    """The silhouette: five to nine corners at random distances, which move out and in by `wobble` in turn."""
+    n = s.numbers
+    corners = 5 + int(n[0] * 5)
+    spread = 0.25 + 0.3 * n[1]
     shape = []
     for k in range(corners):
         a = turn + 2 * math.pi * (k + 0.5 * (n[3 + k % 9] - 0.5)) / corners
-        radius = 0.5 * (1 - spread * n[(12 + 5 * k) % 24]) + (wobble if k % 2 else -wobble)
+        radius = 0.5 * (1 - spread * n[(12 + 5 * k) % 24])
+        if k % 2:
+            radius += wobble
+        else:
+            radius -= wobble
         shape.append((radius * math.cos(a) * (0.7 + 0.6 * n[13]), radius * math.sin(a)))
+    if n[21] < 0.5:
+        return smooth(tuple(shape), 2)
+    return np.array(shape)
+
+
+def _patchwork_knobs(b: Brush, s: ToySubject, turn: float, wobble: float) -> None:
+    """Up to three knobs around the silhouette, drawn before it: round, pointed or square."""
+    n = s.numbers
+    third = PALETTE[s.third]
     knobs = int(n[14] * 4)
     for k in range(knobs):
         a = turn + 2 * math.pi * (k / max(1, knobs) + 0.2 * n[15 + k])
-        p = b.moved(0.4 * math.cos(a) * (0.7 + 0.6 * n[13]), 0.4 * math.sin(a), a + 2 * wobble)
+        p = b.at(0.4 * math.cos(a) * (0.7 + 0.6 * n[13]), 0.4 * math.sin(a), a + 2 * wobble)
         if n[18 + k % 3] < 0.4:
             p.ellipse(0.08, 0, 0.13, 0.13, third)
         elif n[18 + k % 3] < 0.7:
             p.poly([(-0.06, -0.15), (0.26, 0.0), (-0.06, 0.15)], third)
         else:
             p.poly([(-0.05, -0.07), (0.24, -0.07), (0.24, 0.07), (-0.05, 0.07)], third)
-    outline = smooth(tuple(shape), 2) if n[21] < 0.5 else np.array(shape)
-    b.poly(outline, body, textured=True)
-    if n[22] < 0.7:
-        other = b.moved(0, 0)
-        pattern = ("stripes", "spots", "checks", "rings", "plain")[int(n[23] * 5)]
-        side = 96 if b.texture is None else b.texture.shape[0]
-        ink = lit(second if n[16] < 0.5 else body, b.light)
-        other.texture = texture(pattern, lit(third, b.light), ink, turn, 0.2, side)
-        if n[17] < 0.5:  # a smaller copy of the silhouette
-            other.poly(outline * (0.5 + 0.2 * n[20]), third, textured=True, inside=True)
-        else:  # a strip of it: the part of the outline on one side
-            a = outline @ np.array([math.cos(turn), math.sin(turn)])
-            if (a > 0).sum() > 2:
-                other.poly(
-                    outline[np.roll(np.arange(len(a)), -int(np.argmin(a)))][np.roll(a, -int(np.argmin(a))) > 0],
-                    third,
-                    textured=True,
-                    inside=True,
-                )
-    if s.variant == 0:
-        b.ellipse(0.06, -0.02, 0.1, 0.1, PALETTE[s.second], inside=True)
 
 
-_DRAWN: dict[str, Callable[[Brush, ToySubject, Pose], None]] = {
+def _patchwork_inlay(b: Brush, s: ToySubject, outline: Points, turn: float) -> None:
+    """A second texture on part of the silhouette: on a smaller copy of it, or on everything to one side."""
+    n = s.numbers
+    body, second, third = _colours(s)
+    ink = body
+    if n[16] < 0.5:
+        ink = second
+    side = 96
+    if b.texture is not None:
+        side = b.texture.shape[0]
+    pattern = ("stripes", "spots", "checks", "rings", "plain")[int(n[23] * 5)]
+    inlay = b.at(0, 0)
+    inlay.texture = texture(pattern, apply_light(third, b.light), apply_light(ink, b.light), turn, 0.2, side)
+    if n[17] < 0.5:
+        inlay.poly(outline * (0.5 + 0.2 * n[20]), third, textured=True, inside=True)
+        return
+    along = outline @ np.array([math.cos(turn), math.sin(turn)])
+    if (along > 0).sum() > 2:
+        # Start at the point farthest on the other side, so that the points kept follow each other.
+        first = int(np.argmin(along))
+        on_one_side = np.roll(outline, -first, axis=0)[np.roll(along, -first) > 0]
+        inlay.poly(on_one_side, third, textured=True, inside=True)
+
+
+_PAINTERS: dict[str, Callable[[Brush, ToySubject, Pose], None]] = {
     "ball": _ball,
     "kite": _kite,
     "car": _car,
@@ -381,4 +407,4 @@ _DRAWN: dict[str, Callable[[Brush, ToySubject, Pose], None]] = {
 
 def draw_thing(b: Brush, s: ToySubject, pose: Pose) -> None:
     """Draw a thing of any kind in THINGS with a placed brush."""
-    _DRAWN[s.kind](b, s, pose)
+    _PAINTERS[s.kind](b, s, pose)

@@ -24,7 +24,7 @@ class ToySubject:
     accessory: one of WORN for creatures, of EMBLEMS for things, "none" for patchwork.
     variant: 0, 1 or 2, a different build of the same kind (ears, horns, roof, sail ...); detail: the same, smaller.
     wide, head, limb: proportions around 1.
-    numbers: 24 free numbers in [0, 1) for whatever a kind still varies (patchwork's silhouette).
+    numbers: 24 more numbers in [0, 1), for what a single kind varies (patchwork's silhouette, a monster's eyes).
     """
 
     seed: int
@@ -51,4 +51,6 @@ class ToySubject:
         """'creature', 'thing' or 'patchwork'; only creatures have a face."""
         if self.kind == PATCHWORK:
             return PATCHWORK
-        return "creature" if self.kind in CREATURES else "thing"
+        if self.kind in CREATURES:
+            return "creature"
+        return "thing"

@@ -1,0 +1,594 @@
+"""The recipe at tiny size: a still is a short clip, a cut run is a whole run, what is dropped is dropped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanAttention
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine import presets
+from engine.models.identity_wan import IdentityAttention, IdentityWanTransformer3DModel
+from engine.models.subject_tower import LayerIdentity, References
+from engine.paths import ROOT
+from train import cpu_attention
+from train.data.batch import Batch, NullConditioning, cut_from_clip
+from train.data.cache import Cache
+from train.runs import checkpoint
+from train.sft import attention_losses, loss, models, trainer
+from train.sft.config import SftConfig, read_run
+from train.sft.loss import COARSE, at_moments, conditions, kind_at, loss_at, weighted_error
+from train.toybox import recipe, scenes, vae, world
+
+WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
+    "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
+}  # fmt: skip
+BLANK = NullConditioning(text=torch.zeros(1, 5, 8), white=torch.full((4,), 3.0))
+IDENTITY = {**WAN, "identity_layers": 1, "max_subjects": 4, "vlm_dim": 6}
+
+
+def shard(kind: str, subjects: int, seed: int) -> dict[str, Tensor]:
+    frames = 3 if kind == "clip" else 1
+    g = torch.Generator().manual_seed(seed)
+    instance_ids = torch.zeros(6, frames, 4, 4, dtype=torch.uint8)
+    instance_ids[:, :, :2, :2] = 1
+    return {
+        "latents": torch.randn(6, 4, frames, 4, 4, generator=g).half(),
+        "instance_ids": instance_ids,
+        "text": torch.randn(6, 5, 8, generator=g).half(),
+        "numbers": torch.tensor([[0, 1, 0, 2, 0]], dtype=torch.uint8).repeat(6, 1),
+        "references": torch.randn(6, subjects, 1, 4, 4, 4, generator=g).half(),
+        "vlm": torch.randn(6, 7 + seed, 6, generator=g).half(),
+        "vlm_mask": torch.ones(6, 7 + seed, dtype=torch.bool),
+    }
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    folder = tmp_path / "cache"
+    (folder / "null").mkdir(parents=True)
+    save_file(vars(BLANK), folder / "null" / "blank.safetensors")
+    for number, (kind, subjects) in enumerate((("still", 1), ("still", 2), ("clip", 2), ("still", 2))):
+        save_file(shard(kind, subjects, number), folder / f"{kind}-{number:05d}.safetensors")
+    return folder
+
+
+def run_folder(folder: Path, cache: Path, **values: object) -> Path:
+    folder.mkdir()
+    config = SftConfig(cache=str(cache), **{"kind": "identity", "architecture": IDENTITY, "steps": 8, **values})
+    (folder / "run.json").write_text(config.model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    saved = checkpoint.load(run)
+    assert saved is not None
+    return saved[1]["model"] | {f"ema/{key}": t for key, t in saved[1]["ema"].items()}
+
+
+def test_a_still_runs_through_flat_convolutions_with_the_same_result() -> None:
+    model = vae.new_vae().eval().double()  # the loud offset before the last SiLU costs fp32 four digits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.001 * torch.randn_like(parameter))  # the older taps too
+        pixels = torch.rand(2, 3, 1, 32, 32).double() * 2 - 1
+        latents = model.encode(pixels).latent_dist.mean
+        frames = model.decode(latents).sample
+        with vae.stills(model):
+            assert torch.allclose(model.encode(pixels).latent_dist.mean, latents, atol=1e-8)
+            assert torch.allclose(model.decode(latents).sample, frames, atol=1e-8)
+        assert frames.abs().median() < 1  # or clamping would make everything equal
+        assert "forward" not in vars(model.encoder.conv_in)
+
+
+def test_a_new_vae_is_a_linear_codec_that_keeps_a_picture_recognisable() -> None:
+    model = vae.new_vae().eval()
+    pixels = vae.batch_at(2)
+    with torch.no_grad(), vae.stills(model):
+        latents = model.encode(pixels).latent_dist.mean
+        halved = model.encode(0.5 * pixels).latent_dist.mean
+        black = model.encode(torch.zeros_like(pixels)).latent_dist.mean
+        error = (model.decode(latents).sample - pixels).square().mean()
+    assert -10 * torch.log10(error / 4) > 25  # dB, before any training
+    assert (halved - (latents + black) / 2).square().mean() < 1e-3 * latents.square().mean()
+    assert model.config.scale_factor_temporal == 1 and latents.shape[-2:] == (16, 16)
+
+
+def test_the_shipped_codec_draws_even_colour_without_a_hatch() -> None:
+    folder = ROOT / "assets" / "toybox" / "vae"
+    model = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    colours = torch.rand(32, 3, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad(), vae.stills(model):
+        decoded = model.decode(model.encode(colours.expand(-1, -1, -1, 32, 32)).latent_dist.mean).sample
+    within = decoded[..., 8:-8, 8:-8].std((-1, -2)).mean() * 127.5
+    assert within < 4  # levels of 255; 7.8 where rounding is not taken back
+
+
+def test_a_run_that_is_cut_and_goes_on_ends_with_the_same_weights(tmp_path: Path, cache: Path) -> None:
+    whole, cut = run_folder(tmp_path / "whole", cache), run_folder(tmp_path / "cut", cache)
+    assert trainer.train(whole, seconds=60)
+    assert not trainer.train(cut, seconds=60, updates=3)
+    assert trainer.train(cut, seconds=60)
+    first, second = weights(whole), weights(cut)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run_and_agree_on_its_weights(tmp_path: Path, cache: Path) -> None:
+    run = run_folder(tmp_path / "team", cache, steps=4)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, "-m", "train.sft", str(run)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    saved = checkpoint.load(run)
+    assert saved is not None and saved[0] == 4
+    alone = run_folder(tmp_path / "alone", cache, steps=4)
+    trainer.train(alone, seconds=60)
+    first, second = weights(run), weights(alone)
+    assert any(not torch.equal(first[key], second[key]) for key in first)  # the other one's batches count too
+
+
+def test_stills_clips_and_sparse_clips_have_their_shares_and_are_spread_evenly() -> None:
+    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, clip_share=0.75, sparse_share=2 / 3)
+    kinds = [kind_at(step, config) for step in range(400)]
+    assert (kinds.count("still"), kinds.count("clip"), kinds.count("sparse")) == (100, 100, 200)
+    assert all(sorted(kinds[i : i + 4]) == sorted(kinds[:4]) for i in range(0, 400, 4))
+
+
+def test_some_frames_of_a_clip_keep_their_moments() -> None:
+    torch.manual_seed(0)
+    model = models.new_model(SftConfig(kind="base", cache="", architecture=WAN, steps=1)).eval()
+    moments, frames = torch.tensor([0, 2, 4]), 5
+    chosen = torch.randn(1, model.config.in_channels, 3, 4, 4)
+    wide = model.rope(torch.zeros(1, 1, frames, 4, 4))
+    with at_moments(model, moments, frames):
+        told = model.rope(chosen)
+    tokens = len(told[0][0]) // 3
+    for ours, all_of in zip(told, wide, strict=True):
+        for place, moment in enumerate(moments):
+            own = ours[0, place * tokens : (place + 1) * tokens]
+            assert torch.equal(own, all_of[0, int(moment) * tokens : (int(moment) + 1) * tokens])
+    assert torch.equal(model.rope(chosen)[0], model.rope(torch.zeros(1, 1, 3, 4, 4))[0])  # outside, as before
+
+
+def test_a_model_goes_on_with_positions_that_it_has_not_had(tmp_path: Path) -> None:
+    first = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
+    models.new_model(first).save_pretrained(tmp_path)
+    grown = first.model_copy(update={"start": str(tmp_path), "architecture": {**IDENTITY, "video_positions": True}})
+    model = models.new_model(grown)
+    assert 0 < float(model.video_position_embedding.proj.weight.detach().std()) < 2 * models.TOLD
+    for name, value in models.new_model(first.model_copy(update={"start": str(tmp_path)})).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    rates = {id(p): group["peak"] for group in models.new_optimizer(model, grown).param_groups for p in group["params"]}
+    assert rates[id(model.video_position_embedding.proj.weight)] == models.ZERO_START * grown.learning_rate
+    torch.nn.init.normal_(model.video_position_embedding.proj.weight)
+    moments, chosen = torch.tensor([0, 1, 4]), torch.randn(1, 4, 3, 4, 4)
+    whole = model.video_position_embedding(torch.zeros(1, 4, 5, 4, 4)).unflatten(1, (5, -1))
+    with at_moments(model, moments, 5):
+        assert torch.equal(model.video_position_embedding(chosen), whole[:, moments].flatten(1, 2))
+    models.new_model(SftConfig(kind="base", cache="", architecture=WAN, steps=1)).save_pretrained(tmp_path / "plain")
+    for start in ("", str(tmp_path / "plain")):  # a run of its own, and one upon a plain base
+        assert models.new_model(grown.model_copy(update={"start": start})).video_position_embedding.proj.weight.any()
+    worn = models.new_model(grown.model_copy(update={"architecture": {**IDENTITY, "slot_keys": True}}))
+    assert float(worn.subject_blocks[0].slot_key.weight.detach().std()) > 0.1
+    other = grown.model_copy(update={"architecture": {**IDENTITY, "num_layers": 3}})
+    with pytest.raises(ValueError, match="another architecture"):
+        models.new_model(other)
+
+
+def test_a_sparse_clip_holds_both_of_its_ends(cache: Path) -> None:
+    """Positions are relative: from frames in the middle alone no model can tell when they are."""
+    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=0, sparse_frames=3)
+    latents = torch.arange(7.0).view(1, 1, 7, 1, 1).expand(2, 4, 7, 4, 4).clone()
+    seen = []
+
+    class Ear(torch.nn.Module):
+        rope = torch.nn.Identity()
+
+        def forward(self, noisy: Tensor, timestep: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+            seen.append(noisy.shape[2])
+            return (noisy,)
+
+    whole = shard("clip", 1, 0)
+    batch = Batch(**{**{key: t[:2].float() for key, t in whole.items()}, "latents": latents,
+                          "instance_ids": torch.zeros(2, 7, 4, 4)})  # fmt: skip
+    moments = []
+    real = at_moments
+
+    def told(model: object, chosen: Tensor, frames: int):
+        moments.append((chosen.tolist(), frames))
+        return real(model, chosen, frames)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "at_moments", told)
+        for step in range(12):
+            loss_at(Ear(), batch, config, BLANK, place=(step,), sparse=True)
+    assert set(seen) == {3}
+    assert all(chosen[0] == 0 and chosen[-1] == 6 and frames == 7 for chosen, frames in moments)
+    assert len({chosen[1] for chosen, _ in moments}) > 1
+
+
+def test_more_weight_on_motion_counts_what_moves_together_and_neither_stillness_nor_detail() -> None:
+    missed, even = torch.randn(2, 3, 5, 8, 8), torch.ones(2, 1, 5, 8, 8)
+    weight = 1 + torch.rand(2, 1, 5, 8, 8)
+    torch.testing.assert_close(
+        weighted_error(missed, weight, 0.0), (missed.square() * weight).sum() / (weight.sum() * 3)
+    )
+    still = missed.mean(2, keepdim=True).expand_as(missed)
+    checks = torch.tensor([1.0, -1.0]).repeat(4)
+    detail = (missed.mean((-2, -1), keepdim=True) * checks).expand_as(missed)
+    for unmoved in (still, detail):
+        torch.testing.assert_close(weighted_error(unmoved, even, 5.0), weighted_error(unmoved, even, 0.0))
+    together = (missed - still).mean((-2, -1), keepdim=True).expand_as(missed)
+    plain = weighted_error(together, even, 0.0)
+    torch.testing.assert_close(weighted_error(together, even, 5.0), (1 + 5 * COARSE**2) * plain)
+    assert weighted_error(torch.zeros_like(missed), weight, 5.0) == 0
+
+
+def test_motion_inside_a_known_region_alone_counts() -> None:
+    weight = torch.zeros(1, 1, 3, 4, 4)
+    weight[:, :, :2, 1:3] = 1
+    weight[:, :, 1:, :, 1:3] = 1  # it moves with its subject
+    missed = torch.randn(1, 2, 3, 4, 4)
+    elsewhere = torch.where(weight > 0, missed, torch.randn_like(missed))
+    assert torch.equal(weighted_error(missed, weight, 2.0), weighted_error(elsewhere, weight, 2.0))
+
+
+def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=60, known_region=0)
+    model, dealt = models.new_model(config), Cache(cache)
+    dealt.refresh()
+    batch = dealt.draw("still", 6, np.random.default_rng(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss, parts = loss_at(model, batch, config, BLANK, place=(0,))
+        losses.append(parts["error"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_region_alignment_loss_falls_when_each_place_looks_at_whoever_is_there() -> None:
+    attention = IdentityAttention(8, 2, 1e-6)
+    torch.nn.init.eye_(attention.to_q.weight)
+    torch.nn.init.zeros_(attention.to_q.bias)
+    directions = torch.eye(8) - 1 / 8  # what the norm before the query leaves of eight unlike tokens
+    instance_ids = torch.tensor([[1, 1, 2, 0]])
+    z = directions[[0, 0, 4, 2]].unsqueeze(0)
+    keys = directions[[0, 0, 4, 4, 2]].unsqueeze(0) * 9  # two of each subject, one of the VLM
+    subjects = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).unsqueeze(0)
+
+    def loss(key: Tensor, instance_ids: Tensor, near: Tensor = subjects) -> float:
+        seen = attention_losses.RecordedAttention(pictures=[(attention, z, LayerIdentity(key, key, None, None))])
+        return attention_losses.region_alignment_loss(seen, instance_ids, near).item()
+
+    swapped = keys[:, [2, 3, 0, 1, 4]]
+    assert loss(keys, instance_ids) < 0.5 * loss(swapped, instance_ids)
+    assert loss(keys, instance_ids, subjects.flip(-1)) == pytest.approx(loss(swapped, instance_ids), rel=1e-4)
+    assert loss(keys, torch.tensor([[1, 1, 2, -1]])) < loss(keys, instance_ids)
+    assert loss(keys, torch.full_like(instance_ids, -1)) == 0
+    half = subjects * torch.tensor([1.0, 0, 1, 0])  # one part of each subject is the right one
+    assert loss(keys, instance_ids, half) > loss(keys, instance_ids)
+
+
+def test_the_reading_loss_falls_when_each_place_reads_the_word_that_numbers_whoever_is_there() -> None:
+    reader = WanAttention(dim=8, heads=2, dim_head=4, cross_attention_dim_head=4)
+    for projection in (reader.to_q, reader.to_k):
+        torch.nn.init.eye_(projection.weight)
+        torch.nn.init.zeros_(projection.bias)
+    words = 3 * torch.eye(8)[[7, 0, 6, 1, 5]].unsqueeze(0)  # "subject 1 meets subject 2"
+    numbers = torch.tensor([[0, 1, 0, 2, 0]])
+    instance_ids = torch.tensor([[1, 2, 0, 1]])
+
+    def loss(z: Tensor, instance_ids: Tensor, numbers: Tensor = numbers) -> float:
+        return attention_losses.word_alignment_loss(
+            attention_losses.RecordedAttention(words=[(reader, z, words)]), instance_ids, numbers
+        ).item()
+
+    reads = 3 * torch.eye(8)[[0, 1, 7, 0]].unsqueeze(0)
+    assert loss(reads, instance_ids) < 0.5 * loss(reads, torch.tensor([[2, 1, 0, 2]]))
+    assert loss(reads, instance_ids, numbers.flip(1)) == pytest.approx(
+        loss(reads, torch.tensor([[2, 1, 0, 2]])), rel=1e-5
+    )
+    elsewhere = reads.clone()
+    elsewhere[0, 2] = 9.0  # nobody is there, so nothing is asked
+    assert loss(elsewhere, instance_ids) == loss(reads, instance_ids)
+    other_heads = reads.clone()
+    other_heads[..., 4:] = 5.0  # the second head may read what it likes
+    reader.norm_q = torch.nn.Identity()
+    assert loss(other_heads, instance_ids) == pytest.approx(loss(reads, instance_ids))
+    assert (
+        loss(reads, torch.zeros_like(instance_ids)) == loss(reads, torch.full_like(instance_ids, 3)) == 0
+    )  # 3 is never numbered
+
+
+def test_the_slot_alignment_loss_asks_for_the_slot_and_not_for_what_a_picture_looks_like() -> None:
+    attention, worn = IdentityAttention(8, 2, 1e-6), 2 * torch.eye(8)[:4]
+    torch.nn.init.eye_(attention.to_q.weight)
+    torch.nn.init.zeros_(attention.to_q.bias)
+    instance_ids = torch.tensor([[1, 2, 0, -1]])
+    z = 3 * torch.eye(8)[[0, 1, 5, 6]].unsqueeze(0)
+
+    def loss(z: Tensor, instance_ids: Tensor, count: int = 2) -> float:
+        return attention_losses.slot_alignment_loss(
+            attention_losses.RecordedAttention(slots=[(attention, z, worn)]), instance_ids, count
+        ).item()
+
+    assert loss(z, instance_ids) < 0.5 * loss(z, torch.tensor([[2, 1, 0, -1]]))
+    assert loss(z, instance_ids) < loss(z, instance_ids, count=4)  # more to be taken for
+    elsewhere = z.clone()
+    elsewhere[0, 2:] = 7 * torch.randn(2, 8)
+    assert loss(elsewhere, instance_ids) == pytest.approx(loss(z, instance_ids))
+    assert loss(z, instance_ids.clamp(max=1), count=1) == 0  # alone there is nothing to tell
+    assert loss(z, torch.zeros_like(instance_ids)) == 0
+
+
+def test_keys_that_wear_no_slots_are_not_asked_for_them(cache: Path) -> None:
+    dealt = Cache(cache)
+    dealt.refresh()
+    batch = dealt.draw("clip", 4, np.random.default_rng(0))
+    assert batch.references.shape[1] == 2
+    batch.instance_ids[:, :, 2:, 2:] = 2
+    for worn in (False, True):
+        architecture = {**IDENTITY, "slot_keys": worn}
+        config = SftConfig(kind="identity", cache=str(cache), architecture=architecture, steps=1, drop_both=0)
+        parts = loss_at(models.new_model(config), batch, config, BLANK, place=(0,))[1]
+        assert (parts["names"] > 0) == worn
+
+
+def test_whose_caption_was_dropped_is_asked_to_read_nothing(cache: Path) -> None:
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, drop_subjects=0)
+    model, dealt = models.new_model(config), Cache(cache)
+    dealt.refresh()
+    batch = dealt.draw("still", 4, np.random.default_rng(0))
+    silent = config.model_copy(update={"drop_text": 1.0, "drop_both": 0.0})
+    told = config.model_copy(update={"drop_text": 0.0, "drop_both": 0.0})
+    assert loss_at(model, batch, silent, BLANK, place=(0,))[1]["reads"] == 0
+    assert loss_at(model, batch, told, BLANK, place=(0,))[1]["reads"] > 0
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_counterpart_of_a_place_is_the_same_part_of_a_larger_mirrored_or_moved_picture(mirrored: bool) -> None:
+    white = torch.zeros(4)
+    part = torch.randn(4, 2, 2)  # a subject of four parts
+    latents = torch.full((1, 4, 2, 8, 8), 7.0)
+    latents[0, :, 0, 2:4, 4:6] = part
+    latents[0, :, 1, 5:7, 1:3] = part  # it moves
+    instance_ids = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
+    instance_ids[0, 0, 2:4, 4:6] = instance_ids[0, 1, 5:7, 1:3] = 2
+    references = torch.zeros(1, 2, 1, 4, 8, 8)
+    references[0, 0, 0, :, 3:5, 3:5] = 1.0
+    larger = part.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    references[0, 1, 0, :, 3:7, 1:5] = larger.flip(-1) if mirrored else larger
+    near = attention_losses.counterparts(latents, instance_ids, references, white, patch=1)
+    assert near.shape == (1, 2 * 64, 2 * 64)
+    held = instance_ids.flatten() > 0
+    assert not near[0, ~held].any() and not near[0, :, :64].any()  # nobody else's place, and not the other subject
+    shown = references[0, 1, 0].flatten(1)[:, near[0, held, 64:].argmax(-1)]
+    assert torch.equal(shown, latents.flatten(2)[0][:, held])
+    references[0, 1] += 1.0  # no white rim: the whole picture counts
+    assert bool(
+        (attention_losses.counterparts(latents, instance_ids, references, white, patch=1)[0, held, 64:] == 1).all()
+    )
+
+
+def test_identity_blocks_start_from_the_base_as_it_is(tmp_path: Path, cache: Path) -> None:
+    base = run_folder(tmp_path / "base", cache, kind="base", architecture=WAN, steps=3)
+    trainer.train(base, seconds=60)
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(base))
+    plain, upon = models.new_model(read_run(base)).eval(), models.new_model(config).eval()
+    models.load_average(plain, base)
+    batch = Batch(**{key: t.float() if t.is_floating_point() else t for key, t in shard("still", 2, 5).items()})
+    inputs = (batch.latents, torch.full((6,), 500.0), batch.text)
+    references = References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
+    with torch.no_grad():
+        assert torch.equal(plain(*inputs).sample, upon(*inputs, references=references).sample)
+
+
+def test_an_exported_model_holds_the_averages_in_half_precision_and_training_goes_on_from_it(
+    tmp_path: Path, cache: Path
+) -> None:
+    run = run_folder(tmp_path / "run", cache)
+    trainer.train(run, seconds=60)
+    models.export(run, tmp_path / "model")
+    model = IdentityWanTransformer3DModel.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    saved = checkpoint.load(run)
+    assert saved is not None
+    for key, tensor in saved[1]["ema"].items():
+        assert torch.equal(model.get_parameter(key), tensor.half().float()), key
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(tmp_path / "model"))
+    onward = models.new_model(config)
+    assert all(torch.equal(onward.get_parameter(key), model.get_parameter(key)) for key in saved[1]["ema"])
+
+
+def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None:
+    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
+    count = 4000
+    batch = Batch(
+        latents=torch.zeros(count, 1, 1, 1, 1), instance_ids=torch.zeros(count, 1, 1, 1), text=torch.ones(count, 1, 1),
+        numbers=torch.zeros(count, 1),
+        references=torch.zeros(count, 2, 1, 1, 1, 1), vlm=torch.zeros(count, 3, 1),
+        vlm_mask=torch.ones(count, 3, dtype=torch.bool),
+    )  # fmt: skip
+    nothing = NullConditioning(text=torch.zeros(1, 1, 1), white=torch.zeros(1))
+    text, references = conditions(batch, config, nothing, torch.Generator().manual_seed(0))
+    no_text, no_subjects = text.flatten() == 0, ~references.mask.flatten(1).any(1)
+    shares = [(no_text & ~no_subjects), (no_subjects & ~no_text), (no_text & no_subjects)]
+    assert all(abs(share.float().mean().item() - 0.1) < 0.02 for share in shares)
+    assert torch.equal(references.vlm_mask.any(1), ~(no_text | no_subjects))
+    assert torch.equal(references.mask.flatten(1).any(1), references.mask.flatten(1).all(1))
+
+
+def test_noise_levels_that_share_their_subjects_cost_what_they_cost_apart(cache: Path) -> None:
+    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1, timesteps_per_sample=3, drop_both=0)
+    model, dealt = models.new_model(config), Cache(cache)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    dealt.refresh()
+    batch = dealt.draw("still", 4, np.random.default_rng(0))
+    references = References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
+    thrice = References(*(None if t is None else t.repeat_interleave(3, 0) for t in vars(references).values()))
+    inputs = [t.repeat_interleave(3, 0) for t in (batch.latents, torch.full((4,), 300.0), batch.text)]
+    with torch.no_grad():
+        shared = model(*inputs, identity=model.encode_identity(references).repeat_interleave(3)).sample
+        apart = model(*inputs, references=thrice).sample
+    assert torch.allclose(shared, apart, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_quick_attention_is_attention(masked: bool) -> None:
+    query, key, value = (torch.randn(2, 3, length, 8) for length in (5, 7, 7))
+    mask = torch.rand(2, 1, 1, 7) < 0.6 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(cpu_attention.plain_attention(query, key, value, mask), theirs)
+    with pytest.raises(ValueError, match="is_causal"):
+        cpu_attention.plain_attention(query, key, value, is_causal=True)
+
+
+def test_what_is_quick_ends_with_the_pass_and_takes_products_in_half_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with cpu_attention.fast_training():
+        assert torch.nn.functional.scaled_dot_product_attention is cpu_attention.plain_attention
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert torch.nn.functional.scaled_dot_product_attention is before
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with cpu_attention.fast_training():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_in_pair_references_show_each_subject_as_the_clip_has_it_on_white_paper() -> None:
+    tensors = shard("clip", 2, 0)
+    tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
+    tensors["instance_ids"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    tensors["instance_ids"][:, :, 4, 4:6], tensors["instance_ids"][:, :, 4, 3] = 1, 2
+    tensors["references"] = torch.zeros(6, 2, 2, 4, 8, 8)
+    batch = Batch(**tensors)
+    cut = cut_from_clip(batch, BLANK.white, np.random.default_rng(1))
+    assert cut.shape == batch.references.shape and torch.equal(cut[:, :, 0], cut[:, :, 1])
+    drawn = (cut[:, :, 0] != 3).any(2)
+    assert drawn.sum((2, 3)).tolist() == [[2, 1]] * 6
+    for row in range(6):
+        seen = cut[row, 0, 0][:, drawn[row, 0]]
+        assert any(torch.equal(seen, batch.latents[row, :, frame, 4, 4:6]) for frame in range(3))
+
+
+def test_in_pair_references_are_for_the_first_half_of_a_run() -> None:
+    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=100, in_pair=1.0, timesteps_per_sample=1)
+    tensors = shard("still", 2, 0)
+    batch = Batch(**{key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
+
+    def seen_at(step: int) -> Tensor:
+        model = models.new_model(config)
+        shown: list[Tensor] = []
+        model.encode_identity = lambda references: shown.append(references.latents)  # type: ignore[method-assign]
+        loss_at(model, batch, config, BLANK, place=(step,))
+        return shown[0]
+
+    assert not any(torch.equal(a, b) for a, b in zip(seen_at(0), batch.references, strict=True))
+    assert torch.equal(seen_at(50), batch.references)
+
+
+class Ear(torch.nn.Module):
+    """Predicts zero and keeps what it was asked."""
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, **_: object) -> tuple[Tensor]:
+        self.latents, self.timestep = latents, timestep
+        return (torch.zeros_like(latents),)
+
+
+def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
+    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, timesteps_per_clip=1, known_region=1.0)
+    tensors = shard("clip", 2, 0)
+    tensors["instance_ids"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    tensors["instance_ids"][:, :, :2, :2] = 1
+    tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
+    batch, ear = Batch(**tensors), Ear()
+    before, _ = loss_at(ear, batch, config, BLANK, place=(0,))
+    inside = torch.zeros(6, 3, 8, 8, dtype=torch.bool)
+    inside[:, :, :4, :4] = True  # the subject's patch and one more on every side
+    asked = ear.timestep.unflatten(1, (3, 4, 4)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(asked > 0, inside)
+    outside = ~inside.unsqueeze(1).expand_as(batch.latents)
+    assert torch.equal(ear.latents[outside], batch.latents[outside])
+    assert not torch.equal(ear.latents[~outside], batch.latents[~outside])
+    tensors["latents"] = torch.where(outside, batch.latents + 3, batch.latents)
+    assert torch.equal(loss_at(ear, Batch(**tensors), config, BLANK, place=(0,))[0], before)
+
+
+def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:
+    dealt = Cache(cache)
+    assert dealt.refresh() == 4
+    assert dealt.refresh() == 4
+    rng = np.random.default_rng(0)
+    shapes = {tuple(dealt.draw("still", 5, rng).references.shape) for _ in range(40)}
+    assert shapes == {(5, 1, 1, 4, 4, 4), (5, 2, 1, 4, 4, 4)}
+    batch = dealt.draw("still", 8, rng)
+    assert len(batch) == 8 and batch.vlm.shape[:2] == batch.vlm_mask.shape
+    assert dealt.draw("clip", 3, rng).latents.shape == (3, 4, 3, 4, 4)
+
+
+def test_a_latent_cell_belongs_to_whoever_fills_most_of_it() -> None:
+    clip = world.render(world.make_scene(5, num_subjects=2), num_frames=17)
+    instance_ids = scenes._instance_ids_of_latents(clip.instance_ids, frames=5, cells=16)
+    assert instance_ids.shape == (5, 16, 16)
+    for i in range(5):
+        pixels = clip.instance_ids[4 * i]
+        for y, x in np.argwhere(instance_ids[i].numpy() > 0):
+            cell = pixels[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            assert int(instance_ids[i, y, x]) in cell
+        assert set(np.unique(pixels)) - {0} == set(np.unique(instance_ids[i].numpy())) - {0}
+
+
+def test_a_saved_state_replaces_the_one_before_only_when_it_is_whole(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {"model": {"a": torch.ones(2)}})
+    (tmp_path / "state.new.safetensors").write_bytes(b"half a file")
+    saved = checkpoint.load(tmp_path)
+    assert saved is not None and saved[0] == 1 and torch.equal(saved[1]["model"]["a"], torch.ones(2))
+    checkpoint.save(tmp_path, 2, {"model": {"a": torch.zeros(2)}}, {"loss": 0.5})
+    assert checkpoint.load(tmp_path)[0] == 2  # type: ignore[index]
+
+
+# --- sizes ---
+
+
+def test_a_larger_size_has_ten_million_parameters_and_the_frozen_parts_of_the_small_one(tmp_path: Path) -> None:
+    size = recipe.SIZES["s"]
+    config = read_run(recipe.run_of(tmp_path, "identity", size, tmp_path / "base", **recipe.IDENTITY))
+    with torch.device("meta"):
+        model = IdentityWanTransformer3DModel(**config.architecture)
+    assert 9e6 < sum(parameter.numel() for parameter in model.parameters()) < 11e6
+    large, small = recipe.preset_of(size), presets.load("toybox")
+    assert (large.name, large.sizes[0].width, large.num_frames) == ("toybox-s", 128, 17)
+    assert large.components.transformer != small.components.transformer
+    assert large.components.vae == small.components.vae and large.components.judges == small.components.judges
+    assert presets.check_frames(large.num_frames, large) == 17
+    for stage in ("text", "adopt"):
+        with pytest.raises(SystemExit):
+            recipe.main([stage, "--size", "s", "--state", str(tmp_path)])
+
+
+def test_a_cache_holds_clips_of_the_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "SHARD", {"still": 2, "clip": 2})
+    encoders = scenes.Encoders.load(recipe.ASSETS)
+    number = next(n for n in range(100) if scenes.shape_of_shard(n) == ("clip", 2, 1))
+    large = scenes.make_shard(number, encoders, recipe.SIZES["s"].form)
+    assert large["latents"].shape == (2, 16, 17, 32, 32)
+    assert large["references"].shape == (2, 2, 1, 16, 32, 32) and large["instance_ids"].shape == (2, 17, 32, 32)
+    small = scenes.make_shard(number, encoders)
+    assert small["latents"].shape == (2, 16, 9, 16, 16)
+    assert torch.equal(small["text"], large["text"])  # the same scenes
