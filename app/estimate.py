@@ -59,20 +59,35 @@ def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: P
         history: rows of any state; the finished ones of this preset correct the time.
         folder: where the clip will be written, for the free disk.
     """
-    ratios = [took / _predicted(row.job, preset) for row in history if (took := _took(row, preset)) and row.job]
-    correction = median(ratios[:HISTORY]) if ratios else 1.0
+    ratios = _compare_with_history(history, preset)
+    correction = 1.0
+    if ratios:
+        correction = median(ratios[:HISTORY])
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    planned = make_plan(job, preset, _machine(time.monotonic() // MACHINE_S)) if preset.shape else None
+    memory_mb, memory, fits = 0, "Nothing is known of what this preset needs.", True
+    if preset.shape:
+        plan = make_plan(job, preset, _machine(time.monotonic() // MACHINE_S))
+        memory_mb, memory, fits = round(plan.peak / 1e6), plan.words(), plan.fits
     written = _pixels(job) * (job.num_frames or 1) * preset.display_scale**2
     return Estimate(
-        seconds=_predicted(job, preset) * correction,
-        memory_mb=round(planned.peak / 1e6) if planned else 0,
-        memory=planned.words() if planned else "Nothing is known of what this preset needs.",
-        fits=planned is None or planned.fits,
+        seconds=_predict_seconds(job, preset) * correction,
+        memory_mb=memory_mb,
+        memory=memory,
+        fits=fits,
         clip_bytes=round(written * BYTES_PER_PIXEL),
         free_bytes=shutil.disk_usage(nearest).free,
         learnt=bool(ratios),
     )
+
+
+def _compare_with_history(history: Iterable[Row], preset: Preset) -> list[float]:
+    """Measured over predicted seconds of each finished clip of this preset."""
+    ratios = []
+    for row in history:
+        measured = _measure_seconds(row, preset)
+        if measured and row.job:
+            ratios.append(measured / _predict_seconds(row.job, preset))
+    return ratios
 
 
 @lru_cache(maxsize=1)
@@ -81,24 +96,26 @@ def _machine(now: float) -> Hardware:
     return probe_hardware(machine_options().profile)
 
 
-def _took(row: Row, preset: Preset) -> float | None:
-    """Seconds a finished row of this preset took."""
+def _measure_seconds(row: Row, preset: Preset) -> float | None:
+    """Seconds that a finished row of this preset took; None for every other row."""
     if row.state != "done" or row.job is None or row.job.preset != preset.name:
         return None
-    return row.finished - row.started if row.finished and row.started else None
+    if not row.finished or not row.started:
+        return None
+    return row.finished - row.started
 
 
-def _predicted(job: GenerateJob, preset: Preset) -> float:
+def _predict_seconds(job: GenerateJob, preset: Preset) -> float:
     """Seconds by the preset's own figures."""
     cost = preset.cost
     share = _tokens(job, preset)
     usual = FORWARDS[preset.sampling.guidance or "cfg"]
     forwards = FORWARDS[job.sampling.guidance or preset.sampling.guidance or "cfg"] / usual
-    return cost.start_s + _computed(job, preset) * cost.step_s * share * forwards + cost.decode_s * share
+    return cost.start_s + _count_computed_steps(job, preset) * cost.step_s * share * forwards + cost.decode_s * share
 
 
-def _computed(job: GenerateJob, preset: Preset) -> float:
-    """Steps in which the model is asked; the others are told from those before and cost next to nothing."""
+def _count_computed_steps(job: GenerateJob, preset: Preset) -> float:
+    """Steps that run the model; the others are extrapolated by the step cache and cost next to nothing."""
     own = preset.sampling.num_inference_steps or 1
     steps = job.sampling.num_inference_steps or own
     word = job.sampling.step_cache or "off"

@@ -64,7 +64,7 @@ class WorkerKeeper:
         if self._threads:
             return
         self._queue = Queue(self._queue_file)
-        self._lock = _only_one(self._queue_file)
+        self._lock = _lock_or_raise(self._queue_file)
         self._queue.interrupt(
             error=Failed(
                 "The studio was closed in the middle of this clip.", "A clip is made in one go.", "Run it again."
@@ -115,13 +115,17 @@ class WorkerKeeper:
                 self._wait_for_end(child)
                 self._mark(name, child.returncode)
             lived = time.monotonic() - began
-            quick_deaths = 0 if lived > STEADY_S else quick_deaths + 1
+            if lived > STEADY_S:
+                quick_deaths = 0
+            else:
+                quick_deaths += 1
             self._stopping.wait(min(60.0, 0.25 * 2**quick_deaths))
 
     def _spawn(self, name: str, device: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-X", "utf8", "-X", "faulthandler", "-m", "app.worker", "--attached"]
         command += ["--queue", str(self._queue_file), "--outputs", str(self._outputs), "--name", name]
-        command += ["--run", self._run] if self._run else []
+        if self._run:
+            command += ["--run", self._run]
         environment = alone_with(device, os.environ)
         if len(self._devices) > 1:
             # Busy OpenMP pools fight over the cores: each worker gets its share of them.
@@ -150,7 +154,7 @@ class WorkerKeeper:
 
     def _mark(self, name: str, code: int) -> None:
         """Until it is written down: a full disk must not leave a dead row looking alive."""
-        why = "The studio was closed." if self._stopping.is_set() else _death(code)
+        why = "The studio was closed." if self._stopping.is_set() else _explain_exit_code(code)
         error = Failed("The worker stopped in the middle of this clip.", why, "Run it again.")
         while True:
             try:
@@ -162,7 +166,7 @@ class WorkerKeeper:
                     return  # the next start marks it
 
 
-def _death(code: int) -> str:
+def _explain_exit_code(code: int) -> str:
     """What an exit code says, for a person."""
     if code in (-signal.SIGABRT, -getattr(signal, "SIGSEGV", 11), 3221225477):
         return "A library crashed; logs/worker.log has its last words."
@@ -171,7 +175,8 @@ def _death(code: int) -> str:
     return f"It ended with code {code}; logs/worker.log has its last words."
 
 
-def _only_one(queue_file: Path) -> IO[bytes]:
+def _lock_or_raise(queue_file: Path) -> IO[bytes]:
+    """The lock file that keeps a second studio away from this queue, open and locked."""
     path = queue_file.with_suffix(".lock")
     try:
         lock = try_lock(path)

@@ -128,11 +128,13 @@ class Queue:
             states: only these; None for all.
             limit: at most this many rows. Running and waiting come first, so a long history never hides them.
         """
-        wanted = None if states is None else sorted(set(states))
-        where = "" if wanted is None else f"WHERE state IN ({', '.join('?' * len(wanted))})"
+        where, wanted = "", []
+        if states is not None:
+            wanted = sorted(set(states))
+            where = f"WHERE state IN ({', '.join('?' * len(wanted))})"
         with self._open() as db:
             places = _places(db)
-            found = db.execute(f"SELECT * FROM rows {where} {_ORDER} LIMIT ?", (*(wanted or ()), limit))
+            found = db.execute(f"SELECT * FROM rows {where} {_ORDER} LIMIT ?", (*wanted, limit))
             return [_row(values, places) for values in found]
 
     def get(self, id: int) -> Row:
@@ -262,9 +264,10 @@ class Queue:
 
     def report(self, id: int, message: Progress | Preview) -> None:
         """Write down how far a running row is, or what it looks like so far."""
-        column, value = (
-            ("preview", str(message.picture)) if isinstance(message, Preview) else ("progress", _json(message))
-        )
+        if isinstance(message, Preview):
+            column, value = "preview", str(message.picture)
+        else:
+            column, value = "progress", _json(message)
         with self._change() as db:
             db.execute(f"UPDATE rows SET {column} = ? WHERE id = ? AND state = 'running'", (value, id))
 
@@ -303,7 +306,9 @@ class Queue:
         `error` says what became of the worker. A row that was being cancelled when its worker died is cancelled:
         nobody waits for it.
         """
-        which, names = ("", ()) if worker is None else ("AND worker = ?", (worker,))
+        which, names = "", ()
+        if worker is not None:
+            which, names = "AND worker = ?", (worker,)
         with self._change() as db:
             return db.execute(
                 "UPDATE rows SET state = CASE WHEN cancel THEN 'cancelled' ELSE 'interrupted' END, finished = ?, "
@@ -494,4 +499,6 @@ def _json(message: Progress | Saved | Failed) -> str:
 
 
 def _values(text: str | None) -> dict[str, Any] | None:
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    return json.loads(text)

@@ -13,18 +13,24 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def files(count: int) -> str:
     """`1 file`, `2 files`."""
-    return f"{count} file" if count == 1 else f"{count} files"
+    if count == 1:
+        return f"{count} file"
+    return f"{count} files"
 
 
 def size(count: float) -> str:
     """Bytes as a person says them."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 10 else f"{count:.1f} {unit}"
+            is_whole = unit in ("B", "kB") or count >= 10
+            digits = 0 if is_whole else 1
+            return f"{count:.{digits}f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"

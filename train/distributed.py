@@ -20,7 +20,10 @@ class ProcessGroup:
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            backend = "gloo"
+            if torch.cuda.is_available():
+                backend = "nccl"
+            dist.init_process_group(backend)
 
     def average_gradients(self, model: nn.Module, *, stop: bool) -> bool:
         """Average all gradients over all processes; True when any of them wants to stop."""

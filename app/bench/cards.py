@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -33,6 +33,7 @@ from engine.hardware import costs
 from engine.hardware.options import Profile
 from engine.hardware.plan import CONTEXT, SLACK, make_plan
 from engine.hardware.probe import GB, Hardware, probe_hardware
+from engine.job import GenerateJob
 from engine.loading import attention_kernels, offload, quantize
 from engine.loading.pool import VISITING
 from engine.messages import StudioError
@@ -77,22 +78,47 @@ class Way:
     how: str = ""  # of HOW
 
     def arguments(self) -> list[str]:
-        """As this module takes them."""
+        """The command line by which this module measures it."""
         words = ["--size", self.size, "--precision", self.precision, "--where", self.where]
         return [*words, "--cap", f"{self.cap:g}", "--how", self.how]
 
     @property
     def key(self) -> str:
-        """Of its row in the report."""
-        return f"card-{self.size}-{self.precision}-{self.where}-{self.cap:g}{'-' * bool(self.how)}{self.how}"
+        """The key of its row in the report."""
+        parts = ["card", self.size, self.precision, self.where, f"{self.cap:g}"]
+        if self.how:
+            parts.append(self.how)
+        return "-".join(parts)
 
     @property
     def words(self) -> str:
         """What its row is about."""
-        cap = f"at most {self.cap:g} GB" if self.cap else "all memory"
-        ours = "" if self.where.startswith("plain") else " with identity blocks"
-        how = f", {HOW[self.how]}" if self.how else ""
-        return f"Wan {self.size}{ours}, {self.precision}, {WORDS[self.where]}{how}, {cap}, 832x480x81: a step"
+        model = f"Wan {self.size} with identity blocks"
+        if self.is_plain:
+            model = f"Wan {self.size}"
+        parts = [model, self.precision, WORDS[self.where]]
+        if self.how:
+            parts.append(HOW[self.how])
+        if self.cap:
+            parts.append(f"at most {self.cap:g} GB")
+        else:
+            parts.append("all memory")
+        return f"{', '.join(parts)}, 832x480x81: a step"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model is Wan as diffusers has it, without identity blocks."""
+        return self.where.startswith("plain")
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the whole model stays on the card."""
+        return self.where in ("device", "plain")
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the other ways of this size are compared with it."""
+        return self.where == "device" and self.precision == "bf16" and not self.how
 
 
 WAYS = (
@@ -102,7 +128,9 @@ WAYS = (
     Way("1.3B", "bf16", "memory", 8, "≤ 8 GB, ≤ 1.05x the resident time", 1.05),
     Way("1.3B", "nf4", "memory", 6, "≤ 6 GB"),
     Way("1.3B", "int8", "device", 8, "≤ 8 GB"),
-    *(Way("1.3B", "bf16", "plain" if how == "frames" else "device", 0, "", how=how) for how in HOW if how),
+    Way("1.3B", "bf16", "device", 0, "", how="uncached"),
+    Way("1.3B", "bf16", "plain", 0, "", how="frames"),
+    *(Way("1.3B", "bf16", "device", 0, "", how=how) for how in HOW if how not in ("", "uncached", "frames")),
     Way("14B", "bf16", "device", 0, ""),
     Way("14B", "bf16", "memory", 12, "≤ 12 GB"),
     Way("14B", "bf16", "plain-visiting", 0, ""),
@@ -114,7 +142,9 @@ WAYS = (
 # --- one way, in a process of its own ---------------------------------------------------------------------------------
 
 
-def drawn(shape: Shape, precision: Any, device: torch.device, keep: torch.device, *, plain: bool = False) -> nn.Module:
+def build_random_model(
+    shape: Shape, precision: Any, device: torch.device, keep: torch.device, *, plain: bool = False
+) -> nn.Module:
     """A model of that shape with random weights, quantized as they come, on the device `keep`.
 
     Args:
@@ -129,10 +159,14 @@ def drawn(shape: Shape, precision: Any, device: torch.device, keep: torch.device
     quantize.swap(model, precision)
     generator = torch.Generator(device).manual_seed(0)
     for name, form in weights.items():
-        spread = 0.02 if len(form) > 1 else 1.0
+        spread = 1.0
+        if len(form) > 1:
+            spread = 0.02
         tensor = torch.randn(form, generator=generator, device=device, dtype=torch.float32) * spread
-        kept = torch.float32 if quantize.keeps_fp32(model, name) else dtype
-        quantize.put(model, name, tensor, kept, keep)
+        kept_dtype = dtype
+        if quantize.keeps_fp32(model, name):
+            kept_dtype = torch.float32
+        quantize.put(model, name, tensor, kept_dtype, keep)
     for name, table in list(model.named_buffers()):  # RoPE's, and what quantized layers bring
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, table.to(keep))
@@ -140,7 +174,9 @@ def drawn(shape: Shape, precision: Any, device: torch.device, keep: torch.device
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.float32
 
 
 @torch.no_grad()
@@ -159,21 +195,22 @@ def measure(
     """Seconds a step (the median), the peak on the device, and the plan's own figure for the same.
 
     Args:
-        shape: of a preset; that of `way.size` where left out.
-        reference: side of a subject's picture in pixels; the clip's height where left out.
-        lead: latent frames that are drawn beside the clip's.
-        steps: that are timed, behind one that warms up.
+        shape: of a preset; None takes that of `way.size`.
+        reference: side of a subject's picture in pixels; 0 takes the clip's height.
+        lead: latent frames that are sampled beside the clip's.
+        steps: number of timed steps, after one that warms up; 0 times the first one.
     """
     shape = shape or SHAPES[way.size]
-    plain = way.where.startswith("plain")
-    if plain:
+    if way.is_plain:
         shape = shape.model_copy(update=NOTHING_ADDED)
     cuda, dtype = device.type == "cuda", _dtype(device)
     if cuda and way.cap:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (way.cap * GB - CONTEXT) / total))
-    resident = way.where in ("device", "plain")
-    model: Any = drawn(shape, way.precision, device, device if resident else torch.device("cpu"), plain=plain)
+    keep = torch.device("cpu")
+    if way.is_resident:
+        keep = device
+    model: Any = build_random_model(shape, way.precision, device, keep, plain=way.is_plain)
     _set_up(model, way.how, device)
     lead += 2 * (way.how == "frames")
     latents = torch.randn(1, 16, 1 + (frames - 1) // 4 + lead, height // 8, width // 8, device=device, dtype=dtype)
@@ -181,25 +218,35 @@ def measure(
     side = (reference or height) // 8
     with _visiting(model, way.where, device):
         more = _subjects(model, shape, latents, side, cached=way.how != "uncached")
-        took = list(_steps(model, latents, text, more, steps, cuda))
+        took = list(_time_steps(model, latents, text, more, steps, cuda))
+    found = {"step_s": sorted(took)[len(took) // 2], "peak": 0.0, "reserved": 0.0}
+    if cuda:
+        found["peak"] = float(torch.cuda.max_memory_allocated(device))
+        found["reserved"] = float(torch.cuda.max_memory_reserved(device))
+    subject_tokens = 0
+    if shape.identity_layers:
+        subject_tokens = 2 * (side // 2) ** 2 + costs.VLM_TOKENS
     load = costs.Load(
         tokens=latents[0, 0].numel() // 4,
         latent_frames=latents.shape[2],
         pixels=width * height,
         pictures=2,
-        subject_tokens=2 * (side // 2) ** 2 + costs.VLM_TOKENS if shape.identity_layers else 0,
+        subject_tokens=subject_tokens,
         forwards=1,
         steps=1,
     )
-    weights, each = costs.transformer_weights(shape), dtype.itemsize
-    held: Any = weights.num_bytes if resident else weights.visiting
-    beside = costs.cache_bytes(shape, load, each) + costs.forward_bytes(shape, load.tokens, each)
-    return {
-        "step_s": sorted(took)[len(took) // 2],
-        "peak": float(torch.cuda.max_memory_allocated(device)) if cuda else 0.0,
-        "reserved": float(torch.cuda.max_memory_reserved(device)) if cuda else 0.0,
-        "predicted": float(held(way.precision, each) + beside),
-    }
+    found["predicted"] = _predict_bytes(way, shape, load, dtype.itemsize)
+    return found
+
+
+def _predict_bytes(way: Way, shape: Shape, load: costs.Load, itemsize: int) -> float:
+    """The plan's figure for a step: weights on the card, the identity cache and the forward."""
+    weights = costs.transformer_weights(shape)
+    held: Any = weights.visiting
+    if way.is_resident:
+        held = weights.num_bytes
+    beside = costs.cache_bytes(shape, load, itemsize) + costs.forward_bytes(shape, load.tokens, itemsize)
+    return float(held(way.precision, itemsize) + beside)
 
 
 def _visiting(model: Any, where: str, device: torch.device) -> AbstractContextManager[None]:
@@ -213,15 +260,17 @@ def _visiting(model: Any, where: str, device: torch.device) -> AbstractContextMa
 
 
 def _set_up(model: Any, how: str, device: torch.device) -> None:
-    """Attention kernels or compiled blocks.
+    """Switch attention kernels or compiled blocks on.
 
     Raises:
-        StudioError: they cannot be had here.
+        StudioError: this machine does not have them.
     """
-    got = attention_kernels.use_attention(model, how, device) == how if how in attention_kernels.BACKENDS else True
-    if how == "compiled":
-        got = attention_kernels.compile_blocks(model)
-    if not got:
+    available = True
+    if how in attention_kernels.BACKENDS:
+        available = attention_kernels.use_attention(model, how, device) == how
+    elif how == "compiled":
+        available = attention_kernels.compile_blocks(model)
+    if not available:
         raise StudioError(f"There is no {how} here.", "The line in the log says why.", "Install what it needs.")
 
 
@@ -231,7 +280,9 @@ def _subjects(model: Any, shape: Shape, latents: Tensor, side: int, *, cached: b
         pictures = latents.new_zeros(1, 2, 1, 16, side, side).normal_()
         states = latents.new_zeros(1, costs.VLM_TOKENS, shape.vlm_dim).normal_()
         references = References(pictures, vlm_states=states)
-        return {"identity": model.encode_identity(references)} if cached else {"references": references}
+        if not cached:
+            return {"references": references}
+        return {"identity": model.encode_identity(references)}
     if shape.vace_layers:
         scales = latents.new_ones(shape.vace_layers)
         channels = 6 * shape.z_dim
@@ -240,8 +291,10 @@ def _subjects(model: Any, shape: Shape, latents: Tensor, side: int, *, cached: b
     return {}
 
 
-def _steps(model: Any, latents: Tensor, text: Tensor, more: dict[str, Any], steps: int, cuda: bool) -> Iterator[float]:
-    """Seconds of each step; the first one, which warms up, only where it is the only one."""
+def _time_steps(
+    model: Any, latents: Tensor, text: Tensor, more: dict[str, Any], steps: int, cuda: bool
+) -> Iterator[float]:
+    """Seconds of each step; the first one warms up and counts only when it is the only one."""
     for number in range(steps + 1):
         began = time.perf_counter()
         [velocity] = model(latents, latents.new_tensor([500.0]), text, return_dict=False, **more)
@@ -265,11 +318,15 @@ def measure_decode(device: torch.device, *, width: int, height: int, tiled: bool
     began = time.perf_counter()
     for _ in decode_frames(latents, vae, tiled=tiled):
         pass
-    pixels = min(width * height, costs.DECODE_TILE**2) if tiled else width * height
-    cuda = device.type == "cuda"
+    took, reserved = time.perf_counter() - began, 0.0
+    if device.type == "cuda":
+        reserved = float(torch.cuda.max_memory_reserved(device))
+    pixels = width * height
+    if tiled:
+        pixels = min(pixels, costs.DECODE_TILE**2)
     return {
-        "step_s": time.perf_counter() - began,
-        "reserved": float(torch.cuda.max_memory_reserved(device)) if cuda else 0.0,
+        "step_s": took,
+        "reserved": reserved,
         "predicted": (quantize.num_bytes(vae) + costs.DECODE * pixels) * SLACK,
     }
 
@@ -277,47 +334,62 @@ def measure_decode(device: torch.device, *, width: int, height: int, tiled: bool
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def cards(_: str) -> Iterator[Figure]:
+def measure_cards(_: str) -> Iterator[Figure]:
     """Everything on the card of this machine, each in a process of its own; without a card the rows stay open."""
-    yield from _ways()
+    yield from _measure_ways()
     if not torch.cuda.is_available():
         what = "Every preset, size and profile, and Wan's VAE: peaks as planned"
         yield Figure("card-fits", what, "open: no card here", "within 10 %")
     else:
         total = torch.cuda.get_device_properties(0).total_memory
         here = probe_hardware("all")
-        yield from fits(Hardware("cuda", torch.cuda.get_device_name(0), total, here.ram, here.disk))
-        yield from _decodes()
+        yield from measure_fits(Hardware("cuda", torch.cuda.get_device_name(0), total, here.ram, here.disk))
+        yield from _measure_decodes()
 
 
-def _ways() -> Iterator[Figure]:
-    """Resident beside visiting beside diffusers' own, in one run."""
-    whole: dict[str, float] = {}
+def _measure_ways() -> Iterator[Figure]:
+    """All of WAYS in one run: resident and visiting blocks, and diffusers' own offloading."""
+    baselines: dict[str, float] = {}  # seconds of a step by size
     for way in WAYS:
-        key, what = way.key, way.words
         if not torch.cuda.is_available():
-            yield Figure(key, what, "open: no card here", way.promised)
+            yield Figure(way.key, way.words, "open: no card here", way.promised)
             continue
-        found = _child(way.arguments())
+        found = _run_child(way.arguments())
         if isinstance(found, str):
-            yield Figure(key, what, found, way.promised, False if way.promised else None)
+            failed = Figure(way.key, way.words, found, way.promised)
+            if way.promised:
+                failed = replace(failed, holds=False)
+            yield failed
             continue
-        if way.where == "device" and way.precision == "bf16" and not way.how:
-            whole[way.size] = found["step_s"]
-        times = found["step_s"] / whole[way.size] if way.size in whole else None
-        beside = "" if times is None else f" ({times:.2f}x)"
-        holds = not way.cap or found["reserved"] + CONTEXT <= way.cap * GB
-        holds = holds and (not way.slower or (times is not None and times <= way.slower))
-        told = f"{found['step_s']:.2f} s{beside}, peak {found['peak'] / GB:.2f} GB"
-        yield Figure(key, what, told, way.promised, holds if way.promised else None)
+        if way.is_baseline:
+            baselines[way.size] = found["step_s"]
+        yield _step_figure(way, found, baselines.get(way.size))
         if way.where in ("device", "memory") and not way.how:
-            yield _off(f"{key}-predicted", f"{what}: peak as planned", found["predicted"], found["peak"])
+            key, what = f"{way.key}-predicted", f"{way.words}: peak as planned"
+            yield _compare(key, what, found["predicted"], found["peak"])
 
 
-def fits(card: Hardware) -> Iterator[Figure]:
+def _step_figure(way: Way, found: dict[str, float], baseline: float | None) -> Figure:
+    """A step's time and peak; `baseline` is the time of the resident model's step, None before it is known."""
+    step = f"{found['step_s']:.2f} s"
+    holds = not way.cap or found["reserved"] + CONTEXT <= way.cap * GB
+    if baseline is not None:
+        times = found["step_s"] / baseline
+        step += f" ({times:.2f}x)"
+        if way.slower:
+            holds = holds and times <= way.slower
+    elif way.slower:
+        holds = False
+    figure = Figure(way.key, way.words, f"{step}, peak {found['peak'] / GB:.2f} GB", way.promised)
+    if way.promised:
+        return replace(figure, holds=holds)
+    return figure
+
+
+def measure_fits(card: Hardware) -> Iterator[Figure]:
     """What a plan says beside what is measured, while sampling, for every preset, size and profile of this card."""
     known: dict[tuple[Any, ...], dict[str, float] | str] = {}
-    for name, preset, width, height in _presets():
+    for name, preset, width, height in _full_size_presets():
         job, _ = presets.resolve(sample_job(name, width=width, height=height))
         for profile in get_args(Profile):
             if profile == "auto" or (profile != "all" and float(profile) * GB > card.vram):
@@ -326,52 +398,67 @@ def fits(card: Hardware) -> Iterator[Figure]:
             if not plan.fits:
                 continue
             fit, vae = plan.parts["transformer"], plan.parts["vae"]
-            sampling = next(phase for phase in plan.phases if phase.name == "sampling")
-            each = (width // 16) * (height // 16)  # tokens of a latent frame; pictures of their own size count as such
-            lead = round(costs.load_of(job, preset).tokens / each) - 1 - ((job.num_frames or 1) - 1) // 4
-            where = "device" if fit.where == "device" else "memory"
-            mark = (preset.shape, lead, width, height, job.num_frames, fit.precision, where)
-            if mark not in known:
+            where = "memory"
+            if fit.where == "device":
+                where = "device"
+            lead = _lead_frames(job, preset, width, height)
+            setting = (preset.shape, lead, width, height, job.num_frames, fit.precision, where)
+            if setting not in known:
                 size = ["--width", str(width), "--height", str(height), "--frames", str(job.num_frames)]
                 kept = ["--preset", name, "--precision", fit.precision, "--where", where]
-                known[mark] = _child([*kept, *size, "--lead", str(lead), "--steps", "0"])
-            found, key = known[mark], f"fit-{name}-{width}x{height}-{profile}"
+                known[setting] = _run_child([*kept, *size, "--lead", str(lead), "--steps", "0"])
+            key = f"fit-{name}-{width}x{height}-{profile}"
             what = f"{name}, {width}x{height}, profile {profile} ({fit.precision}, {WORDS[where]}): peak while sampling"
-            if isinstance(found, str):
-                yield Figure(key, what, found, "within 10 %", False)
-            else:
-                planned = sampling.vram - CONTEXT - vae.device * SLACK  # which are not in that process's figure
-                yield _off(key, what, planned, found["reserved"])
+            sampling = next(phase for phase in plan.phases if phase.name == "sampling")
+            planned = sampling.vram - CONTEXT - vae.device * SLACK  # which are not in that process's figure
+            yield _compare_reserved(key, what, planned, known[setting])
 
 
-def _presets() -> Iterator[tuple[str, Preset, int, int]]:
-    """Full-size presets and their sizes, upright ones left out: they are as large as those that lie."""
+def _lead_frames(job: GenerateJob, preset: Preset, width: int, height: int) -> int:
+    """Latent frames that the job samples beside the clip's; pictures of another size count by their tokens."""
+    tokens_per_frame = (width // 16) * (height // 16)
+    clip_frames = 1 + ((job.num_frames or 1) - 1) // 4
+    return round(costs.load_of(job, preset).tokens / tokens_per_frame) - clip_frames
+
+
+def _full_size_presets() -> Iterator[tuple[str, Preset, int, int]]:
+    """Full-size presets and their sizes, without portrait ones: they have as many pixels as the landscape ones."""
     for name in presets.names():
         preset = presets.load(name)
-        if preset.shape is not None and preset.shape.vae_spatial == 8:
-            yield from ((name, preset, size.width, size.height) for size in preset.sizes if size.width >= size.height)
+        if preset.shape is None or preset.shape.vae_spatial != 8:
+            continue
+        for size in preset.sizes:
+            if size.width >= size.height:
+                yield name, preset, size.width, size.height
 
 
-def _decodes() -> Iterator[Figure]:
+def _measure_decodes() -> Iterator[Figure]:
     for width, height in ((832, 480), (1280, 720)):
-        for tiled in (False, True):
-            size = ["--width", str(width), "--height", str(height), *(["--tiled"] if tiled else [])]
-            found, how = _child(["--decode", *size]), "in tiles" if tiled else "whole"
+        size = ["--width", str(width), "--height", str(height)]
+        for how, switches in (("whole", []), ("in tiles", ["--tiled"])):
+            found = _run_child(["--decode", *size, *switches])
             key, what = f"fit-decode-{width}x{height}-{how}", f"Wan's VAE, {width}x{height}, {how}: peak while decoding"
-            if isinstance(found, str):
-                yield Figure(key, what, found, "within 10 %", False)
-            else:
-                yield _off(key, what, found["predicted"], found["reserved"])
+            planned = 0.0
+            if not isinstance(found, str):
+                planned = found["predicted"]
+            yield _compare_reserved(key, what, planned, found)
 
 
-def _off(key: str, what: str, planned: float, measured: float) -> Figure:
+def _compare_reserved(key: str, what: str, planned: float, found: dict[str, float] | str) -> Figure:
+    """The planned peak beside what a child reserved; `found` is a line of text when the child failed."""
+    if isinstance(found, str):
+        return Figure(key, what, found, "within 10 %", False)
+    return _compare(key, what, planned, found["reserved"])
+
+
+def _compare(key: str, what: str, planned: float, measured: float) -> Figure:
     off = planned / measured - 1
     told = f"{off:+.1%}: planned {planned / GB:.2f} GB, measured {measured / GB:.2f} GB"
     return Figure(key, what, told, "within 10 %", abs(off) <= 0.1)
 
 
-def _child(arguments: list[str]) -> dict[str, float] | str:
-    """What that process measured, or why it did not, in a line."""
+def _run_child(arguments: list[str]) -> dict[str, float] | str:
+    """What this module measures in a process of its own; a line of text when that process failed."""
     command = [sys.executable, "-X", "utf8", "-m", "app.bench.cards", *arguments]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if ran.returncode:
@@ -403,8 +490,10 @@ def main() -> None:
         found = measure_decode(device, tiled=given.tiled, **size)
     else:
         way = Way(given.size, given.precision, given.where, given.cap, "", how=given.how)
-        preset = presets.load(given.preset) if given.preset else None
-        more = {} if preset is None else {"shape": preset.shape, "reference": preset.reference_size}
+        more: dict[str, Any] = {}
+        if given.preset:
+            preset = presets.load(given.preset)
+            more = {"shape": preset.shape, "reference": preset.reference_size}
         found = measure(way, device, frames=given.frames, lead=given.lead, steps=given.steps, **size, **more)
     sys.stdout.write(json.dumps(found) + "\n")
 

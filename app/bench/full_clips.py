@@ -2,7 +2,7 @@
 
 In:  room for a preset's files in a temporary folder.
 Out: figures for the report. A child of this module makes the clip while its parent watches its memory.
-Knows nothing of how figures are written down. The clip is noise: what it needs does not hang on what the weights say.
+Knows nothing of how figures are written down. The clip is noise: its memory does not depend on the weights' values.
 
     python -m app.bench.full_clips phantom-1.3b 256 256 17 FOLDER
 """
@@ -49,7 +49,7 @@ CLIPS = (  # preset, width, height, frames, profile: on a processor a step at th
 )
 
 
-def full(_: str) -> Iterator[Figure]:
+def measure_full_clips(_: str) -> Iterator[Figure]:
     """Peaks of whole clips at full size beside what the plan said of them; on a card, of the card's memory."""
     import torch
 
@@ -67,30 +67,37 @@ def full(_: str) -> Iterator[Figure]:
             }
             size = map(str, (width, height, frames))
             command = [sys.executable, "-X", "utf8", "-m", "app.bench.full_clips", preset, *size, folder]
-            code, said = watched(command, environment)
+            code, said = run_watched(command, environment)
             key = f"full-{preset}-{width}x{height}x{frames}-{profile}"
-            most = "all memory" if profile == "auto" else f"at most {profile} GB"
+            most = f"at most {profile} GB"
+            if profile == "auto":
+                most = "all memory"
             what = f"{preset}, random weights of full size, {width}x{height}x{frames}, {most}: peak as planned"
-            yield _compared(key, what, code, said, card)
+            yield _compare(key, what, code, said, card)
 
 
-def _compared(key: str, what: str, code: int, said: Said, card: bool) -> Figure:
+def _compare(key: str, what: str, code: int, said: Said, card: bool) -> Figure:
     """The plan's highest phase beside the highest stage, and every stage in brackets."""
     if code:
         return Figure(key, what, f"failed with code {code}", "within 10 %", False)
     plan = said[0][0]
     found: dict[str, int] = {}
     for told, private in said[1:]:
-        found[told["ended"]] = told["card"] if card else private
+        peak = private
+        if card:
+            peak = told["card"]
+        found[told["ended"]] = peak
     found["sample"] = max(found["load"], found["sample"])  # the plan has one phase for both
-    planned = {stage: max(plan["phases"].get(name, 0) for name in names) for stage, names in STAGES.items()}
+    planned = {}
+    for stage, names in STAGES.items():
+        planned[stage] = max(plan["phases"].get(name, 0) for name in names)
     off = max(planned.values()) / max(found[stage] for stage in STAGES) - 1
     apart = ", ".join(f"{stage} {planned[stage] / GB:.1f} / {found[stage] / GB:.1f}" for stage in STAGES)
     ways = ", ".join(f"{part.replace('_', ' ')} {way}" for part, way in plan["ways"].items())
     return Figure(key, what, f"{off:+.1%} (GB, planned / found: {apart}; {ways})", "within 10 %", abs(off) <= 0.1)
 
 
-def watched(command: list[str], environment: Mapping[str, str] = os.environ) -> tuple[int, Said]:
+def run_watched(command: list[str], environment: Mapping[str, str] = os.environ) -> tuple[int, Said]:
     """Run a process that speaks in lines of JSON; gives its exit code, and with each line the peak of its private
     memory since the line before, in bytes.
 
@@ -140,17 +147,17 @@ def main(preset: str, size: tuple[int, int], frames: int, folder: Path) -> None:
     plan = plan_or_raise(resolved, found, pool.hardware())
     ways = {part: f"{fit.precision} {fit.where}" for part, fit in plan.parts.items() if fit.device + fit.memory}
     shared = plan.machine.shared
-    tell({"ways": ways, "phases": {each.name: each.vram + shared * each.ram for each in plan.phases}})
+    write_line({"ways": ways, "phases": {each.name: each.vram + shared * each.ram for each in plan.phases}})
     stage = "start"
 
     def say(message: Message) -> None:
         nonlocal stage
         if isinstance(message, Progress) and message.stage != stage:
-            tell({"ended": stage, "card": _card_peak()})
+            write_line({"ended": stage, "card": _card_peak()})
             stage = message.stage
 
     run.run(job, say, outputs=folder, pool=pool)
-    tell({"ended": stage, "card": _card_peak()})
+    write_line({"ended": stage, "card": _card_peak()})
 
 
 def _card_peak() -> int:
@@ -164,7 +171,7 @@ def _card_peak() -> int:
     return peak + CONTEXT
 
 
-def tell(what: dict[str, Any]) -> None:
+def write_line(what: dict[str, Any]) -> None:
     """One line of JSON."""
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()

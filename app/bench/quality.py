@@ -29,7 +29,7 @@ def json_of(module: str, *arguments: str) -> dict[str, Any]:
     return json.loads(ran.stdout[ran.stdout.index("{") :])
 
 
-def judges(preset: str) -> Iterator[Figure]:
+def measure_judges(preset: str) -> Iterator[Figure]:
     """What both sets of judges are worth on held-out drawings, and which planted faults they notice."""
     promised = {"own of 16": 0.92, "locator IoU": 0.8, "verb": 0.95, "place": 0.98}
     for name in ("test", "reward"):
@@ -45,7 +45,7 @@ def judges(preset: str) -> Iterator[Figure]:
         yield Figure(f"judges-{name}-faults", f"{name} judges, planted faults noticed", told, "≥ .95", least >= 0.95)
 
 
-def caches(preset: str) -> Iterator[Figure]:
+def measure_step_cache(preset: str) -> Iterator[Figure]:
     """Steps left out, over twelve held-out jobs of two subjects at the preset's own steps and at fifty."""
     for steps in (presets.load(preset).sampling.num_inference_steps or 30, 50):
         found = json_of("train.toybox.calibrate", preset, "--jobs", "12", "--steps", str(steps))
@@ -71,7 +71,7 @@ ASKED = ("own picture first of 16", "everyone there", "verb", "direction", "plac
 CHANCE = 1 / 16
 
 
-def identity(preset: str) -> Iterator[Figure]:
+def measure_identity(preset: str) -> Iterator[Figure]:
     """The benchmark, its controls on every sixth job, by the test judges: mean and 95 % interval over jobs."""
     promised = {
         ("made, 2 subjects", "own picture first of 16"): 0.8,
@@ -88,13 +88,17 @@ def identity(preset: str) -> Iterator[Figure]:
     rows, agreed = found["rows"], found["agreement"]
     yield Figure("judges-agree", "Both sets order made clips, Spearman", f"{agreed:.2f}", "≥ .8", agreed >= 0.8)
     for name, asked in rows.items():
-        control = not name.startswith(("made", "ground truth"))
-        for question in ASKED[:1] if control else ASKED:
+        questions = ASKED[:1]  # of the controls
+        if name.startswith(("made", "ground truth")):
+            questions = ASKED
+        for question in questions:
             if asked[question] is None:
                 continue
             mean, low, high = asked[question]
             least = promised.get((name, question))
-            limit, holds = (f"≥ {least:g}", mean >= least) if least is not None else ("", None)
+            limit, holds = "", None
+            if least is not None:
+                limit, holds = f"≥ {least:g}", mean >= least
             if name == "references withheld":
                 limit, holds = "chance, 0.06", low <= CHANCE <= high
             key = f"{name} {question}".replace(",", "").replace(" ", "-")

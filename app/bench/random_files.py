@@ -135,7 +135,9 @@ def in_wans_names(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Names of diffusers' plain Wan as Wan's own code has them."""
     renamed = {}
     for name, shape in shapes.items():
-        key = "head.modulation" if name == "scale_shift_table" else name
+        key = name
+        if name == "scale_shift_table":
+            key = "head.modulation"
         for ours, own in THEIRS.items():
             key = key.replace(ours, own)
         renamed[key] = shape

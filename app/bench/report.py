@@ -50,8 +50,12 @@ ROW = re.compile(r"^\| `([^`]+)` \|.*\|$")
 
 def write_report(path: Path, figures: list[tuple[str, Figure]]) -> None:
     """Put figures into the report; rows of other keys stay as they are, in their order."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else HEAD
-    rows = {match[1]: line for line in text.splitlines() if (match := ROW.match(line))}
+    rows: dict[str, str] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            match = ROW.match(line)
+            if match:
+                rows[match[1]] = line
     made, day, machine = commit(), date.today().isoformat(), describe_machine()
     for command, figure in figures:
         holds = {True: "yes", False: "**no**", None: ""}[figure.holds]
@@ -80,7 +84,8 @@ def describe_machine() -> str:
     processor = platform.processor() or platform.machine()
     if listed.is_file():
         found = re.search(r"model name\s*: (.+)", listed.read_text(encoding="utf-8", errors="replace"))
-        processor = found[1] if found else processor
+        if found:
+            processor = found[1]
     parts = [
         f"{processor.strip()}, {os.cpu_count()} cores",
         f"{psutil.virtual_memory().total / 2**30:.0f} GB",

@@ -15,10 +15,10 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 
-from app.bench.counts import flops, sizes
-from app.bench.quality import caches, identity, judges
+from app.bench.counts import count_flops, count_sizes
+from app.bench.quality import measure_identity, measure_judges, measure_step_cache
 from app.bench.report import REPORT, Figure, write_report
-from app.bench.speed import decode_alone, loop, memory, page, report
+from app.bench.speed import decode_alone, measure_loop, measure_memory, measure_page, measure_report
 from engine.messages import StudioError
 from engine.paths import ROOT
 
@@ -41,19 +41,19 @@ def main(arguments: list[str]) -> int:
         )
     broken = False
     for name in given.names or MEASUREMENTS:
-        _tell(f"{name} ...")
+        _say(f"{name} ...")
         for figure in MEASUREMENTS[name](given.preset):
-            verdict = {True: "  holds", False: "  BROKEN", None: ""}[figure.holds]
-            _tell(
-                f"  {figure.what}: {figure.value}" + (f" (promised: {figure.limit})" if figure.limit else "") + verdict
-            )
+            line = f"  {figure.what}: {figure.value}"
+            if figure.limit:
+                line += f" (promised: {figure.limit})"
+            _say(line + {True: "  holds", False: "  BROKEN", None: ""}[figure.holds])
             write_report(REPORT, [(f"python launch.py bench {name}", figure)])  # at once: some take an hour
             broken = broken or figure.holds is False
-    _tell(f"Written to {REPORT.relative_to(ROOT)}.")
+    _say(f"Written to {REPORT.relative_to(ROOT)}.")
     return int(broken)
 
 
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
@@ -63,19 +63,19 @@ def _measurement(module: str, name: str) -> Callable[[str], Iterator[Figure]]:
 
 
 MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
-    "sizes": sizes,
-    "flops": flops,
-    "memory": memory,
-    "loop": loop,
-    "report": report,
-    "caches": caches,
-    "judges": judges,
-    "identity": identity,
-    "loading": _measurement("weights", "loading"),
-    "rounding": _measurement("weights", "rounding"),
-    "full": _measurement("full_clips", "full"),
-    "cards": _measurement("cards", "cards"),
-    "page": page,
+    "sizes": count_sizes,
+    "flops": count_flops,
+    "memory": measure_memory,
+    "loop": measure_loop,
+    "report": measure_report,
+    "caches": measure_step_cache,
+    "judges": measure_judges,
+    "identity": measure_identity,
+    "loading": _measurement("weights", "measure_loading"),
+    "rounding": _measurement("weights", "measure_rounding"),
+    "full": _measurement("full_clips", "measure_full_clips"),
+    "cards": _measurement("cards", "measure_cards"),
+    "page": measure_page,
 }
 
 

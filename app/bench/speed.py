@@ -89,7 +89,7 @@ class Stopwatch:
         return self.marks["decode"][-1] - self.marks["sample"][-1]
 
 
-def loop(preset: str) -> Iterator[Figure]:
+def measure_loop(preset: str) -> Iterator[Figure]:
     """Fifty steps in a warm worker: what is not the model's own work."""
     from engine.loading.pool import ModelPool
     from engine.run import run
@@ -128,7 +128,7 @@ def _frames_of(saved: Saved, preset: str) -> bytes:
 # --- the identity report ---------------------------------------------------------------------------------------------
 
 
-def report(preset: str) -> Iterator[Figure]:
+def measure_report(preset: str) -> Iterator[Figure]:
     """What judging a clip adds to a warm one, at the preset's own steps."""
     from engine.identity.reporter import Reporter
     from engine.loading.pool import ModelPool
@@ -156,7 +156,7 @@ def report(preset: str) -> Iterator[Figure]:
 # --- memory while decoding ------------------------------------------------------------------------------------------
 
 
-def memory(preset: str) -> Iterator[Figure]:
+def measure_memory(preset: str) -> Iterator[Figure]:
     """Memory of a process that decodes and writes a clip of 17, 65 and 257 frames.
 
     What the system reports wavers by tens of megabytes with the allocator's mood, so the promise is held against the
@@ -222,7 +222,7 @@ def _tensor_bytes() -> int:
 # --- from the command to the first clip -----------------------------------------------------------------------------
 
 
-def page(preset: str) -> Iterator[Figure]:
+def measure_page(preset: str) -> Iterator[Figure]:
     """How long until the page answers, and until the first clip of a fresh studio is there."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _studio(Path(folder)) as (address, began):
         _wait_for(address, until=began + 120)

@@ -14,11 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from app.bench import random_files
-from app.bench.full_clips import watched
+from app.bench.full_clips import run_watched
 from app.bench.report import Figure
 from engine import presets
 from engine.loading.pool import ModelPool
@@ -30,7 +31,7 @@ SPARE = 0.5e9  # what Python, torch and the libraries take themselves, and copie
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def loading(_: str) -> Iterator[Figure]:
+def measure_loading(_: str) -> Iterator[Figure]:
     """One file of Wan 1.3B in fp32, random: memory of a process that loads it, beside the library's own way."""
     from engine.loading import quantize
 
@@ -80,7 +81,7 @@ def _usual() -> Any:
 def _watched(how: str, file: Path, precision: str) -> tuple[int, dict[str, Any]]:
     """Peak of a child's private memory while it loads, and what it said at the end."""
     command = [sys.executable, "-X", "utf8", "-m", "app.bench.weights", how, str(file), precision]
-    code, said = watched(command)
+    code, said = run_watched(command)
     if code or not said:
         raise StudioError(
             f"The process that loads {file.name} as {precision} failed.",
@@ -124,23 +125,24 @@ LIMITS = {"int8": 0.01, "fp8": None, "nf4": 0.10}
 JOBS = (("onething", 3, 1), ("creaturething", 2, 2), ("samekind", 5, 2), ("four", 1, 4))
 
 
-def rounding(preset: str) -> Iterator[Figure]:
+def measure_rounding(preset: str) -> Iterator[Figure]:
     """One forward with rounded weights against the full ones, over jobs of the benchmark and six noise levels."""
     errors, sizes = one_forward_errors(preset)
     for precision, found in errors.items():
         limit = LIMITS[precision]
-        yield Figure(
+        figure = Figure(
             f"rounding-{precision}",
             f"{preset}, {precision}: relative error of one forward, over 4 jobs and 6 noise levels "
             f"(transformer {sizes[precision] / 1e6:.1f} MB)",
             f"{found:.4f}",
-            f"≤ {limit:g}" if limit else "",
-            None if limit is None else found <= limit,
         )
-    yield from clips(preset)
+        if limit is not None:
+            figure = replace(figure, limit=f"≤ {limit:g}", holds=found <= limit)
+        yield figure
+    yield from measure_clips(preset)
 
 
-def clips(preset: str, count: int = 12) -> Iterator[Figure]:
+def measure_clips(preset: str, count: int = 12) -> Iterator[Figure]:
     """Held-out jobs of two subjects made with rounded weights, beside the same with full ones."""
     import numpy as np
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from app.library.models import NO_LICENCE, no_licence
 from engine import presets
-from engine.hub.cache import Hub, FileRequest
+from engine.hub.cache import FileRequest, Hub
 from engine.messages import StudioError
 from engine.presets import Components, HubFiles, Preset, Shape
 
@@ -42,12 +42,16 @@ def add(repo: str, hub: Hub, *, like: str = "", accept_no_licence: bool = False)
     if not licence and not accept_no_licence:
         raise no_licence(repo)
     held = hub.expand(repo, "", commit)
-    parts = {
-        part: HubFiles(repo=repo, path=part, revision=commit, num_bytes=_size(hub, held, part),
-                       licence=licence or NO_LICENCE)
-        for part in PARTS
-        if any(each.path.startswith(part + "/") for each in held)
-    }  # fmt: skip
+    parts = {}
+    for part in PARTS:
+        if _files_of(held, part):
+            parts[part] = HubFiles(
+                repo=repo,
+                path=part,
+                revision=commit,
+                num_bytes=_size(hub, held, part),
+                licence=licence or NO_LICENCE,
+            )
     config = _config(hub, FileRequest(repo, "transformer/config.json", commit), held)
     if not any(each.path.startswith("transformer/") and each.path.endswith(".safetensors") for each in held):
         raise _unfit(repo, "Its transformer is in no safetensors file.")
@@ -72,8 +76,13 @@ def add(repo: str, hub: Hub, *, like: str = "", accept_no_licence: bool = False)
     return presets.load(preset.name)
 
 
+def _files_of(held: tuple[FileRequest, ...], part: str) -> list[FileRequest]:
+    return [each for each in held if each.path.startswith(part + "/")]
+
+
 def _size(hub: Hub, held: tuple[FileRequest, ...], part: str) -> int:
-    return sum(found.size for found in hub.plan(each for each in held if each.path.startswith(part + "/")).files)
+    planned = hub.plan(_files_of(held, part))
+    return sum(found.size for found in planned.files)
 
 
 def _config(hub: Hub, wanted: FileRequest, held: tuple[FileRequest, ...]) -> dict[str, Any]:

@@ -122,9 +122,11 @@ class Pulls:
             broken = models.verify(preset, hub, say)
             if not broken:
                 return "Every file that is here is whole."
+            what = f"{broken[0].path} was damaged."
+            if len(broken) > 1:
+                what = f"{broken[0].path} was damaged, and {wording.files(len(broken) - 1)} more."
             raise StudioError(
-                f"{broken[0].path} was damaged"
-                + (f", and {wording.files(len(broken) - 1)} more." if len(broken) > 1 else "."),
+                what,
                 "What was damaged has been taken away.",
                 "Fetch it again.",
             )
@@ -141,7 +143,9 @@ class Pulls:
             adopted, unknown = models.adopt([folder], hub, say)
             more = f" Not to be asked about: {len(unknown)} repositories or folders." if unknown else ""
             names = ", ".join(path.name for path in adopted[:4])
-            said = f"Adopted: {len(adopted)} ({names})." if adopted else "No file there is one that a preset needs."
+            said = "No file there is one that a preset needs."
+            if adopted:
+                said = f"Adopted: {len(adopted)} ({names})."
             return said + more
 
         self._begin(ADOPT, work)

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from engine import presets
-from engine.hub.cache import Hub, Plan, Say, HubUnreachable, FileRequest
+from engine.hub.cache import FileRequest, Hub, HubUnreachable, Plan, Say
 from engine.hub.download import file_size, link_or_copy
 from engine.hub.pickles import is_pickle
 from engine.messages import StudioError
@@ -70,7 +70,8 @@ class State:
 def state(preset: Preset, hub: Hub) -> State:
     """How a preset stands. Asks nobody and opens no weights."""
     needed = preset.downloads(optional=False)
-    to_fetch = _distinct(files for part, own in needed.items() if not preset.has(part) for files in own)
+    missing = [own for part, own in needed.items() if not preset.has(part)]
+    to_fetch = _distinct(chain.from_iterable(missing))
     own = tuple(
         part
         for part in Components.model_fields
@@ -78,13 +79,14 @@ def state(preset: Preset, hub: Hub) -> State:
         if not preset.has(part)
     )
     judges = all(preset.has(part) for part in preset.downloads() if part in OPTIONAL)
-    arrived = sum(hub.count_arrived_bytes(repo) for repo in {files.repo for files in to_fetch})
+    repos = {files.repo for files in to_fetch}
+    arrived = sum(hub.count_arrived_bytes(repo) for repo in repos)
     return State(preset, to_fetch, own, judges, arrived)
 
 
 def named_files(preset: Preset, *, judges: bool) -> tuple[HubFiles, ...]:
     """What the preset names on the Hub, each once; with `judges` also the networks that judge a clip."""
-    return _distinct(files for own in preset.downloads(optional=judges).values() for files in own)
+    return _distinct(chain.from_iterable(preset.downloads(optional=judges).values()))
 
 
 def wanted(preset: Preset, hub: Hub, *, judges: bool) -> tuple[FileRequest, ...]:
@@ -93,11 +95,9 @@ def wanted(preset: Preset, hub: Hub, *, judges: bool) -> tuple[FileRequest, ...]
     Raises:
         StudioError: a repository or folder is not to be had.
     """
-    found = [
-        each
-        for files in named_files(preset, judges=judges)
-        for each in hub.expand(files.repo, files.path, files.revision, xet=files.xet)
-    ]
+    found = []
+    for files in named_files(preset, judges=judges):
+        found += hub.expand(files.repo, files.path, files.revision, xet=files.xet)
     return tuple(dict.fromkeys(found))
 
 
@@ -161,7 +161,7 @@ def gather(preset: Preset, hub: Hub, *, judges: bool) -> None:
             continue
         folder = preset.place(part)
         folder.mkdir(parents=True, exist_ok=True)
-        for each in (one for named in files for one in hub.list_local(named.repo, named.path, named.revision)):
+        for each in _local_files(files, hub):
             source, target = hub.find_local(each), folder / Path(each.path).name
             if source is not None and file_size(target) != file_size(source):
                 target.unlink(missing_ok=True)
@@ -194,8 +194,9 @@ def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list
     adopted, unknown = [], []
     known = presets.list_readable()
     asked: set[HubFiles] = set()
-    first = (files for preset in known for files in named_files(preset, judges=True))
-    for files in chain(first, (files for preset in known for files in _instead(preset))):
+    first = chain.from_iterable(named_files(preset, judges=True) for preset in known)
+    instead = chain.from_iterable(_instead(preset) for preset in known)
+    for files in chain(first, instead):
         if files in asked:
             continue
         asked.add(files)
@@ -213,9 +214,10 @@ def adopt(folders: Sequence[Path], hub: Hub, say: Say) -> tuple[list[Path], list
 def _instead(preset: Preset) -> Iterator[HubFiles]:
     """What would serve as well as the parts that are not here; it ends, part by part, with the first that has come."""
     for part, own in preset.downloads().items():
-        for each in (each for files in own for each in files.alternatives):
-            if not preset.has(part):
-                yield each
+        for files in own:
+            for each in files.alternatives:
+                if not preset.has(part):
+                    yield each
 
 
 # --- taking it away --------------------------------------------------------------------------------------------------
@@ -250,10 +252,11 @@ def removal(preset: Preset, hub: Hub) -> Removal:
 def remove(preset: Preset, hub: Hub) -> Removal:
     """Take its files away, except those that another preset here needs."""
     found = removal(preset, hub)
-    keep = [each for other in _others_here(preset, hub) for each in _here(other, hub)]
-    gathered = {part for part in preset.downloads() if isinstance(getattr(preset.components, part), tuple)} - {
-        part for other in _others_here(preset, hub) for part in other.downloads()
-    }
+    others = _others_here(preset, hub)
+    keep = list(chain.from_iterable(_here(other, hub) for other in others))
+    gathered = {part for part in preset.downloads() if isinstance(getattr(preset.components, part), tuple)}
+    for other in others:
+        gathered -= set(other.downloads())
     hub.remove(found.files, keep)
     for part in gathered:
         for path in preset.place(part).glob("*"):
@@ -274,8 +277,16 @@ def forget(preset: Preset) -> None:
 
 
 def _here(preset: Preset, hub: Hub) -> list[FileRequest]:
-    files = _distinct(each for own in preset.downloads(every=True).values() for each in own)
-    return [each for named in files for each in hub.list_local(named.repo, named.path, named.revision)]
+    files = _distinct(chain.from_iterable(preset.downloads(every=True).values()))
+    return _local_files(files, hub)
+
+
+def _local_files(files: Iterable[HubFiles], hub: Hub) -> list[FileRequest]:
+    """What of these lies in the cache."""
+    here: list[FileRequest] = []
+    for named in files:
+        here += hub.list_local(named.repo, named.path, named.revision)
+    return here
 
 
 def _others_here(preset: Preset, hub: Hub) -> list[Preset]:

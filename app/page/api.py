@@ -7,6 +7,7 @@ Knows nothing of the page; every verb is one call into the queue, the library or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -20,9 +21,17 @@ from engine import presets as models
 from engine.job import GenerateJob, read_job
 from engine.messages import StudioError
 
+Verb = Callable[..., Any]
+
 
 def register(studio: Studio) -> None:
     """Add the verbs to the page being built."""
+    for verb in (*queue_verbs(studio), *library_verbs(studio)):
+        gr.api(verb, api_name=verb.__name__)
+
+
+def queue_verbs(studio: Studio) -> tuple[Verb, ...]:
+    """What programs do with the queue: generate, status, cancel."""
 
     def generate(document: str) -> int:
         """Queue one clip.
@@ -64,20 +73,22 @@ def register(studio: Studio) -> None:
 
         return said(stop)
 
+    return generate, status, cancel
+
+
+def library_verbs(studio: Studio) -> tuple[Verb, ...]:
+    """What programs ask: clips, estimate, presets."""
+
     def clips() -> dict[str, Any]:
         """Finished clips, newest first: {"clips": [{"id", "clip", "prompt", "seed", "created"}]}."""
         found = list_clips(studio.settings.outputs)
         # "clip" and not "path": Gradio's clients take {"path": ...} for a file and fetch it.
-        shown = [
-            {
-                "id": clip.id,
-                "clip": str(clip.path),
-                "prompt": clip.job.prompt if clip.job else "",
-                "seed": clip.job.seed if clip.job else None,
-                "created": clip.created,
-            }
-            for clip in found
-        ]
+        shown = []
+        for clip in found:
+            known: dict[str, Any] = {"prompt": "", "seed": None}
+            if clip.job:
+                known = {"prompt": clip.job.prompt, "seed": clip.job.seed}
+            shown.append({"id": clip.id, "clip": str(clip.path), **known, "created": clip.created})
         return {"clips": shown}  # not a bare list: Gradio would take its items for several outputs
 
     def estimate(document: str) -> dict[str, Any]:
@@ -106,8 +117,7 @@ def register(studio: Studio) -> None:
         """The models there are: {"presets": [...]}, each with its sizes, lengths, most subjects and defaults."""
         return {"presets": [preset.model_dump(exclude={"components"}) for preset in models.list_readable()]}
 
-    for verb in (generate, status, cancel, clips, estimate, presets):
-        gr.api(verb, api_name=verb.__name__)
+    return clips, estimate, presets
 
 
 def said(call: Any) -> Any:
@@ -126,11 +136,14 @@ def _filled(studio: Studio, document: str) -> GenerateJob:
 
 
 def _row(row: Row) -> dict[str, Any]:
+    seed = None
+    if row.job:
+        seed = row.job.seed
     return {
         "row": row.id,
         "state": row.state,
         "progress": row.progress,
         "saved": row.saved,
         "error": row.error,
-        "seed": row.job.seed if row.job else None,
+        "seed": seed,
     }

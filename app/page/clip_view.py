@@ -61,13 +61,17 @@ def on_stage(rows: Sequence[Row], pinned: int | None = None) -> list[Row]:
 def _weakest(row: Row) -> float:
     """What variants are sorted by; a clip without a report keeps its place behind those that have one."""
     weakest = (row.saved or {}).get("weakest")
-    return float(weakest) if weakest is not None else -1.0
+    if weakest is None:
+        return -1.0
+    return float(weakest)
 
 
 def _group(chosen: Row, rows: Sequence[Row]) -> list[Row]:
     if chosen.group == SANITY:  # stands beside the clip that ships, not beside earlier checks
         return [chosen]
-    first = int(chosen.group.removeprefix(LIKE)) if chosen.group.startswith(LIKE) else None
+    first = None
+    if chosen.group.startswith(LIKE):
+        first = int(chosen.group.removeprefix(LIKE))
     return [row for row in rows if row.id in (chosen.id, first) or (chosen.group and row.group == chosen.group)]
 
 
@@ -75,10 +79,14 @@ def render(rows: Sequence[Row], *, waiting: int = 0, paused: bool = False) -> st
     """The whole stage. `waiting`: how many jobs stand behind what is shown; `paused`: whether the line stands still."""
     if not rows:
         return _empty()
-    expected = _expected() if rows[-1].group == SANITY else ""
-    rows = rows[-1:] if expected else rows
+    expected = ""
+    if rows[-1].group == SANITY:
+        expected = _expected()
+        rows = rows[-1:]
     cells = "".join(_cell(row, alone=len(rows) == 1) for row in rows) + expected
-    behind = [f"{waiting} more waiting in the queue."] if waiting else []
+    behind = []
+    if waiting:
+        behind.append(f"{waiting} more waiting in the queue.")
     if paused:
         behind.append("The queue is paused: no further job starts.")
     return f'<div class="cells n{len(rows) + bool(expected)}">{cells}</div><p class="behind">{" ".join(behind)}</p>'
@@ -103,11 +111,14 @@ def _expected() -> str:
 def _cell(row: Row, *, alone: bool) -> str:
     frame, below = _PARTS[row.state](row)
     job = row.job
-    names = [subject.name for subject in job.subjects] if job else []
-    prompt = f'<p class="said">{markup.prompt_text(job.prompt, names)}</p>' if job and alone else ""
-    seed = f'<span class="fact">seed <b>{job.seed}</b></span>' if job else ""
-    clip = Path(str((row.saved or {}).get("clip", ""))) if row.state == "done" else None
-    likeness = "" if clip is None else identity_panel.panel(clip, names) if alone else identity_panel.line(clip, names)
+    names: list[str] = []
+    prompt = seed = ""
+    if job:
+        names = [subject.name for subject in job.subjects]
+        seed = f'<span class="fact">seed <b>{job.seed}</b></span>'
+        if alone:
+            prompt = f'<p class="said">{markup.prompt_text(job.prompt, names)}</p>'
+    likeness = _likeness(row, names, alone=alone)
     return (
         f'<section class="cell {row.state}" data-row="{row.id}" aria-label="Clip {row.id}, {row.state}">'
         f'{frame}<div class="under">{below}{prompt}<p class="facts">{seed}{_facts(row, alone)}</p>{likeness}'
@@ -115,25 +126,46 @@ def _cell(row: Row, *, alone: bool) -> str:
     )
 
 
+def _likeness(row: Row, names: list[str], *, alone: bool) -> str:
+    """How recognisable everyone is: in full under a clip alone, in a line under each of several."""
+    if row.state != "done":
+        return ""
+    clip = Path(str((row.saved or {}).get("clip", "")))
+    if alone:
+        return identity_panel.panel(clip, names)
+    return identity_panel.line(clip, names)
+
+
 # --- what each state shows: the frame, and the line below it ---------------------------------------------------------
 
 
 def _waiting(row: Row) -> tuple[str, str]:
-    place = "Next in line" if row.position == 0 else f"Waiting, {row.position} before it"
+    place = f"Waiting, {row.position} before it"
+    if row.position == 0:
+        place = "Next in line"
     return f'<div class="frame idle">{_cast(row.job)}</div>', _bar(None, place)
 
 
 def _running(row: Row) -> tuple[str, str]:
     progress = row.progress or {}
     step, total = int(progress.get("step") or 0), int(progress.get("total") or 0)
-    share = step / total if total else None
-    said = "Cancelling" if row.cancel else STAGES.get(str(progress.get("stage")), "Starting")
-    counted = f"{said}, step {step} of {total}" if progress.get("stage") == "sample" and total else said
-    eta = None if row.cancel else progress.get("eta_s")
-    left = f"about {wording.duration(float(eta))} left" if eta is not None else ""
+    share = None
+    if total:
+        share = step / total
+    said = STAGES.get(str(progress.get("stage")), "Starting")
+    eta = progress.get("eta_s")
+    if row.cancel:
+        said, eta = "Cancelling", None
+    if progress.get("stage") == "sample" and total:
+        said = f"{said}, step {step} of {total}"
+    left = ""
+    if eta is not None:
+        left = f"about {wording.duration(float(eta))} left"
     picture = _preview(row.preview)
-    frame = f'<img class="draft" alt="Preview of the clip so far" src="{picture}">' if picture else _cast(row.job)
-    return f'<div class="frame busy">{frame}</div>', _bar(share, counted, left, escape(str(progress.get("note") or "")))
+    frame = f'<img class="draft" alt="Preview of the clip so far" src="{picture}">'
+    if not picture:
+        frame = _cast(row.job)
+    return f'<div class="frame busy">{frame}</div>', _bar(share, said, left, escape(str(progress.get("note") or "")))
 
 
 def _done(row: Row) -> tuple[str, str]:
@@ -173,7 +205,9 @@ _PARTS = {
 
 def video(clip: Path, poster: Path, *, label: str) -> str:
     """A clip that plays by itself in a loop, without sound, with its controls."""
-    still = f' poster="{markup.file_url(poster)}"' if poster.is_file() else ""
+    still = ""
+    if poster.is_file():
+        still = f' poster="{markup.file_url(poster)}"'
     return (
         f'<video src="{markup.file_url(clip)}"{still} controls loop autoplay muted playsinline '
         f'aria-label="{escape(label)}"></video>'
@@ -181,13 +215,17 @@ def video(clip: Path, poster: Path, *, label: str) -> str:
 
 
 def _bar(share: float | None, said: str, left: str = "", more: str = "") -> str:
-    percent = round(100 * share) if share is not None else None
-    values = f' aria-valuenow="{percent}"' if percent is not None else ""
-    width = f' style="width:{percent}%"' if percent is not None else ""
+    look, values, width = "bar unknown", "", ""
+    if share is not None:
+        percent = round(100 * share)
+        look, values, width = "bar", f' aria-valuenow="{percent}"', f' style="width:{percent}%"'
+    words = escape(said)
+    if more:
+        words += " · " + more
     return (
-        f'<div class="bar{"" if percent is not None else " unknown"}" role="progressbar" aria-label="{escape(said)}" '
+        f'<div class="{look}" role="progressbar" aria-label="{escape(said)}" '
         f'aria-valuemin="0" aria-valuemax="100"{values}><i{width}></i></div>'
-        f'<p class="step"><span>{escape(said)}{" · " + more if more else ""}</span><span>{escape(left)}</span></p>'
+        f'<p class="step"><span>{words}</span><span>{escape(left)}</span></p>'
     )
 
 
@@ -234,8 +272,11 @@ def _facts(row: Row, alone: bool) -> str:
         return ""
     job = row.job
     preset = _preset(job)
-    facts = [f"{job.width} x {job.height}", f"{job.num_frames} frames", f"{job.sampling.num_inference_steps} steps"]
-    facts = [preset.title if preset else job.preset, *facts] if alone else []
+    facts = []
+    if alone:
+        title = preset.title if preset else job.preset
+        steps = f"{job.sampling.num_inference_steps} steps"
+        facts = [title, f"{job.width} x {job.height}", f"{job.num_frames} frames", steps]
     if is_draft(job, preset):
         facts.append("draft")
     if row.state == "done" and row.started and row.finished:
@@ -247,7 +288,8 @@ def _actions(row: Row, alone: bool) -> str:
     act = markup.button
     buttons: list[str] = []
     if row.state in ("waiting", "running"):
-        buttons = [] if row.cancel else [act("Cancel", "cancel", row=row.id)]
+        if not row.cancel:
+            buttons.append(act("Cancel", "cancel", row=row.id))
     elif row.state == "done" and row.job:
         if is_draft(row.job, _preset(row.job)):
             buttons.append(act("Finish this one", "finish", kind="primary", row=row.id, title="Same seed, all steps"))

@@ -81,7 +81,9 @@ class Studio:
         Raises:
             StudioError: a picture lies elsewhere and brought no pixels; field "subjects".
         """
-        return lora_files.drop_foreign_paths(pictures.drop_foreign_paths(job, [self.settings.data, self.settings.outputs, SAMPLES]))
+        return lora_files.drop_foreign_paths(
+            pictures.drop_foreign_paths(job, [self.settings.data, self.settings.outputs, SAMPLES])
+        )
 
 
 def prepared(picture: Picture, *, role: str = "object", cut_out: bool = True) -> np.ndarray:

@@ -64,12 +64,16 @@ def _colour(subject: SubjectReport, names: Sequence[str]) -> str:
 
 
 def _table(subjects: Sequence[SubjectReport], names: Sequence[str], every: int) -> str:
-    rows = "".join(
-        f'<tr><th scope="row"><span class="mention"{_colour(each, names)}>@{escape(each.name)}</span></th>'
-        f"<td>{each.score:.2f}</td><td>{'-' if each.margin is None else f'{each.margin:+.2f}'}</td>"
-        f"<td>{each.presence:.0%}</td><td>{', '.join(str(frame * every + 1) for frame in each.worst_frames)}</td></tr>"
-        for each in subjects
-    )
+    rows = ""
+    for each in subjects:
+        margin = "-"
+        if each.margin is not None:
+            margin = f"{each.margin:+.2f}"
+        worst = ", ".join(str(frame * every + 1) for frame in each.worst_frames)
+        rows += (
+            f'<tr><th scope="row"><span class="mention"{_colour(each, names)}>@{escape(each.name)}</span></th>'
+            f"<td>{each.score:.2f}</td><td>{margin}</td><td>{each.presence:.0%}</td><td>{worst}</td></tr>"
+        )
     heads = "".join(
         f'<th scope="col">{head}</th>' for head in ("Subject", "Likeness", "Above others", "Seen", "Worst frames")
     )

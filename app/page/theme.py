@@ -101,84 +101,112 @@ def _settable() -> frozenset[str]:
     return frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
+# The palette's variables, as css writes them.
+GROUND = "var(--ground)"
+PANEL = "var(--panel)"
+RAISED = "var(--raised)"
+LINE = "var(--line)"
+EDGE = "var(--edge)"
+INK = "var(--ink)"
+SOFT = "var(--soft)"
+ACCENT = "var(--accent)"
+ON_ACCENT = "var(--on-accent)"
+FOCUS = "var(--focus)"
+
+
 def _theme_values() -> dict[str, Any]:
-    ground, panel, raised = "var(--ground)", "var(--panel)", "var(--raised)"
-    line, edge, ink, soft = "var(--line)", "var(--edge)", "var(--ink)", "var(--soft)"
-    accent, on_accent, focus = "var(--accent)", "var(--on-accent)", "var(--focus)"
+    """Gradio's theme variables, each a variable of our palette or a length."""
+    return {**_ground_values(), **_control_values(), **_button_values()}
+
+
+def _ground_values() -> dict[str, Any]:
+    """What everything lies on: page, panels, blocks and links."""
     return {
-        "body_background_fill": ground,
-        "body_text_color": ink,
-        "body_text_color_subdued": soft,
-        "background_fill_primary": panel,
-        "background_fill_secondary": raised,
-        "border_color_primary": line,
-        "border_color_accent": accent,
-        "border_color_accent_subdued": line,
-        "color_accent": accent,
-        "color_accent_soft": raised,
-        "link_text_color": focus,
-        "link_text_color_active": focus,
-        "link_text_color_hover": ink,
-        "link_text_color_visited": focus,
+        "body_background_fill": GROUND,
+        "body_text_color": INK,
+        "body_text_color_subdued": SOFT,
+        "background_fill_primary": PANEL,
+        "background_fill_secondary": RAISED,
+        "border_color_primary": LINE,
+        "border_color_accent": ACCENT,
+        "border_color_accent_subdued": LINE,
+        "color_accent": ACCENT,
+        "color_accent_soft": RAISED,
+        "link_text_color": FOCUS,
+        "link_text_color_active": FOCUS,
+        "link_text_color_hover": INK,
+        "link_text_color_visited": FOCUS,
         "block_background_fill": "transparent",
-        "block_border_color": line,
+        "block_border_color": LINE,
         "block_border_width": "0px",
         "block_padding": "0px",
         "block_shadow": "none",
-        "block_info_text_color": soft,
-        "block_label_background_fill": raised,
-        "block_label_text_color": soft,
-        "block_title_text_color": soft,
+        "block_info_text_color": SOFT,
+        "block_label_background_fill": RAISED,
+        "block_label_text_color": SOFT,
+        "block_title_text_color": SOFT,
         "block_title_text_weight": "500",
         "block_title_text_size": "*text_sm",
         "form_gap_width": "0px",
         "layout_gap": "12px",
-        "panel_background_fill": panel,
-        "panel_border_color": line,
-        "accordion_text_color": ink,
-        "checkbox_background_color": raised,
-        "checkbox_background_color_selected": accent,
-        "checkbox_border_color": edge,
-        "checkbox_border_color_selected": accent,
-        "checkbox_border_color_focus": focus,
-        "checkbox_label_background_fill": raised,
-        "checkbox_label_background_fill_hover": line,
-        "checkbox_label_background_fill_selected": "color-mix(in srgb, var(--accent) 22%, var(--raised))",
-        "checkbox_label_border_color": line,
-        "checkbox_label_border_color_selected": accent,
-        "checkbox_label_text_color": ink,
-        "checkbox_label_text_color_selected": ink,
-        "checkbox_label_padding": "7px 12px",
+        "panel_background_fill": PANEL,
+        "panel_border_color": LINE,
+        "accordion_text_color": INK,
         "error_background_fill": "var(--danger-ground)",
         "error_border_color": "var(--danger)",
         "error_text_color": "var(--danger)",
-        "input_background_fill": raised,
-        "input_background_fill_focus": raised,
-        "input_border_color": line,
-        "input_border_color_focus": focus,
+        "loader_color": ACCENT,
+        "slider_color": ACCENT,
+        "table_border_color": LINE,
+        "table_even_background_fill": PANEL,
+        "table_odd_background_fill": PANEL,
+    }
+
+
+def _control_values() -> dict[str, Any]:
+    """What a person fills in: check boxes and fields."""
+    return {
+        "checkbox_background_color": RAISED,
+        "checkbox_background_color_selected": ACCENT,
+        "checkbox_border_color": EDGE,
+        "checkbox_border_color_selected": ACCENT,
+        "checkbox_border_color_focus": FOCUS,
+        "checkbox_label_background_fill": RAISED,
+        "checkbox_label_background_fill_hover": LINE,
+        "checkbox_label_background_fill_selected": "color-mix(in srgb, var(--accent) 22%, var(--raised))",
+        "checkbox_label_border_color": LINE,
+        "checkbox_label_border_color_selected": ACCENT,
+        "checkbox_label_text_color": INK,
+        "checkbox_label_text_color_selected": INK,
+        "checkbox_label_padding": "7px 12px",
+        "input_background_fill": RAISED,
+        "input_background_fill_focus": RAISED,
+        "input_border_color": LINE,
+        "input_border_color_focus": FOCUS,
         "input_border_width": "1px",
         "input_padding": "8px 10px",
         "input_placeholder_color": "color-mix(in srgb, var(--soft) 88%, var(--ground))",
         "input_shadow": "none",
         "input_shadow_focus": "none",
-        "loader_color": accent,
-        "slider_color": accent,
+    }
+
+
+def _button_values() -> dict[str, Any]:
+    """What a person presses."""
+    return {
         "button_transition": "background-color 120ms, border-color 120ms",
-        "button_primary_background_fill": accent,
+        "button_primary_background_fill": ACCENT,
         "button_primary_background_fill_hover": "var(--accent-hover)",
-        "button_primary_border_color": accent,
-        "button_primary_text_color": on_accent,
-        "button_primary_text_color_hover": on_accent,
+        "button_primary_border_color": ACCENT,
+        "button_primary_text_color": ON_ACCENT,
+        "button_primary_text_color_hover": ON_ACCENT,
         "button_primary_shadow": "none",
-        "button_secondary_background_fill": raised,
-        "button_secondary_background_fill_hover": line,
-        "button_secondary_border_color": line,
-        "button_secondary_text_color": ink,
-        "button_secondary_text_color_hover": ink,
+        "button_secondary_background_fill": RAISED,
+        "button_secondary_background_fill_hover": LINE,
+        "button_secondary_border_color": LINE,
+        "button_secondary_text_color": INK,
+        "button_secondary_text_color_hover": INK,
         "button_secondary_shadow": "none",
         "button_large_radius": "10px",
         "button_large_text_weight": "650",
-        "table_border_color": line,
-        "table_even_background_fill": panel,
-        "table_odd_background_fill": panel,
     }

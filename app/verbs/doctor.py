@@ -58,7 +58,10 @@ def main(*, outputs: Path, port: int) -> int:
     if "FAIL" in levels:
         print("Something stands in the way; the lines marked FAIL say what to do.")
         return 1
-    print("This machine can make clips." + (" The warnings are worth reading." if "warn" in levels else ""))
+    if "warn" in levels:
+        print("This machine can make clips. The warnings are worth reading.")
+    else:
+        print("This machine can make clips.")
     return 0
 
 
@@ -80,7 +83,9 @@ def system() -> Finding:
     wrong = wrong_pins((ROOT / "requirements.txt").read_text(encoding="utf-8"))
     if not wrong:
         return Finding("ok", "system", f"{says}; the libraries are as the lock names them")
-    listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    listed = ", ".join(wrong[:3])
+    if len(wrong) > 3:
+        listed += f" and {len(wrong) - 3} more"
     return Finding("warn", "system", f"{says}; not as the lock names them: {listed}", FRESH)
 
 
@@ -162,9 +167,10 @@ def models() -> Iterator[Finding]:
         try:
             presets.check_files(preset)
         except StudioError as error:
-            if not preset.downloads():
+            if preset.downloads():
+                absent.append(name)
+            else:
                 yield Finding("FAIL", "model", error.what, f"{error.why} {error.next_step}")
-            absent += [name] if preset.downloads() else []
         else:
             yield Finding("ok", "model", f"{name} is here")
     if absent:
@@ -176,10 +182,13 @@ def fitting(here: Hardware) -> Finding:
     """Which presets this machine could make a clip with, at their own size and length, with two subjects."""
     known = [preset for name in presets.names() if (preset := presets.load(name)).shape is not None]
     fit = [p.name for p in known if make_plan(typical(p), p, here).fits]
-    room = f"{(here.ram if here.shared else here.vram) / GB:.0f} GB free"
-    room += ", and a good deal of patience for the large ones" if here.device == "cpu" else ""
-    says = f"{here.name} ({room}) can hold {', '.join(fit) or 'none of the presets'}"
-    return Finding("ok" if fit else "warn", "plan", says, "" if fit else "Close other programs.")
+    free = here.ram if here.shared else here.vram
+    room = f"{free / GB:.0f} GB free"
+    if here.device == "cpu":
+        room += ", and a good deal of patience for the large ones"
+    if not fit:
+        return Finding("warn", "plan", f"{here.name} ({room}) can hold none of the presets", "Close other programs.")
+    return Finding("ok", "plan", f"{here.name} ({room}) can hold {', '.join(fit)}")
 
 
 def torch_and_device() -> Iterator[Finding]:
@@ -189,7 +198,9 @@ def torch_and_device() -> Iterator[Finding]:
         yield Finding("FAIL", "torch", answer, FRESH)
         return
     yield Finding("ok", "torch", f"{answer['torch']}, one tiny forward in {answer['forward_ms']:.0f} ms")
-    gpu = f"{answer['name']}, {answer['memory_gb']:.0f} GB" if answer["memory_gb"] else answer["name"]
+    gpu = answer["name"]
+    if answer["memory_gb"]:
+        gpu = f"{gpu}, {answer['memory_gb']:.0f} GB"
     if answer["device"] != "cpu":
         yield Finding("ok", "device", gpu)
     elif shutil.which("nvidia-smi"):

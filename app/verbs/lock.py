@@ -140,7 +140,8 @@ def _ask_pip(requirements: list[str], target: Target) -> dict:
         # pip holds requires-python against the Python it runs in, not the target's; we look ourselves, below.
         command += ["--ignore-requires-python", "--target", folder, "--only-binary", ":all:"]
         command += ["--python-version", python, "--report", str(report)]
-        command += [part for tag in SYSTEMS[system][3] for part in ("--platform", tag)]
+        for tag in SYSTEMS[system][3]:
+            command += ["--platform", tag]
         answer = subprocess.run([*command, "-r", str(listed)], capture_output=True, encoding="utf-8", check=False)
         if answer.returncode:
             raise SystemExit(f"{system}, Python {python}: {answer.stderr.strip()[-500:]}")

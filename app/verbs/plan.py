@@ -23,6 +23,7 @@ from engine.presets import Preset
 
 WHERE = {"device": "on the device", "memory": "block by block from memory", "disk": "block by block from files"}
 CARD_TFLOPS = 60  # a card for creators in bf16, attention included; a finished clip on this machine says better
+PROCESSOR_TFLOPS = 0.06
 
 
 def main(given: argparse.Namespace) -> int:
@@ -46,7 +47,9 @@ def main(given: argparse.Namespace) -> int:
 
 def _job(given: argparse.Namespace) -> GenerateJob:
     """The job that the options describe."""
-    width, height = (int(side) for side in given.size.split("x")) if given.size else (None, None)
+    width = height = None
+    if given.size:
+        width, height = (int(side) for side in given.size.split("x"))
     return typical(
         presets.load(given.preset),
         subjects=given.subjects,
@@ -60,8 +63,9 @@ def _job(given: argparse.Namespace) -> GenerateJob:
 
 def typical(preset: Preset, *, subjects: int | None = None, **values: Any) -> GenerateJob:
     """A resolved job with blank subjects, two unless said: what they show does not change what they need."""
-    count = min(2, preset.max_subjects) if subjects is None else subjects
-    cast = tuple(Subject(name=f"s{i}", pictures=(Picture(path="-"),)) for i in range(1, count + 1))
+    if subjects is None:
+        subjects = min(2, preset.max_subjects)
+    cast = tuple(Subject(name=f"s{i}", pictures=(Picture(path="-"),)) for i in range(1, subjects + 1))
     prompt = " ".join(f"@{subject.name}" for subject in cast) or "-"
     return presets.resolve(make_job(preset=preset.name, prompt=prompt, subjects=cast, **values))[0]
 
@@ -69,21 +73,26 @@ def typical(preset: Preset, *, subjects: int | None = None, **values: Any) -> Ge
 def _machine(given: argparse.Namespace) -> Hardware:
     """This machine, or one with a card of so many GB; its other memory is this machine's unless said."""
     here = probe_hardware(given.profile)
-    ram = round(given.ram * GB) if given.ram else here.ram
     if given.vram is None:
-        return Hardware(here.device, here.name, ram if here.shared else here.vram, ram, here.disk)
-    ram = ram if given.ram else psutil.virtual_memory().total
+        ram = round(given.ram * GB) if given.ram else here.ram
+        vram = ram if here.shared else here.vram
+        return Hardware(here.device, here.name, vram, ram, here.disk)
+    ram = psutil.virtual_memory().total
+    if given.ram:
+        ram = round(given.ram * GB)
     return Hardware("cuda", f"a card of {given.vram:g} GB", round(given.vram * GB), ram, here.disk)
 
 
 def report(job: GenerateJob, preset: Preset, made: Plan, tflops: float | None) -> list[str]:
     """The plan in lines."""
     here = made.machine
-    limits = f"{here.ram / GB:.1f} GB of memory" if here.shared else f"{here.vram / GB:.1f} GB on it"
+    limits = f"({here.vram / GB:.1f} GB on it, {here.ram / GB:.1f} GB of memory beside it)"
+    if here.shared:
+        limits = f"({here.ram / GB:.1f} GB of memory)"
     lines = [
         f"{preset.title}: {job.width} x {job.height}, {job.num_frames} frames, {len(job.subjects)} subjects, "
         f"{job.sampling.num_inference_steps} steps",
-        f"on {here.name} ({limits}" + ("" if here.shared else f", {here.ram / GB:.1f} GB of memory beside it") + ")",
+        f"on {here.name} {limits}",
         "",
     ]
     for part, fit in made.parts.items():
@@ -92,15 +101,22 @@ def report(job: GenerateJob, preset: Preset, made: Plan, tflops: float | None) -
             lines.append(f"  {part.replace('_', ' '):<13} {fit.precision:<5} {WHERE[fit.where]:<27} {size}")
     lines += ["", f"  {'while':<24} {'VRAM':>7} {'RAM':>7}   GB"]
     for phase in made.phases:
-        vram, ram = (0, phase.ram + phase.vram) if here.shared else (phase.vram, phase.ram)
+        vram, ram = phase.vram, phase.ram
+        if here.shared:
+            vram, ram = 0, phase.ram + phase.vram
         lines.append(f"  {phase.name:<24} {vram / GB:7.1f} {ram / GB:7.1f}")
     lines += ["", made.words()]
     if made.tiled:
         lines.append("The VAE decodes in tiles.")
-    speed = tflops or (CARD_TFLOPS if not here.shared else 0.06)
-    source = "as you said" if tflops else "a guess; a finished clip on this machine says better"
+    speed, source = CARD_TFLOPS, "a guess; a finished clip on this machine says better"
+    if here.shared:
+        speed = PROCESSOR_TFLOPS
+    if tflops:
+        speed, source = tflops, "as you said"
     work = made.petaflop * 1000
-    told = f"{work:,.0f}" if work >= 10 else f"{work:.2g}"
-    lines.append(f"{told} TFLOP, about {duration(work / speed)} at {speed:g} TFLOP/s ({source}).")
+    rounded = f"{work:.2g}"
+    if work >= 10:
+        rounded = f"{work:,.0f}"
+    lines.append(f"{rounded} TFLOP, about {duration(work / speed)} at {speed:g} TFLOP/s ({source}).")
     lines.append(f"Disk: {made.disk / GB:.1f} GB beside the model's files, {here.disk / GB:.1f} GB are free.")
     return lines

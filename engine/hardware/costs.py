@@ -3,8 +3,8 @@
 In:  a preset's shape, safetensors files' headers, a resolved job.
 Out: counts and bytes. Knows nothing of torch, of machines or of limits.
 
-What a forward needs beside the weights was read off the models themselves on the meta device (test_predicted_memory.py does
-it again): its largest moment is either the inside of a block's feed-forward part, or one of Wan's norms in fp32.
+What a forward needs beside the weights was read off the models themselves on the meta device (test_predicted_memory.py
+does it again): its largest moment is either the inside of a block's feed-forward part, or one of Wan's norms in fp32.
 
 Units: bytes unless a name says otherwise; a token is one patch of the video.
 """

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -164,7 +165,8 @@ class Hub:
     def count_arrived_bytes(self, repo: str) -> int:
         """Bytes of a repository's files that are not whole yet, or pickles still; asks nobody."""
         blobs = self._repo_folder(repo) / "blobs"
-        return sum(file_size(part) for kind in ("*.part", "*.pickle") for part in blobs.glob(kind))
+        parts = chain(blobs.glob("*.part"), blobs.glob("*.pickle"))
+        return sum(file_size(part) for part in parts)
 
     def plan(self, wanted: Iterable[FileRequest]) -> Plan:
         """Ask the Hub about every file, and compare with what is here.
@@ -193,13 +195,17 @@ class Hub:
         """
         plan = self.plan(wanted)
         if not plan.fits:
-            needed, free = _format_gigabytes(plan.bytes_to_fetch + plan.bytes_to_convert), _format_gigabytes(plan.bytes_free)
+            needed, free = (
+                _format_gigabytes(plan.bytes_to_fetch + plan.bytes_to_convert),
+                _format_gigabytes(plan.bytes_free),
+            )
             raise StudioError(
                 f"These files need {needed} GB, and {free} GB are free.",
                 f"They would lie in {self.cache}.",
                 "Free some disk space, or set HF_HUB_CACHE to a folder on a larger disk.",
             )
-        total = sum(found.size for found in {found.hash: found for found in plan.files}.values())
+        distinct = {found.hash: found for found in plan.files}
+        total = sum(found.size for found in distinct.values())
         done = total - sum(found.size for found in plan.missing)
         total += plan.bytes_to_convert
         for found in dict.fromkeys((*plan.missing, *plan.to_convert)):
@@ -237,7 +243,8 @@ class Hub:
         plan, adopted = self.plan(wanted), []
         hashes = {found.hash: found for found in plan.missing}
         sizes = {found.size for found in plan.missing}
-        candidates = [path for folder in folders for path in _list_files(folder) if path.stat().st_size in sizes]
+        listed = chain.from_iterable(_list_files(folder) for folder in folders)
+        candidates = [path for path in listed if path.stat().st_size in sizes]
         for number, path in enumerate(candidates, start=1):
             say(number, len(candidates), path.name)
             size = path.stat().st_size
@@ -298,7 +305,9 @@ class Hub:
                 download.transfer(self._source(found), part, say, again=again, pause=self._pause)
 
         blob = self._blob_path(found)
-        download.fetch(blob, found.hash, bring, say, there=lambda: blob.is_file() or self._find_converted(found) is not None)
+        download.fetch(
+            blob, found.hash, bring, say, there=lambda: blob.is_file() or self._find_converted(found) is not None
+        )
 
     def _convert(self, found: RemoteFile, say: Callable[[int], None]) -> None:
         """Safetensors of a pickle that is here; then what was fetched of it goes, also where it holds no weights."""
@@ -372,7 +381,9 @@ class Hub:
 
     # --- asking ---
 
-    def expand(self, repo: str, path: str = "", revision: str = "main", *, xet: bool = False) -> tuple[FileRequest, ...]:
+    def expand(
+        self, repo: str, path: str = "", revision: str = "main", *, xet: bool = False
+    ) -> tuple[FileRequest, ...]:
         """The files that a name stands for: itself, or what a folder holds of configs, tokenizers and weights.
 
         Nothing that could run code is ever among them unless it was named itself. Of several sets of weights there is

@@ -8,6 +8,7 @@ Knows nothing of jobs or guidance. Results differ by rounding alone.
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,13 +57,10 @@ def use_attention(transformer: ModelMixin, name: str, where: torch.device) -> st
         name: one of `BACKENDS`, or "auto".
         where: device it computes on.
     """
-    unmasked = [
-        attention
-        for block in transformer.modules()
-        if isinstance(block, WanTransformerBlock)
-        for attention in (block.attn1, block.attn2)
-        if type(attention) is WanAttention  # not its masked kind, which reads subjects beside the prompt
-    ]
+    blocks = [module for module in transformer.modules() if isinstance(module, WanTransformerBlock)]
+    both = chain.from_iterable((block.attn1, block.attn2) for block in blocks)
+    # Not its masked kind, which reads subjects beside the prompt.
+    unmasked = [attention for attention in both if type(attention) is WanAttention]
     shape = (1, 64, unmasked[0].heads, unmasked[0].inner_dim // unmasked[0].heads)
     trial = torch.zeros(shape, dtype=transformer.dtype, device=where)
     for candidate in PREFERRED if name == "auto" else (name,):

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -303,8 +304,8 @@ def fitting(transformer: nn.Module, path: Path) -> tuple[Fitting, Matched]:
     _refuse_other_width(transformer, path, found)
     modules, parameters = dict(transformer.named_modules()), dict(transformer.named_parameters())
     fits = [(name, change) for name, change in found if _fits(modules.get(name), parameters.get(name), change)]
-    placed = {key for _, change in fits for key in change.keys}
-    keys = [key for change in changes.values() for key in change.keys]
+    placed = set(chain.from_iterable(change.keys for _, change in fits))
+    keys = list(chain.from_iterable(change.keys for change in changes.values()))
     if not placed:
         family = next(
             (said for pattern, said in _OTHER_FAMILIES.items() if any(re.search(pattern, k) for k in keys)), ""

@@ -49,7 +49,9 @@ def visiting(
     """
     named = [(name, name in set(once)) for name in (*lists, *once)]
     found = [(blocks, brief) for name, brief in named if (blocks := _find(model, name)) is not None]
-    waiting = {id(block) for blocks, _ in found for block in blocks}
+    waiting = set()
+    for blocks, _ in found:
+        waiting |= {id(block) for block in blocks}
     lines = [_Line(list(blocks), device, brief=brief) for blocks, brief in found]
     try:
         _move_others(model, waiting, device)

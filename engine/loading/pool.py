@@ -72,7 +72,8 @@ class ModelPool:
     def hardware(self) -> Hardware:
         """What there is to work with; what this worker holds already is counted as free, since it may let go of it."""
         found = probe_hardware("all")
-        ram = found.ram + sum(size for kind in ("cpu", "mps") for size in self._held(kind).values())
+        held = sum(self._held("cpu").values()) + sum(self._held("mps").values())
+        ram = found.ram + held
         if self.device.type in CARDS:
             card: Any = CARDS[self.device.type]
             free, total = card.mem_get_info(self.device)

@@ -204,7 +204,9 @@ def _some(tensor: Tensor) -> Iterator[slice]:
 
 def num_bytes(model: nn.Module) -> int:
     """Memory of a model's weights and tables, in bytes, as they truly are; what two layers share counts once."""
-    found = {id(held): held for tensor in (*model.parameters(), *model.buffers()) for held in _held(tensor)}
+    found = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        found |= {id(held): held for held in _held(tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 

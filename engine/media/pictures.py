@@ -49,9 +49,13 @@ def read(path: Path) -> Image.Image:
         content = path.read_bytes()
     except OSError as error:
         reason = "No file is there." if not path.exists() else f"The system refuses it ({error.strerror})."
-        raise _picture_error(f"{path.name or path} cannot be read.", reason, "Choose a picture that is there.") from error
+        raise _picture_error(
+            f"{path.name or path} cannot be read.", reason, "Choose a picture that is there."
+        ) from error
     if not content:
-        raise _picture_error(f"{path.name} is empty.", "The file holds no bytes; a copy may have failed.", "Copy it again.")
+        raise _picture_error(
+            f"{path.name} is empty.", "The file holds no bytes; a copy may have failed.", "Copy it again."
+        )
     if content[4:8] == b"ftyp" and content[8:11] in (b"hei", b"hev", b"mif"):
         raise _picture_error(
             f"{path.name} is a HEIC picture.", "This studio does not read Apple's format.", "Export it as JPEG or PNG."
@@ -169,7 +173,8 @@ def pack(job: GenerateJob, preset: Preset) -> GenerateJob:
     pixels = [prepare_subject(subject, size=preset.reference_size) for subject in job.subjects]
     kept = [[picture.png for picture in subject.pictures] for subject in job.subjects]
     texts = [
-        [text or _encode_png(image) for text, image in zip(*both, strict=True)] for both in zip(kept, pixels, strict=True)
+        [text or _encode_png(image) for text, image in zip(*both, strict=True)]
+        for both in zip(kept, pixels, strict=True)
     ]
     while sum(len(text) for line in texts for text in line) > MAX_EMBEDDED:
         s, p = max(
@@ -231,14 +236,10 @@ def drop_foreign_paths(job: GenerateJob, folders: Iterable[Path]) -> GenerateJob
 
 
 def _replace_paths(job: GenerateJob, path_of: Callable[[Picture], str]) -> GenerateJob:
-    subjects = tuple(
-        subject.model_copy(
-            update={
-                "pictures": tuple(picture.model_copy(update={"path": path_of(picture)}) for picture in subject.pictures)
-            }
-        )
-        for subject in job.subjects
-    )
+    subjects = []
+    for subject in job.subjects:
+        moved = tuple(picture.model_copy(update={"path": path_of(picture)}) for picture in subject.pictures)
+        subjects.append(subject.model_copy(update={"pictures": moved}))
     return job.model_copy(update={"subjects": subjects})
 
 
@@ -253,7 +254,9 @@ def _decode_embedded(picture: Picture, size: int) -> Pixels:
     try:
         content = base64.b64decode(picture.png, validate=True)
     except ValueError as error:
-        raise _picture_error(f"{name} is not base64.", "The document was changed or cut off.", "Add it again.") from error
+        raise _picture_error(
+            f"{name} is not base64.", "The document was changed or cut off.", "Add it again."
+        ) from error
     image = _flatten_on_white(_decode(content, name, ("PNG",), most=_PREPARED_SIDE**2))
     if image.size != (size, size):  # made for a preset of another size, or made smaller by `pack`
         image = image.resize((size, size), Image.Resampling.LANCZOS)
@@ -426,8 +429,11 @@ def _flood_from_rim(rgb: Pixels) -> NDArray[np.bool_]:
     smooth = cv2.medianBlur(rgb, 5)
     high, wide = rgb.shape[:2]
     reached = np.zeros((high + 2, wide + 2), np.uint8)
-    rim = [(x, y) for y in (0, high - 1) for x in range(0, wide, 4)]
-    rim += [(x, y) for x in (0, wide - 1) for y in range(0, high, 4)]
+    rim = []
+    for y in (0, high - 1):
+        rim += [(x, y) for x in range(0, wide, 4)]
+    for x in (0, wide - 1):
+        rim += [(x, y) for y in range(0, high, 4)]
     for x, y in rim:
         if not reached[y + 1, x + 1]:
             cv2.floodFill(smooth, reached, (x, y), 0, (5,) * 3, (5,) * 3, 4 | cv2.FLOODFILL_MASK_ONLY | 255 << 8)

@@ -46,9 +46,9 @@ from engine.models.subject_tower import (
     SubjectBlock,
     Tower,
     VLMProjector,
+    build_tower,
     picture_positions,
     slots_of,
-    start,
     true_mask,
 )
 
@@ -191,6 +191,38 @@ TransformerBlockRegistry.register(
 # --- the whole model ------------------------------------------------------------------------------------------------
 
 
+def _check_identity_sizes(
+    patch_size: tuple[int, int, int], num_layers: int, identity_layers: int, subject_zoom: int
+) -> None:
+    if patch_size[0] != 1 or not 0 < identity_layers <= num_layers:
+        raise ValueError(
+            f"identity_layers={identity_layers} has to lie between 1 and num_layers={num_layers}, "
+            f"and patch_size={patch_size} has to leave time alone."
+        )
+    if subject_zoom < 1 or any(side * (subject_zoom - 1) % 2 for side in patch_size[1:]):
+        raise ValueError(f"subject_zoom={subject_zoom} cannot be centred on patches of {patch_size[1:]}.")
+
+
+def _new_subject_patch_embedding(
+    in_channels: int, dim: int, patch_size: tuple[int, int, int], subject_zoom: int
+) -> nn.Conv3d:
+    """A patch embedding of its own, started as a copy of Wan's.
+
+    A still picture of a subject on white is not a noisy frame, and the two have to be free to part in training while
+    the base may stay frozen.
+    """
+    _, down, across = patch_size
+    wider = subject_zoom - 1
+    return nn.Conv3d(
+        in_channels,
+        dim,
+        kernel_size=(1, down * subject_zoom, across * subject_zoom),
+        stride=patch_size,
+        padding=(0, down * wider // 2, across * wider // 2),
+        padding_mode="replicate",
+    )
+
+
 class IdentityWanTransformer3DModel(WanTransformer3DModel):
     """Wan with identity-preserving blocks in its first `identity_layers` layers.
 
@@ -247,13 +279,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         video_positions: bool = False,
         slot_keys: bool = False,
     ) -> None:
-        if patch_size[0] != 1 or not 0 < identity_layers <= num_layers:
-            raise ValueError(
-                f"identity_layers={identity_layers} has to lie between 1 and num_layers={num_layers}, "
-                f"and patch_size={patch_size} has to leave time alone."
-            )
-        if subject_zoom < 1 or any(side * (subject_zoom - 1) % 2 for side in patch_size[1:]):
-            raise ValueError(f"subject_zoom={subject_zoom} cannot be centred on patches of {patch_size[1:]}.")
+        _check_identity_sizes(patch_size, num_layers, identity_layers, subject_zoom)
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,
@@ -277,19 +303,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         block = (dim, ffn_dim, num_attention_heads, str(qk_norm), cross_attn_norm, eps, added_kv_proj_dim)
         carriers = [IdentityWanTransformerBlock(*block, cross=identity_cross) for _ in range(identity_layers)]
         self.blocks = nn.ModuleList([*carriers, *self.blocks])
-
-        # A patch embedding of its own, started as a copy of Wan's: a still picture of a subject on white is not a
-        # noisy frame, and the two have to be free to part in training while the base may stay frozen.
-        _, down, across = patch_size
-        wider = subject_zoom - 1
-        self.subject_patch_embedding = nn.Conv3d(
-            in_channels,
-            dim,
-            kernel_size=(1, down * subject_zoom, across * subject_zoom),
-            stride=patch_size,
-            padding=(0, down * wider // 2, across * wider // 2),
-            padding_mode="replicate",
-        )
+        self.subject_patch_embedding = _new_subject_patch_embedding(in_channels, dim, patch_size, subject_zoom)
         self.slot_embedding = nn.Embedding(max_subjects, dim)
         self.video_position_embedding = VideoPositions(dim, patch_size) if video_positions else None
         self.vlm_projector = VLMProjector(vlm_dim, dim, eps) if vlm_dim else None
@@ -395,7 +409,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         tokens, rotary_emb = self._subject_tokens(references)
         states = references.vlm_states
         vlm = self.vlm_projector(states) if states is not None and self.vlm_projector is not None else None
-        return start(references, tokens, rotary_emb, vlm)
+        return build_tower(references, tokens, rotary_emb, vlm)
 
     def _climb(self, tower: Tower) -> Iterator[LayerIdentity]:
         """One layer after the other, so that whoever does not keep them holds one at a time."""
@@ -406,8 +420,10 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
                 tokens, key, value = self._gradient_checkpointing_func(block, *arguments)
             else:
                 tokens, key, value = block(*arguments)
-            if tower.chosen is not None:
-                key, value = key[:, tower.chosen], None if value is None else value[:, tower.chosen]
+            if tower.kept_keys is not None:
+                key = key[:, tower.kept_keys]
+                if value is not None:
+                    value = value[:, tower.kept_keys]
             yield LayerIdentity(key, value, tower.mask, tower.present)
 
     def _subject_tokens(self, references: References) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:

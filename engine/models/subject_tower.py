@@ -2,7 +2,7 @@
 
 In:  patch tokens of the subjects' pictures and projected VLM states, with masks of what is there.
 Out: per layer the keys and values that the video reads in stage 3, kept as an `IdentityCache`.
-Knows nothing of the video, of time, of Wan's blocks or of how the cache is used (engine/models/identity_wan.py does).
+Knows nothing of the video, of time, of Wan's blocks or of how the cache is used (that is `identity_wan`).
 
 Shapes: B clips, N subjects, V pictures of a subject, L tokens of a subject (all its pictures), T VLM tokens, S keys of
 stage 3 (N * L + T), D model width.
@@ -67,43 +67,58 @@ class IdentityCache:
 
     def num_bytes(self) -> int:
         """Memory of the keys and values of all layers, in bytes."""
-        tensors = [t for layer in self.layers for t in (layer.key, layer.value) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        total = 0
+        for layer in self.layers:
+            total += layer.key.numel() * layer.key.element_size()
+            if layer.value is not None:
+                total += layer.value.numel() * layer.value.element_size()
+        return total
 
     def without_vlm(self) -> IdentityCache | None:
         """The same subjects without the VLM's tokens, sharing memory; None when there is no subject."""
         if self.num_subject_tokens == 0:
             return None
-        return replace(self, layers=tuple(_first_keys(layer, self.num_subject_tokens) for layer in self.layers))
+        layers = tuple(_keep_first_keys(layer, self.num_subject_tokens) for layer in self.layers)
+        return replace(self, layers=layers)
 
     def repeat_interleave(self, times: int) -> IdentityCache:
         """Each clip's subjects `times` in a row, for a batch that holds every clip that often."""
-
-        def repeated(layer: LayerIdentity) -> LayerIdentity:
-            rest = (None if t is None else t.repeat_interleave(times, 0) for t in layer[1:])
-            return LayerIdentity(layer.key.repeat_interleave(times, 0), *rest)
-
-        return replace(self, layers=tuple(repeated(layer) for layer in self.layers))
+        return replace(self, layers=tuple(_repeat_clips(layer, times) for layer in self.layers))
 
 
-def _first_keys(layer: LayerIdentity, count: int) -> LayerIdentity:
-    value = None if layer.value is None else layer.value[:, :count]
-    mask = true_mask(layer)
-    return LayerIdentity(layer.key[:, :count], value, *_usable(None if mask is None else mask[:, :count]))
+def _repeat_clips(layer: LayerIdentity, times: int) -> LayerIdentity:
+    key = layer.key.repeat_interleave(times, 0)
+    value, mask, present = layer.value, layer.mask, layer.present
+    if value is not None:
+        value = value.repeat_interleave(times, 0)
+    if mask is not None:
+        mask = mask.repeat_interleave(times, 0)
+    if present is not None:
+        present = present.repeat_interleave(times, 0)
+    return LayerIdentity(key, value, mask, present)
+
+
+def _keep_first_keys(layer: LayerIdentity, count: int) -> LayerIdentity:
+    value, mask = layer.value, true_mask(layer)
+    if value is not None:
+        value = value[:, :count]
+    if mask is not None:
+        mask = mask[:, :count]
+    return LayerIdentity(layer.key[:, :count], value, *_make_usable(mask))
 
 
 def true_mask(layer: LayerIdentity) -> Tensor | None:
-    """The layer's mask without the stand-in that `_usable` puts into rows that have no key."""
+    """The layer's mask as it was before `_make_usable` unmasked the rows that have no key."""
     if layer.mask is None or layer.present is None:
         return layer.mask
     return layer.mask & layer.present.unsqueeze(-1)
 
 
-def _usable(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A key mask that attention can take, and which rows had a key at all.
+def _make_usable(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A key mask that attention can take, and which rows had a key at all (None: all rows).
 
-    A row of nothing but masked keys makes softmax 0 / 0, so such a row looks at everything and its result is
-    multiplied by zero. A mask that masks nothing is dropped: attention without one is faster.
+    In a row whose keys are all masked softmax would be 0 / 0. Such a row is unmasked here, and the caller multiplies
+    its result by zero. A mask that masks nothing becomes None: attention without a mask is faster.
     """
     if mask is None or bool(mask.all()):
         return None, None
@@ -111,6 +126,13 @@ def _usable(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if bool(present.all()):
         return mask, None
     return mask | ~present.unsqueeze(-1), present
+
+
+def add_head_axes(key_mask: Tensor | None) -> Tensor | None:
+    """(B, S) -> (B, 1, 1, S): the shape of a mask that attention applies to every head and every query."""
+    if key_mask is None:
+        return None
+    return key_mask[:, None, None, :]
 
 
 # --- the subject tower: stages 1 and 2, and what stage 3 reads ------------------------------------------------------
@@ -135,16 +157,19 @@ class OthersAttnProcessor:
         query = attn.norm_q(attn.to_q(hidden_states)).flatten(0, 1).unflatten(-1, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(-1, (attn.heads, -1))
         value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
-        others = _others(N, hidden_states.device)
+        others = _other_subjects(N, hidden_states.device)
         key, value = (t[:, others].reshape(B * N, (N - 1) * L, attn.heads, -1) for t in (key, value))
         out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
         out = out.flatten(2, 3).type_as(query).unflatten(0, (B, N))
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def _others(N: int, device: torch.device) -> Tensor:
+def _other_subjects(N: int, device: torch.device) -> Tensor:
     """(N, N - 1): for each subject the numbers of all the others."""
-    return torch.tensor([[j for j in range(N) if j != i] for i in range(N)], device=device)
+    rows = []
+    for subject in range(N):
+        rows.append([other for other in range(N) if other != subject])
+    return torch.tensor(rows, device=device)
 
 
 class TowerMasks(NamedTuple):
@@ -159,6 +184,10 @@ class SubjectBlock(nn.Module):
     """Stages 1 and 2 of one layer, and the keys and values that stage 3 of that layer reads.
 
     A stage that is switched off has no parameters and passes its input through.
+
+    Args:
+        intra, inter, cross: stages 1, 2 and 3 on or off.
+        slot_keys: how many slots the keys of stage 3 can carry the embedding of; 0: none.
     """
 
     def __init__(
@@ -166,16 +195,33 @@ class SubjectBlock(nn.Module):
     ) -> None:
         super().__init__()
         head = {"dim": dim, "heads": num_heads, "dim_head": dim // num_heads, "eps": eps}
-        self.norm1 = FP32LayerNorm(dim, eps) if intra else None
-        self.attn1 = WanAttention(**head, processor=WanAttnProcessor()) if intra else None
-        self.norm2 = FP32LayerNorm(dim, eps) if inter else None
-        self.attn2 = WanAttention(**head, processor=OthersAttnProcessor(), is_cross_attention=True) if inter else None
-        self.gate = nn.Linear(dim, dim) if inter else None
-        self.norm3 = FP32LayerNorm(dim, eps) if cross else None
-        self.to_k = nn.Linear(dim, dim) if cross else None
-        self.to_v = nn.Linear(dim, dim) if cross else None
-        self.norm_k = nn.RMSNorm(dim, eps=eps) if cross else None
-        self.slot_key = nn.Embedding(slot_keys, dim) if cross and slot_keys else None
+        # The order of the modules is that of the random numbers they start from.
+        self.norm1: FP32LayerNorm | None = None
+        self.attn1: WanAttention | None = None
+        if intra:
+            self.norm1 = FP32LayerNorm(dim, eps)
+            self.attn1 = WanAttention(**head, processor=WanAttnProcessor())
+
+        self.norm2: FP32LayerNorm | None = None
+        self.attn2: WanAttention | None = None
+        self.gate: nn.Linear | None = None
+        if inter:
+            self.norm2 = FP32LayerNorm(dim, eps)
+            self.attn2 = WanAttention(**head, processor=OthersAttnProcessor(), is_cross_attention=True)
+            self.gate = nn.Linear(dim, dim)
+
+        self.norm3: FP32LayerNorm | None = None
+        self.to_k: nn.Linear | None = None
+        self.to_v: nn.Linear | None = None
+        self.norm_k: nn.RMSNorm | None = None
+        self.slot_key: nn.Embedding | None = None
+        if cross:
+            self.norm3 = FP32LayerNorm(dim, eps)
+            self.to_k = nn.Linear(dim, dim)
+            self.to_v = nn.Linear(dim, dim)
+            self.norm_k = nn.RMSNorm(dim, eps=eps)
+        if cross and slot_keys:
+            self.slot_key = nn.Embedding(slot_keys, dim)
 
     def forward(
         self,
@@ -186,62 +232,83 @@ class SubjectBlock(nn.Module):
         rotary_emb: tuple[Tensor, Tensor] | None,
         masks: TowerMasks,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Subjects, one layer further, with the key and value (B, S, D) of stage 3 (bare tokens, None without it)."""
+        """One layer of the tower.
+
+        Returns:
+            The subjects' tokens after stages 1 and 2, and the key and value (B, S, D) that stage 3 reads. Without
+            stage 3 the key is the bare tokens and the value is None.
+        """
         if tokens_BNLD is not None:
-            tokens_BNLD = self._within(tokens_BNLD, rotary_emb, masks)
-            tokens_BNLD = self._between(tokens_BNLD, masks)
+            tokens_BNLD = self._attend_within(tokens_BNLD, rotary_emb, masks)
+            tokens_BNLD = self._attend_between(tokens_BNLD, masks)
         if self.norm3 is None or self.to_k is None or self.to_v is None or self.norm_k is None:
-            return tokens_BNLD, _joined(tokens_BNLD, vlm_BTD), None
-        normed = None if tokens_BNLD is None else self.norm3(tokens_BNLD)
-        context = _joined(normed, vlm_BTD)
+            return tokens_BNLD, _join_tokens(tokens_BNLD, vlm_BTD), None
+        if tokens_BNLD is None:
+            context = _join_tokens(None, vlm_BTD)
+            return None, self.norm_k(self.to_k(context)), self.to_v(context)
+        context = _join_tokens(self.norm3(tokens_BNLD), vlm_BTD)
+        tokens_per_subject = tokens_BNLD.shape[2]
         value = self.to_v(context)
-        if weights_BN is not None and tokens_BNLD is not None:
-            value = value * _per_key(weights_BN.to(value.dtype), tokens_BNLD.shape[2], value.shape[1]).unsqueeze(-1)
+        if weights_BN is not None:
+            weights_BS = _spread_over_keys(weights_BN.to(value.dtype), tokens_per_subject, value.shape[1])
+            value = value * weights_BS.unsqueeze(-1)
         key = self.norm_k(self.to_k(context))
-        if self.slot_key is not None and tokens_BNLD is not None and slots_BN is not None:
-            worn = self.slot_key(slots_BN).to(key.dtype)  # (B or 1, N, D)
-            worn = worn.repeat_interleave(tokens_BNLD.shape[2], dim=1)
-            key = key + nn.functional.pad(worn, (0, 0, 0, key.shape[1] - worn.shape[1]))
+        if self.slot_key is not None and slots_BN is not None:
+            slot_keys = self.slot_key(slots_BN).to(key.dtype)  # (B or 1, N, D)
+            slot_keys = slot_keys.repeat_interleave(tokens_per_subject, dim=1)
+            key = key + nn.functional.pad(slot_keys, (0, 0, 0, key.shape[1] - slot_keys.shape[1]))
         return tokens_BNLD, key, value
 
-    def _within(self, f: Tensor, rotary_emb: tuple[Tensor, Tensor] | None, masks: TowerMasks) -> Tensor:
+    def _attend_within(self, f: Tensor, rotary_emb: tuple[Tensor, Tensor] | None, masks: TowerMasks) -> Tensor:
         """Stage 1, with the residual that S.9 leaves out (a zero start would erase the subject otherwise)."""
         if self.attn1 is None or self.norm1 is None:
             return f
         flat = self.norm1(f).flatten(0, 1)
         return f + self.attn1(flat, None, masks.within, rotary_emb).view_as(f)
 
-    def _between(self, f: Tensor, masks: TowerMasks) -> Tensor:
-        """Stage 2; a single subject has nobody to look at and stays as it is."""
+    def _attend_between(self, f: Tensor, masks: TowerMasks) -> Tensor:
+        """Stage 2; a single subject has no others to attend to and stays as it is."""
         if self.attn2 is None or self.norm2 is None or self.gate is None or f.shape[1] < 2:
             return f
         normed = self.norm2(f)
-        seen = torch.sigmoid(self.gate(normed)) * self.attn2(normed, None, masks.others)
-        return f + (seen if masks.has_others is None else seen * masks.has_others.to(seen.dtype))
+        gated = torch.sigmoid(self.gate(normed)) * self.attn2(normed, None, masks.others)
+        if masks.has_others is not None:
+            gated = gated * masks.has_others.to(gated.dtype)
+        return f + gated
 
 
-def _joined(tokens_BNLD: Tensor | None, vlm_BTD: Tensor | None) -> Tensor:
+def _join_tokens(tokens_BNLD: Tensor | None, vlm_BTD: Tensor | None) -> Tensor:
     """All subjects' tokens, then the VLM's: (B, S, D)."""
-    parts = [] if tokens_BNLD is None else [tokens_BNLD.flatten(1, 2)]
-    parts += [] if vlm_BTD is None else [vlm_BTD]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    parts: list[Tensor] = []
+    if tokens_BNLD is not None:
+        parts.append(tokens_BNLD.flatten(1, 2))
+    if vlm_BTD is not None:
+        parts.append(vlm_BTD)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, dim=1)
 
 
-def _per_key(values_BN: Tensor, tokens_per_subject: int, num_keys: int) -> Tensor:
+def _spread_over_keys(values_BN: Tensor, tokens_per_subject: int, num_keys: int) -> Tensor:
     """One value per subject -> one per key, 1 for the VLM's: (B, S)."""
     subjects = values_BN.repeat_interleave(tokens_per_subject, dim=1)
     return nn.functional.pad(subjects, (0, num_keys - subjects.shape[1]), value=1)
 
 
 def picture_positions(height: int, width: int, dim: int) -> Tensor:
-    """Where in a picture a token lies: sines of its share of height and width, half a wave to eight, (h * w, D)."""
+    """Where in a picture each token lies, (h * w, D): sines of its share of height and width, half a wave to eight."""
     waves = torch.pi * 16 ** torch.linspace(0, 1, dim // 4)
-    sides = [(torch.arange(count) + 0.5) / count for count in (height, width)]
-    down, across = (
-        torch.cat([(side.unsqueeze(1) * waves).sin(), (side.unsqueeze(1) * waves).cos()], 1) for side in sides
-    )
-    both = torch.cat([down.repeat_interleave(width, 0), across.repeat(height, 1)], 1)
+    down = _sines_along_side(height, waves).repeat_interleave(width, 0)
+    across = _sines_along_side(width, waves).repeat(height, 1)
+    both = torch.cat([down, across], 1)
     return 0.7 * nn.functional.pad(both, (0, dim - both.shape[1]))
+
+
+def _sines_along_side(count: int, waves: Tensor) -> Tensor:
+    """Sines, then cosines, of `count` tokens along one side, (count, 2 * waves)."""
+    share = (torch.arange(count) + 0.5) / count
+    angles = share.unsqueeze(1) * waves
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class VLMProjector(nn.Module):
@@ -259,7 +326,7 @@ class VLMProjector(nn.Module):
         return self.linear_2(nn.functional.gelu(self.linear_1(states), approximate="tanh"))
 
 
-# --- the ground floor: who is there, and which keys survive -----------------------------------------------------------
+# --- before the first layer: which subjects are there, and which keys are kept ----------------------------------------
 
 
 class Tower(NamedTuple):
@@ -271,19 +338,19 @@ class Tower(NamedTuple):
     slots: Tensor | None  # (B, N) or (1, N)
     rotary_emb: tuple[Tensor, Tensor] | None
     masks: TowerMasks
-    chosen: Tensor | None  # numbers of the keys of stage 3 that exist; None: all do, or they differ between clips
+    kept_keys: Tensor | None  # indices of the keys of stage 3 to keep; None: all, or they differ between clips
     mask: Tensor | None  # (B, S), see LayerIdentity
     present: Tensor | None  # (B,), see LayerIdentity
     num_subject_keys: int
 
 
-def start(
+def build_tower(
     references: References,
     tokens_BNLD: Tensor | None,
     rotary_emb: tuple[Tensor, Tensor] | None,
     vlm_BTD: Tensor | None,
 ) -> Tower | None:
-    """Sort out who is there; None when there is neither a subject nor a VLM token.
+    """The tower with the masks of what is there; None when there is neither a subject nor a VLM token.
 
     Args:
         references: masks and weights of the batch.
@@ -293,69 +360,90 @@ def start(
     """
     if tokens_BNLD is None and vlm_BTD is None:
         return None
-    there = _presence(references)
-    masks = TowerMasks() if tokens_BNLD is None or there is None else _tower_masks(there, tokens_BNLD)
-    keys = _key_mask(there, tokens_BNLD, references.vlm_mask, vlm_BTD)
-    num_subject_keys = 0 if tokens_BNLD is None else tokens_BNLD.shape[1] * tokens_BNLD.shape[2]
-    chosen = None
-    if keys is not None and bool((keys == keys[:1]).all()):
-        # Clips that lack the same keys (one clip above all) lose them for good, not by a mask at every step.
-        chosen = keys[0].nonzero().flatten()
-        num_subject_keys = int(keys[0, :num_subject_keys].sum())
-        keys = None
-        if len(chosen) == 0:
-            return None
-    mask, present = _usable(keys)
-    weights, slots = references.weights, None
+    picture_mask = _mask_pictures(references)
+    masks = TowerMasks()
+    slots = None
+    num_subject_keys = 0
     if tokens_BNLD is not None:
-        slots = slots_of(references, tokens_BNLD.shape[1], tokens_BNLD.device)
-    return Tower(tokens_BNLD, vlm_BTD, weights, slots, rotary_emb, masks, chosen, mask, present, num_subject_keys)
+        _, N, L, _ = tokens_BNLD.shape
+        if picture_mask is not None:
+            masks = _mask_tower(picture_mask, tokens_BNLD)
+        slots = slots_of(references, N, tokens_BNLD.device)
+        num_subject_keys = N * L
+    key_mask = _mask_keys(picture_mask, tokens_BNLD, references.vlm_mask, vlm_BTD)
+    kept_keys = None
+    if key_mask is not None and bool((key_mask == key_mask[:1]).all()):
+        # Where all clips lack the same keys (always so with one clip), these are dropped once, here, instead of being
+        # masked at every step.
+        kept_keys = key_mask[0].nonzero().flatten()
+        num_subject_keys = int(key_mask[0, :num_subject_keys].sum())
+        key_mask = None
+        if len(kept_keys) == 0:
+            return None
+    mask, present = _make_usable(key_mask)
+    weights = references.weights
+    return Tower(tokens_BNLD, vlm_BTD, weights, slots, rotary_emb, masks, kept_keys, mask, present, num_subject_keys)
 
 
 def slots_of(references: References, N: int, device: torch.device) -> Tensor:
-    """Which slot each of N subjects wears: (B, N) or (1, N)."""
-    return torch.arange(N, device=device).unsqueeze(0) if references.slots is None else references.slots
+    """Which slot embedding each of N subjects has: (B, N) or (1, N)."""
+    if references.slots is not None:
+        return references.slots
+    return torch.arange(N, device=device).unsqueeze(0)
 
 
-def _presence(references: References) -> Tensor | None:
+def _mask_pictures(references: References) -> Tensor | None:
     """(B, N, V): True where a picture is there and its subject's weight is above 0; None: everywhere."""
     mask, weights, latents = references.mask, references.weights, references.latents
     if latents is None or (mask is None and weights is None):
         return None
-    there = torch.ones(latents.shape[:3], dtype=torch.bool, device=latents.device) if mask is None else mask.bool()
-    there = there if weights is None else there & (weights > 0).unsqueeze(-1)
-    return None if bool(there.all()) else there
+    if mask is None:
+        there = torch.ones(latents.shape[:3], dtype=torch.bool, device=latents.device)
+    else:
+        there = mask.bool()
+    if weights is not None:
+        there = there & (weights > 0).unsqueeze(-1)
+    if bool(there.all()):
+        return None
+    return there
 
 
-def _tower_masks(there_BNV: Tensor, tokens_BNLD: Tensor) -> TowerMasks:
-    """Masks of stages 1 and 2: missing pictures are not looked at, missing subjects neither."""
-    B, N, L, _ = tokens_BNLD.shape
-    tokens = there_BNV.repeat_interleave(L // there_BNV.shape[2], dim=2)  # (B, N, L)
-    within, _ = _usable(tokens.flatten(0, 1))
+def _mask_tower(picture_mask_BNV: Tensor, tokens_BNLD: Tensor) -> TowerMasks:
+    """Masks of stages 1 and 2: neither missing pictures nor missing subjects are attended to."""
+    B, N, _, _ = tokens_BNLD.shape
+    token_mask = _spread_over_tokens(picture_mask_BNV, tokens_BNLD)
+    within, _ = _make_usable(token_mask.flatten(0, 1))
     others, has_others = None, None
     if N > 1:
-        others, has_others = _usable(tokens[:, _others(N, tokens.device)].reshape(B * N, -1))
-    return TowerMasks(
-        within=None if within is None else within[:, None, None, :],
-        others=None if others is None else others[:, None, None, :],
-        has_others=None if has_others is None else has_others.view(B, N, 1, 1),
-    )
+        numbers = _other_subjects(N, token_mask.device)
+        others, has_others = _make_usable(token_mask[:, numbers].reshape(B * N, -1))
+    if has_others is not None:
+        has_others = has_others.view(B, N, 1, 1)
+    return TowerMasks(add_head_axes(within), add_head_axes(others), has_others)
 
 
-def _key_mask(
-    there_BNV: Tensor | None, tokens_BNLD: Tensor | None, vlm_mask_BT: Tensor | None, vlm_BTD: Tensor | None
+def _mask_keys(
+    picture_mask_BNV: Tensor | None, tokens_BNLD: Tensor | None, vlm_mask_BT: Tensor | None, vlm_BTD: Tensor | None
 ) -> Tensor | None:
     """(B, S): which keys of stage 3 count; None: all of them."""
-    if there_BNV is None and (vlm_mask_BT is None or vlm_BTD is None):
+    if picture_mask_BNV is None and (vlm_mask_BT is None or vlm_BTD is None):
         return None
     parts: list[Tensor] = []
     if tokens_BNLD is not None:
         B, N, L, _ = tokens_BNLD.shape
-        if there_BNV is None:
+        if picture_mask_BNV is None:
             parts.append(torch.ones(B, N * L, dtype=torch.bool, device=tokens_BNLD.device))
         else:
-            parts.append(there_BNV.repeat_interleave(L // there_BNV.shape[2], dim=2).flatten(1, 2))
+            parts.append(_spread_over_tokens(picture_mask_BNV, tokens_BNLD).flatten(1, 2))
     if vlm_BTD is not None:
-        everything = torch.ones(vlm_BTD.shape[:2], dtype=torch.bool, device=vlm_BTD.device)
-        parts.append(everything if vlm_mask_BT is None else vlm_mask_BT.bool())
+        if vlm_mask_BT is None:
+            parts.append(torch.ones(vlm_BTD.shape[:2], dtype=torch.bool, device=vlm_BTD.device))
+        else:
+            parts.append(vlm_mask_BT.bool())
     return torch.cat(parts, dim=1)
+
+
+def _spread_over_tokens(picture_mask_BNV: Tensor, tokens_BNLD: Tensor) -> Tensor:
+    """The mask of pictures as a mask of their tokens, (B, N, L)."""
+    tokens_per_picture = tokens_BNLD.shape[2] // picture_mask_BNV.shape[2]
+    return picture_mask_BNV.repeat_interleave(tokens_per_picture, dim=2)

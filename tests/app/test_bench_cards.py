@@ -11,7 +11,19 @@ import pytest
 import torch
 
 from app.bench import cards as bench_cards
-from app.bench.cards import SHAPES, WAYS, WORDS, Way, _child, cards, drawn, fits, main, measure, measure_decode
+from app.bench.cards import (
+    SHAPES,
+    WAYS,
+    WORDS,
+    Way,
+    _run_child,
+    build_random_model,
+    main,
+    measure,
+    measure_cards,
+    measure_decode,
+    measure_fits,
+)
 from engine import presets
 from engine.hardware import costs
 from engine.hardware.plan import CONTEXT
@@ -62,7 +74,7 @@ def test_the_decoder_is_measured_on_the_card(tiled: bool) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "nf4"])
 def test_random_weights_are_as_many_as_the_plan_counts(precision: str) -> None:
-    model = drawn(TINY, precision, CPU, CPU)
+    model = build_random_model(TINY, precision, CPU, CPU)
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.rope.buffers())
     held = quantize.num_bytes(model) - tables
     assert costs.transformer_weights(TINY).num_bytes(precision, 4) == pytest.approx(held, rel=0.02)
@@ -101,9 +113,9 @@ def test_every_preset_size_and_profile_of_a_card_is_measured_once_and_compared(
         beside = costs.cache_bytes(shape, costs.Load(tokens, frames, 0, 2, read, 1, 1), 2)
         return {"reserved": 1.05 * (held(way.precision, 2) + beside + costs.forward_bytes(shape, tokens, 2))}
 
-    monkeypatch.setattr(bench_cards, "_child", child)
+    monkeypatch.setattr(bench_cards, "_run_child", child)
     monkeypatch.setattr(bench_cards, "measure", measured)
-    rows = list(fits(Hardware("cuda", "a card", 24 * GB, 64 * GB, 500 * GB)))
+    rows = list(measure_fits(Hardware("cuda", "a card", 24 * GB, 64 * GB, 500 * GB)))
     assert len(asked) == len(set(asked)) < len(rows) == len({row.key for row in rows})
     there = {(row.key.rsplit("-", 2)[0]).removeprefix("fit-") for row in rows}
     assert there == set(presets.names()) - {"toybox"}
@@ -114,10 +126,10 @@ def test_every_preset_size_and_profile_of_a_card_is_measured_once_and_compared(
 def test_a_child_that_is_killed_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     killed = subprocess.CompletedProcess([], -9, "", "")
     monkeypatch.setattr(bench_cards.subprocess, "run", lambda *_, **__: killed)
-    assert _child([]) == "failed: it ended with code -9 and said nothing"
+    assert _run_child([]) == "failed: it ended with code -9 and said nothing"
 
 
 def test_without_a_card_the_rows_stay_open() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    assert {row.value for row in cards("")} == {"open: no card here"}
+    assert {row.value for row in measure_cards("")} == {"open: no card here"}

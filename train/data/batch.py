@@ -80,12 +80,20 @@ def join_batches(parts: list[Batch]) -> Batch:
     """One batch of all samples, in fp32; VLM tokens are padded to the longest sample that counts."""
     longest = max(int(part.vlm_mask.sum(1).max()) for part in parts)
 
-    def trimmed(tensor: Tensor, name: str) -> Tensor:
+    def pad_and_widen(tensor: Tensor, name: str) -> Tensor:
         if name in ("vlm", "vlm_mask"):
             short = longest - tensor.shape[1]
-            edge = (0, short) if tensor.ndim == 2 else (0, 0, 0, short)
+            edge: tuple[int, ...] = (0, 0, 0, short)
+            if tensor.ndim == 2:
+                edge = (0, short)
             tensor = torch.nn.functional.pad(tensor, edge)
-        return tensor.float() if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            return tensor.float()
+        return tensor
 
     names = [field.name for field in fields(Batch)]
-    return Batch(**{name: torch.cat([trimmed(getattr(part, name), name) for part in parts]) for name in names})
+    whole = {}
+    for name in names:
+        own = [pad_and_widen(getattr(part, name), name) for part in parts]
+        whole[name] = torch.cat(own)
+    return Batch(**whole)

@@ -21,7 +21,9 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
         below, same = values[:, None] > values, values[:, None] == values
         ranks.append(below.sum(1) + (same.sum(1) - 1) / 2)
     spread = float(ranks[0].std() * ranks[1].std())
-    return float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / spread) if spread else 0.0
+    if spread == 0:
+        return 0.0
+    return float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / spread)
 
 
 def interval(values: Sequence[Sequence[float]], *, seed: int = 0) -> Interval | None:
@@ -41,6 +43,14 @@ def as_text(rows: dict[str, dict[str, Interval | None]]) -> str:
     questions = list(next(iter(rows.values())))
     lines = [f"| | {' | '.join(questions)} |", f"|---|{'---|' * len(questions)}"]
     for name, figures in rows.items():
-        cells = ["-" if each is None else "{:.2f} ({:.2f} to {:.2f})".format(*each) for each in figures.values()]
+        cells = [_cell(each) for each in figures.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(figure: Interval | None) -> str:
+    """One cell of the table: "0.50 (0.40 to 0.60)", or a dash where there is no figure."""
+    if figure is None:
+        return "-"
+    mean, low, high = figure
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"

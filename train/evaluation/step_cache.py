@@ -51,7 +51,9 @@ class Forwards:
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
     """How alike two clips are, uint8 of one shape; dB, 99 for equal ones."""
     error = np.square(first.astype(np.float64) - second).mean()
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+    if error == 0:
+        return 99.0
+    return float(10 * np.log10(255**2 / error))
 
 
 def measure(preset: str, jobs: Sequence[GenerateJob]) -> dict[str, dict[str, float]]:
@@ -68,7 +70,8 @@ def measure(preset: str, jobs: Sequence[GenerateJob]) -> dict[str, dict[str, flo
             whole: np.ndarray | None = None
             for word, rows in found.items():
                 frames, asked, weakest = _made(job, word, Path(folder), pool, transformer)
-                whole = frames if whole is None else whole
+                if whole is None:  # the first word is "off"
+                    whole = frames
                 rows.append((asked, psnr(whole, frames), weakest))
             left = (time.monotonic() - began) / (number + 1) * (len(jobs) - number - 1)
             sys.stderr.write(f"{number + 1} of {len(jobs)} jobs, about {duration(left)} left\n")
@@ -97,7 +100,9 @@ def _made(
     with Forwards(transformer) as forwards:
         saved = run.run(job, _quiet, outputs=folder, clip=folder / "clip.mp4", pool=pool)
     frames = video.read_frames(saved.clip, display_scale=preset.display_scale)
-    weakest = float("nan") if saved.weakest is None else saved.weakest
+    weakest = saved.weakest
+    if weakest is None:
+        weakest = float("nan")
     return frames, forwards.count / len(branches(job.sampling)), weakest
 
 

@@ -23,11 +23,10 @@ def save(
 ) -> None:
     """Write groups of named tensors and the step they belong to; the one before stays until this is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {
-        f"{group}/{name}": t.detach().contiguous().clone()
-        for group, named in groups.items()
-        for name, t in named.items()
-    }
+    flat = {}
+    for group, named in groups.items():
+        for name, tensor in named.items():
+            flat[f"{group}/{name}"] = tensor.detach().contiguous().clone()
     metadata = {"step": str(step), "notes": json.dumps(dict(notes or {}))}
     fresh = folder / "state.new.safetensors"
     save_file(flat, fresh, metadata=metadata)
@@ -52,9 +51,11 @@ def load(folder: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's moments and step counts, one entry per parameter index."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
-    }
+    tensors = {}
+    for index, values in state.items():
+        for name, value in values.items():
+            tensors[f"{index}.{name}"] = torch.as_tensor(value)
+    return tensors
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -98,4 +99,7 @@ class Ema:
 
 def count_parameters(modules: Iterable[nn.Module]) -> int:
     """Parameters of all modules together."""
-    return sum(p.numel() for module in modules for p in module.parameters())
+    count = 0
+    for module in modules:
+        count += sum(parameter.numel() for parameter in module.parameters())
+    return count

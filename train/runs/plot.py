@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import chain
 from pathlib import Path
 
 WINDOWS = 60  # points of a curve: each is the mean of a window of updates
@@ -37,15 +38,16 @@ def curves(lines: Iterable[str], windows: int = WINDOWS) -> dict[str, list[Point
     for step, record in found.items():
         for name in record.keys() - {"step", "time"}:
             sums.setdefault(name, {}).setdefault(int((step - 1) / width), []).append(record[name])
-    return {
-        name: [((window + 0.5) * width, sum(seen) / len(seen)) for window, seen in sorted(all_of.items())]
-        for name, all_of in sorted(sums.items())
-    }
+    means: dict[str, list[Point]] = {}
+    for name, own in sorted(sums.items()):
+        means[name] = [((window + 0.5) * width, sum(seen) / len(seen)) for window, seen in sorted(own.items())]
+    return means
 
 
 def drawn(found: Mapping[str, Sequence[Point]]) -> str:
     """One panel for each figure, below each other, all over the same updates."""
-    last = max((x for points in found.values() for x, _ in points), default=1.0)
+    steps = [x for x, _ in chain.from_iterable(found.values())]
+    last = max(steps, default=1.0)
     panels = [_panel(name, points, last, number) for number, (name, points) in enumerate(found.items())]
     high = HEIGHT * max(1, len(panels))
     style = "text{font:12px system-ui,sans-serif;fill:#1c1f26}"

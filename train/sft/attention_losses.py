@@ -55,11 +55,10 @@ def record_attention(model: Any) -> Iterator[RecordedAttention]:
     def note_words(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.words.append((module, inputs[0], inputs[1]))
 
-    handles = [
-        module.register_forward_pre_hook(note)
-        for block in blocks
-        for module, note in ((block.identity, note_pictures), (block.attn2, note_words))
-    ]
+    handles = []
+    for block in blocks:
+        handles.append(block.identity.register_forward_pre_hook(note_pictures))
+        handles.append(block.attn2.register_forward_pre_hook(note_words))
     try:
         yield seen
     finally:
@@ -176,7 +175,7 @@ def region_alignment_loss(seen: RecordedAttention, instance_ids_BQ: Tensor, near
         surprise = -right.clamp(min=1e-6).log()
         for places in (instance_ids_BQ > 0, instance_ids_BQ == 0):
             losses.append((surprise * places).sum() / places.sum().clamp(min=1))
-    return torch.stack(losses).mean() if losses else torch.zeros(())
+    return _mean_loss(losses)
 
 
 def slot_alignment_loss(seen: RecordedAttention, instance_ids_BQ: Tensor, count: int) -> Tensor:
@@ -198,7 +197,7 @@ def slot_alignment_loss(seen: RecordedAttention, instance_ids_BQ: Tensor, count:
         scores = query @ worn[:count].T / (module.heads * width**0.5)  # mean over heads
         surprise = nn.functional.cross_entropy(scores.transpose(1, 2), wanted, reduction="none")
         losses.append((surprise * places).sum() / places.sum().clamp(min=1))
-    return torch.stack(losses).mean() if losses else torch.zeros(())
+    return _mean_loss(losses)
 
 
 def word_alignment_loss(seen: RecordedAttention, instance_ids_BQ: Tensor, numbers_BL: Tensor) -> Tensor:
@@ -220,4 +219,11 @@ def word_alignment_loss(seen: RecordedAttention, instance_ids_BQ: Tensor, number
         shares = (query[..., :width] @ key[..., :width].transpose(1, 2) * width**-0.5).softmax(-1)
         surprise = -(shares * right).sum(-1).clamp(min=1e-6).log()
         losses.append((surprise * places).sum() / places.sum().clamp(min=1))
-    return torch.stack(losses).mean() if losses else torch.zeros(())
+    return _mean_loss(losses)
+
+
+def _mean_loss(losses: list[Tensor]) -> Tensor:
+    """Mean of the losses of several layers; 0 where no layer was recorded."""
+    if not losses:
+        return torch.zeros(())
+    return torch.stack(losses).mean()

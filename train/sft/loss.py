@@ -49,13 +49,18 @@ def surroundings(instance_ids: Tensor, patch: int, rng: np.random.Generator) -> 
     Returns:
         (B, F, h / patch, w / patch), True inside.
     """
-    slots = [
-        int(rng.choice(np.unique(clip[clip > 0]))) if bool((clip > 0).any()) else 0
-        for clip in instance_ids.cpu().numpy()
-    ]
+    slots = [_draw_slot(clip, rng) for clip in instance_ids.cpu().numpy()]
     held = (instance_ids == torch.tensor(slots, device=instance_ids.device).view(-1, 1, 1, 1)).float()
     coarse = nn.functional.max_pool2d(held, patch)
     return nn.functional.max_pool2d(coarse, 3, stride=1, padding=1) > 0
+
+
+def _draw_slot(clip: np.ndarray, rng: np.random.Generator) -> int:
+    """One of the slots that a clip shows, at random; 0 where it shows no subject."""
+    slots = np.unique(clip[clip > 0])
+    if len(slots) == 0:
+        return 0
+    return int(rng.choice(slots))
 
 
 @contextmanager
@@ -71,12 +76,11 @@ def at_moments(model: Any, moments: Tensor, frames: int) -> Iterator[None]:
         return output.unflatten(1, (frames, -1))[:, moments].flatten(1, 2)
 
     places = [model.rope, getattr(model, "video_position_embedding", None)]
-    handles = [
-        handle
-        for module in places
-        if module is not None
-        for handle in (module.register_forward_pre_hook(whole), module.register_forward_hook(chosen))
-    ]
+    handles = []
+    for module in places:
+        if module is not None:
+            handles.append(module.register_forward_pre_hook(whole))
+            handles.append(module.register_forward_hook(chosen))
     try:
         yield
     finally:
@@ -125,19 +129,15 @@ def loss_at(
     frames = batch.latents.shape[2]
     moving, placed = frames > 1, nullcontext()
     if sparse:
-        # Wan's positions are relative: without both ends no frame could tell which moment it is.
-        between = 1 + torch.randperm(frames - 2, generator=generator, device=generator.device)
-        ends = between.new_tensor([0, frames - 1])
-        moments = torch.cat([ends, between[: config.sparse_frames - 2]]).sort().values
+        moments = _draw_moments(frames, config.sparse_frames, generator)
         batch = replace(batch, latents=batch.latents[:, :, moments], instance_ids=batch.instance_ids[:, moments])
         placed = at_moments(model, moments, frames)
-    repeats = config.timesteps_per_clip if moving else config.timesteps_per_sample
-    shift = config.sparse_shift if sparse else config.clip_shift if moving else config.shift
+    repeats, shift, shared_noise = _noise_settings(config, moving=moving, sparse=sparse)
     clean, instance_ids, text = (
         each.repeat_interleave(repeats, 0) for each in (batch.latents, batch.instance_ids, text)
     )
     t = noise_levels(len(clean), shift, generator)
-    noise = starting_noise(tuple(clean.shape), generator, config.shared_noise if moving else 0.0)
+    noise = starting_noise(tuple(clean.shape), generator, shared_noise)
     noisy, target = noised(clean, noise, t)
     weight = 1 + config.subject_weight * (instance_ids > 0).float().unsqueeze(1)
     timestep = t * 1000
@@ -159,14 +159,32 @@ def loss_at(
         looks = names = predicted.new_zeros(())
         if repeated.num_subject_tokens:
             looks, names = _looks(seen, batch, references, blank, patch)
-        told = torch.where(
-            (text == blank.text).flatten(1).all(1, keepdim=True), 0, token_instance_ids(instance_ids, patch)
-        )
-        reads = word_alignment_loss(seen, told, batch.numbers.repeat_interleave(repeats, 0))
+        without_text = (text == blank.text).flatten(1).all(1, keepdim=True)
+        asked = torch.where(without_text, 0, token_instance_ids(instance_ids, patch))
+        reads = word_alignment_loss(seen, asked, batch.numbers.repeat_interleave(repeats, 0))
     error = weighted_error(predicted - target, weight, config.motion_weight)
     parts = {"error": error, "looks": looks, "names": names, "reads": reads}
     whole = error + config.subject_alignment * (looks + names) + config.caption_alignment * reads
     return whole, {name: part.item() for name, part in parts.items()}
+
+
+def _draw_moments(frames: int, count: int, generator: torch.Generator) -> Tensor:
+    """The first frame, the last, and random ones between them: `count` frame numbers of `frames`, sorted.
+
+    Wan's positions are relative: without both ends no frame could tell which moment it is.
+    """
+    between = 1 + torch.randperm(frames - 2, generator=generator, device=generator.device)
+    ends = between.new_tensor([0, frames - 1])
+    return torch.cat([ends, between[: count - 2]]).sort().values
+
+
+def _noise_settings(config: SftConfig, *, moving: bool, sparse: bool) -> tuple[int, float, float]:
+    """Noise levels of each sample, their shift, and the share of noise that its frames have in common."""
+    if not moving:
+        return config.timesteps_per_sample, config.shift, 0.0
+    if sparse:
+        return config.timesteps_per_clip, config.sparse_shift, config.shared_noise
+    return config.timesteps_per_clip, config.clip_shift, config.shared_noise
 
 
 def weighted_error(missed: Tensor, weight: Tensor, motion_weight: float) -> Tensor:
@@ -199,8 +217,10 @@ def _coarse(values: Tensor) -> Tensor:
 def _looks(
     seen: RecordedAttention, batch: Batch, references: References, blank: NullConditioning, patch: int
 ) -> tuple[Tensor, Tensor]:
-    """Region and slot alignment losses of a batch in which some are asked nothing: without subjects, in background without a
-    VLM."""
+    """Region and slot alignment losses of a batch.
+
+    Samples without subjects are left out, and so is the background of samples without a VLM.
+    """
     assert references.latents is not None and references.mask is not None and references.vlm_mask is not None
     there, heard = (mask.flatten(1).any(1, keepdim=True) for mask in (references.mask, references.vlm_mask))
     instance_ids = token_instance_ids(batch.instance_ids, patch)
@@ -219,4 +239,7 @@ def kind_at(step: int, config: SftConfig) -> Kind:
 
     if not turn(step, config.clip_share):
         return "still"
-    return "sparse" if turn(int(step * config.clip_share + 1e-9), config.sparse_share) else "clip"
+    clips_so_far = int(step * config.clip_share + 1e-9)
+    if turn(clips_so_far, config.sparse_share):
+        return "sparse"
+    return "clip"

@@ -21,7 +21,7 @@ from train.sft.config import SftConfig, read_run
 
 BETAS = (0.9, 0.99)  # of AdamW
 
-TOLD = 0.1  # size of the weights of positions that a model starts with
+TOLD = 0.1  # standard deviation that the weights of a video's positions start with
 
 ZERO_START = 4.0  # times the rate, for what starts at zero
 
@@ -29,10 +29,12 @@ ZERO_START = 4.0  # times the rate, for what starts at zero
 def new_model(config: SftConfig) -> WanTransformer3DModel:
     """Random weights, or the averaged weights of the run it starts from with untrained identity blocks."""
     torch.manual_seed(config.seed)
-    kind = IdentityWanTransformer3DModel if config.kind == "identity" else WanTransformer3DModel
+    kind = _model_class(identity=config.kind == "identity")
     if not config.start:
         model = kind(**config.architecture)
-        return _told(model) if isinstance(model, IdentityWanTransformer3DModel) else model
+        if isinstance(model, IdentityWanTransformer3DModel):
+            _told(model)
+        return model
     source = _started(Path(config.start))
     if isinstance(source, kind):
         return _grown(source, config.architecture)
@@ -40,36 +42,47 @@ def new_model(config: SftConfig) -> WanTransformer3DModel:
     return _told(IdentityWanTransformer3DModel.from_plain_wan(source, **extra))
 
 
+def _model_class(*, identity: bool) -> type[WanTransformer3DModel]:
+    """Wan with identity blocks, or plain Wan."""
+    if identity:
+        return IdentityWanTransformer3DModel
+    return WanTransformer3DModel
+
+
 def _told(model: Any) -> Any:
-    """Positions are heard at once: started at zero, as in a model that has to equal Wan, they had hardly moved after
-    600 updates."""
+    """Draw the weights of the video's positions at random, so that they matter from the first update.
+
+    A model that has to equal Wan starts them at zero; from there they had hardly moved after 600 updates.
+    """
     if model.video_position_embedding is not None:
         nn.init.normal_(model.video_position_embedding.proj.weight, std=TOLD)
     return model
 
 
 def _grown(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTransformer3DModel:
-    """The model itself, or with what its architecture has not had so far, as that starts."""
+    """The model with the parts that its architecture did not have so far, newly started; itself when it has all."""
     held = {key: value for key, value in source.config.items() if not key.startswith("_")}
     if {**held, **architecture} == held:
         return source
     grown = type(source)(**{**held, **architecture})
     _told(grown)
     missing, unexpected = grown.load_state_dict(source.state_dict(), strict=False)
-    own = ("video_position_embedding.", ".slot_key.")
-    strangers = [key for key in missing if not any(each in key for each in own)] + unexpected
+    strangers = [key for key in missing if not _is_new_part(key)] + unexpected
     if strangers:
         raise ValueError(f"the model to start from has another architecture, the first key is {strangers[0]}")
     return grown
+
+
+def _is_new_part(key: str) -> bool:
+    """Whether a weight belongs to a part that a model may be given after it was trained without it."""
+    return "video_position_embedding." in key or ".slot_key." in key
 
 
 def _started(start: Path) -> WanTransformer3DModel:
     """The model of a folder, or a run's model with its averaged weights."""
     if (start / "config.json").exists():
         name = json.loads((start / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        kind = (
-            IdentityWanTransformer3DModel if name == IdentityWanTransformer3DModel.__name__ else WanTransformer3DModel
-        )
+        kind = _model_class(identity=name == IdentityWanTransformer3DModel.__name__)
         return kind.from_pretrained(start, torch_dtype=torch.float32)
     model = new_model(read_run(start))
     load_average(model, start)
@@ -90,8 +103,10 @@ def new_optimizer(model: nn.Module, config: SftConfig) -> torch.optim.AdamW:
     """AdamW; what starts at zero moves faster, as B of a low-rank pair does (LoRA+, arXiv 2402.12354)."""
     rates: dict[float, list[nn.Parameter]] = {1.0: [], ZERO_START: []}
     for name, parameter in model.named_parameters():
-        zero = name.endswith((".identity.to_out.weight", "video_position_embedding.proj.weight"))
-        rates[ZERO_START if zero else 1.0].append(parameter)
+        rate = 1.0
+        if name.endswith((".identity.to_out.weight", "video_position_embedding.proj.weight")):
+            rate = ZERO_START
+        rates[rate].append(parameter)
     groups = [{"params": own, "peak": rate * config.learning_rate} for rate, own in rates.items() if own]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=config.weight_decay, fused=True)
 

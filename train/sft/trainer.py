@@ -38,7 +38,7 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     Under torchrun every process draws batches of its own and the gradients are averaged.
     """
     config, team = read_run(run), ProcessGroup()
-    where = torch.device("cuda", team.rank % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
+    where = _device_of(team.rank)
     model: Any = new_model(config)
     model.to(where).train()
     optimizer = new_optimizer(model, config)
@@ -47,7 +47,9 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     cache = Cache(Path(config.cache))
     cache.refresh()
     blank = NullConditioning.load(Path(config.cache), where)
-    last = config.steps if updates is None else min(config.steps, step + updates)
+    last = config.steps
+    if updates is not None:
+        last = min(last, step + updates)
     meter, began, kept = metrics.Meter(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
 
     def keep() -> None:
@@ -67,8 +69,7 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
         ema.update(model)
         step += 1
         if team.rank == 0:
-            means = {f"{kind} {name}": sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-            meter.tick(step, {**means, "norm": float(norm)})
+            meter.tick(step, {**_mean_parts(kind, parts), "norm": float(norm)})
         if time.monotonic() - kept > 180:
             if team.rank == 0:
                 keep()
@@ -79,16 +80,34 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     return step == config.steps
 
 
+def _device_of(rank: int) -> torch.device:
+    """The graphics card of a process, the cards dealt out in turn; the processor where there is no card."""
+    if not torch.cuda.is_available():
+        return CPU
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def _mean_parts(kind: Kind, parts: list[dict[str, float]]) -> dict[str, float]:
+    """Means of the loss's parts over the passes of one update, each named with the kind of update."""
+    means = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        means[f"{kind} {name}"] = sum(values) / len(values)
+    return means
+
+
 def _one_pass(
     model: nn.Module, cache: Cache, config: SftConfig, blank: NullConditioning, kind: Kind, place: tuple[int, int, int]
 ) -> dict[str, float]:
     """Add the gradients of one batch; `place` is (step, process, pass). Returns the parts of its loss."""
     step, _, number = place
     size = {"still": config.still_batch, "clip": config.clip_batch, "sparse": config.sparse_batch}[kind]
-    shape = np.random.default_rng((config.seed, step, number, 2))  # one for the team: four subjects are waited for
-    batch = cache.draw(
-        "still" if kind == "still" else "clip", size, np.random.default_rng((config.seed, *place, 3)), shape
-    )
+    bucket = "clip"
+    if kind == "still":
+        bucket = "still"
+    # All processes draw the same shape: a process with fewer subjects would wait for one with four.
+    shape = np.random.default_rng((config.seed, step, number, 2))
+    batch = cache.draw(bucket, size, np.random.default_rng((config.seed, *place, 3)), shape)
     batch = batch.to(blank.text.device)
     with fast_training():
         loss, parts = loss_at(model, batch, config, blank, place, sparse=kind == "sparse")

@@ -123,16 +123,31 @@ def case(preset: str, category: str, number: int, subjects: int) -> Case:
 
 
 def _kinds(rng: np.random.Generator, category: str, subjects: int) -> list[str]:
-    creature, thing = (lambda: str(rng.choice(world.CREATURES))), (lambda: str(rng.choice(world.THINGS)))
+    """The kinds of a category's subjects."""
+
+    def creature() -> str:
+        return str(rng.choice(world.CREATURES))
+
+    def thing() -> str:
+        return str(rng.choice(world.THINGS))
+
     if category == "onepatchwork":
         return [world.PATCHWORK]
-    if category in ("onething", "onecreature"):
-        return [thing() if category == "onething" else creature()]
+    if category == "onething":
+        return [thing()]
+    if category == "onecreature":
+        return [creature()]
     if category == "samekind":
         return [str(rng.choice(world.KINDS))] * 2
     if category == "twocreatures":
         return [creature(), creature()]
-    return [creature() if place % 2 == 0 else thing() for place in range(subjects)]
+    kinds = []
+    for place in range(subjects):  # creatures and things in turn
+        if place % 2 == 0:
+            kinds.append(creature())
+        else:
+            kinds.append(thing())
+    return kinds
 
 
 def _identity(rng: np.random.Generator, kind: str) -> world.ToySubject:
@@ -142,10 +157,12 @@ def _identity(rng: np.random.Generator, kind: str) -> world.ToySubject:
 def withheld(case: Case, *, attributes: bool) -> Case:
     """The same job from words alone, as the model was taught to read them; with attributes said, or without."""
     rng = np.random.default_rng([84, *case.id.encode()])
-    subjects = [
-        subject.model_copy(update={"noun": captions.describe(shown, rng) if attributes else subject.noun})
-        for subject, shown in zip(case.job.subjects, case.scene.subjects, strict=True)
-    ]
+    subjects = []
+    for subject, identity in zip(case.job.subjects, case.scene.subjects, strict=True):
+        noun = subject.noun
+        if attributes:
+            noun = captions.describe(identity, rng)
+        subjects.append(subject.model_copy(update={"noun": noun}))
     words = render_prompt(case.job.prompt, subjects, "slot")
     return replace(case, instead=make_job(preset=case.job.preset, prompt=words, seed=case.job.seed))
 
@@ -188,7 +205,12 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     acted, verb, direction = _acted(judges, seen, masks, action)
     place = judges.places[int(judges.place(seen).mean(0).argmax())] == scene.background
     count = all(share >= 0.5 for share in presence)
-    means = float(np.mean(copied)) if copied else 0.0
+    mean_copied = 0.0
+    if copied:
+        mean_copied = float(np.mean(copied))
+    drawn_probability = None
+    if judges.critic is not None:
+        drawn_probability = float(judges.drawn_probability(seen).mean())
     return Verdict(
         case.id,
         len(pictures),
@@ -199,9 +221,9 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         verb,
         direction,
         place,
-        means,
+        mean_copied,
         acted,
-        float(judges.drawn_probability(seen).mean()) if judges.critic is not None else None,
+        drawn_probability,
     )
 
 
@@ -223,8 +245,11 @@ def _alike(
         instead = [*pictures[:slot], candidate[None], *pictures[slot + 1 :]]
         mask = (find(instead).argmax(1) == slot + 1).float()  # (F, H, W)
         there = mask.mean((1, 2)) >= SEEN
-        cuts = judges.embedder(cut_out(frames[there], mask[there])) if bool(there.any()) else vector.new_zeros(0, 1)
-        found.append(float((cuts @ vector).clamp(min=0).sum()) / len(frames) if len(cuts) else 0.0)
+        if not bool(there.any()):
+            found.append(0.0)
+            continue
+        cuts = judges.embedder(cut_out(frames[there], mask[there]))
+        found.append(float((cuts @ vector).clamp(min=0).sum()) / len(frames))
     return found
 
 
@@ -255,12 +280,16 @@ def _copied(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -> float:
 
 def _acted(judges: Judges, frames: Tensor, masks: Tensor, action: world.Action) -> tuple[float, bool, bool | None]:
     """How sure the judge is of the action's verb; whether it sees the verb and, where there is one, the direction."""
-    chosen = torch.linspace(0, len(frames) - 1, MOMENTS).round().long()
-    actor = masks[chosen, action.slots[0] - 1]
-    other = masks[chosen, action.slots[1] - 1] if len(action.slots) > 1 else torch.zeros_like(actor)
-    verbs, ways = judges.action(frames[chosen][None], actor[None], other[None])
+    moments = torch.linspace(0, len(frames) - 1, MOMENTS).round().long()
+    actor = masks[moments, action.slots[0] - 1]
+    other = torch.zeros_like(actor)
+    if len(action.slots) > 1:
+        other = masks[moments, action.slots[1] - 1]
+    verbs, ways = judges.action(frames[moments][None], actor[None], other[None])
     asked, shares = judges.verbs.index(action.verb), judges.verb_shares(verbs)[0]
-    direction = judges.directions[int(ways[0].argmax())] == action.direction if action.direction else None
+    direction = None
+    if action.direction:
+        direction = judges.directions[int(ways[0].argmax())] == action.direction
     return float(shares[asked]), int(shares.argmax()) == asked, direction
 
 
@@ -301,6 +330,13 @@ def drawn(cases: Sequence[Case], judges: Judges, preset: presets.Preset) -> list
     return [judge(each, round_trip(frames, vae), judges) for each, frames in zip(cases, clips, strict=True)]
 
 
+def _as_list(answer: float | None) -> list[float]:
+    """The answer to a question as figures: none where the question does not apply."""
+    if answer is None:
+        return []
+    return [float(answer)]
+
+
 QUESTIONS: dict[str, Callable[[Verdict], list[float]]] = {
     "own picture first of 16": lambda v: [float(x) for x in v.recognised],
     "likeness": lambda v: list(v.likeness),
@@ -308,10 +344,10 @@ QUESTIONS: dict[str, Callable[[Verdict], list[float]]] = {
     "seen": lambda v: list(v.presence),
     "everyone there": lambda v: [float(v.count)],
     "verb": lambda v: [float(v.verb)],
-    "direction": lambda v: [] if v.direction is None else [float(v.direction)],
+    "direction": lambda v: _as_list(v.direction),
     "place": lambda v: [float(v.place)],
     "pose copied": lambda v: [v.copied],
-    "taken for drawn": lambda v: [] if v.drawn is None else [v.drawn],
+    "taken for drawn": lambda v: _as_list(v.drawn),
 }
 
 
@@ -319,13 +355,19 @@ def table(verdicts: dict[str, list[Verdict]]) -> dict[str, dict[str, Interval | 
     """Row -> question -> mean, low, high; a row for all jobs and one for each number of subjects."""
     rows = {}
     for name, found in verdicts.items():
-        rows[name] = {question: interval([ask(v) for v in found]) for question, ask in QUESTIONS.items()}
+        rows[name] = _summarise(found)
         for count in sorted({v.subjects for v in found}):
             own = [v for v in found if v.subjects == count]
-            rows[f"{name}, {count} subject{'s' if count > 1 else ''}"] = {
-                question: interval([ask(v) for v in own]) for question, ask in QUESTIONS.items()
-            }
+            rows[f"{name}, {count} subject{'s' if count > 1 else ''}"] = _summarise(own)
     return rows
+
+
+def _summarise(verdicts: Sequence[Verdict]) -> dict[str, Interval | None]:
+    """Question -> mean, low, high over these clips."""
+    figures = {}
+    for question, ask in QUESTIONS.items():
+        figures[question] = interval([ask(verdict) for verdict in verdicts])
+    return figures
 
 
 def judges_of(name: str) -> Judges:
@@ -353,7 +395,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, help="each n-th job of every category; 3, with --full 1")
     parser.add_argument("--controls", type=int, default=1, help="withheld and swapped references in each n-th of those")
     options = parser.parse_args(argv)
-    every = options.every or (1 if options.full else REDUCED)
+    every = options.every
+    if not every:
+        every = 1 if options.full else REDUCED
     judges, jobs = judges_of(options.judges), cases(options.preset, every=every)
     controls = cases(options.preset, every=every * options.controls)
     with tempfile.TemporaryDirectory() as scratch:
@@ -403,7 +447,9 @@ def _write(
         kinds = [subject.kind for subject in each.scene.subjects]
         listed[each.id] = {"img_paths": paths, "prompt": each.job.prompt, "class_label": kinds}
     (folder / "jobs.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
-    found = {name: [vars(verdict) for verdict in all_of] for name, all_of in verdicts.items()}
+    found = {}
+    for name, own in verdicts.items():
+        found[name] = [vars(verdict) for verdict in own]
     whole = {"world": world.VERSION, **figures, "verdicts": found}
     (folder / "table.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
 

@@ -37,14 +37,20 @@ def sentence(facts: world.Facts) -> str:
     for action in facts.actions:
         actor, *others = (f"@s{slot}" for slot in action.slots)
         words = captions.WORDINGS[action.verb][0]
-        way = captions.DIRECTIONS[action.direction][0] if action.direction else ""
+        way = ""
+        if action.direction:
+            way = captions.DIRECTIONS[action.direction][0]
         clauses.append(" ".join(f"{actor} {words.format(b=' '.join(others), d=way)}".split()))
     return f"{' and '.join(clauses)} {captions.PLACES[facts.background][0]}"
 
 
 def verbs_for(subjects: int) -> tuple[str, ...]:
     """What can lead a scene of so many: in a crowd, pairs that leave room for others."""
-    return world.SINGLE_VERBS if subjects == 1 else world.PAIR_VERBS if subjects == 2 else IN_A_ROW
+    if subjects == 1:
+        return world.SINGLE_VERBS
+    if subjects == 2:
+        return world.PAIR_VERBS
+    return IN_A_ROW
 
 
 def held_out_job(number: int, *, preset: str = "toybox", subjects: int = 2, verb: str | None = None) -> GenerateJob:

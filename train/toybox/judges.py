@@ -118,7 +118,7 @@ class Stills:
     """Scenes drawn once, as they are and worn, with one picture of everyone in them.
 
     Attributes:
-        frames: uint8 (S, 2, H, W, 3), drawn and worn. instance_ids: (S, H, W), slots. places: (S,), numbers of backgrounds.
+        frames: uint8 (S, 2, H, W, 3), drawn and worn. instance_ids: (S, H, W), slots. places: (S,), backgrounds.
         pictures: uint8 (P, H, W, 3). scene, slot, kind: (P,), where the subject of each picture is, and what it is.
     """
 

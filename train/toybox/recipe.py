@@ -133,7 +133,10 @@ def cache(state: Path, seconds: float, size: Size) -> bool:
     from engine.models.vae import picture_latents
     from train.toybox.scenes import Encoders, write_cache
 
-    encoders = Encoders.load(state / "parts" if (state / "parts").is_dir() else ASSETS)
+    parts = state / "parts"
+    if not parts.is_dir():
+        parts = ASSETS
+    encoders = Encoders.load(parts)
     null = state / "cache" / "null"
     null.mkdir(parents=True, exist_ok=True)
     fresh = null / f"blank.{os.getpid()}.new"
@@ -152,12 +155,14 @@ def run_of(state: Path, name: str, size: Size, start: Path | None, **values: Any
     run = state / name
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "run.json").exists():
-        plain = name == "base"
+        kind, architecture = "identity", size.identity
+        if name == "base":
+            kind, architecture = "base", size.wan
         own = {
-            "kind": "base" if plain else "identity",
+            "kind": kind,
             "cache": str(state / "cache"),
             "start": str(start or ""),
-            "architecture": size.wan if plain else size.identity,
+            "architecture": architecture,
             "shared_noise": presets.load(ASSETS.name).shared_noise,
         }
         fresh = run / f"run.{os.getpid()}.new"  # every process of a team writes the same
@@ -184,8 +189,9 @@ def motion(state: Path, seconds: float, size: Size) -> bool:
     """Train on, clips above all: who does what; from the shipped checkpoint where `adopt` brought it."""
     from train.sft import trainer
 
-    adopted = state / "adopted"
-    start = adopted if adopted.is_dir() else state / "identity"
+    start = state / "adopted"
+    if not start.is_dir():
+        start = state / "identity"
     return trainer.train(run_of(state, "motion", size, start, **MOTION), seconds=seconds)
 
 
@@ -194,7 +200,9 @@ def adopt(state: Path, seconds: float, size: Size) -> bool:
     import shutil
 
     for part in ASSETS.iterdir():
-        target = state / "adopted" if part.name == "transformer" else state / "parts" / part.name
+        target = state / "parts" / part.name
+        if part.name == "transformer":
+            target = state / "adopted"
         shutil.copytree(part, target, dirs_exist_ok=True)
     return True
 
@@ -260,9 +268,14 @@ def main(argv: list[str] | None = None) -> int:
     size = SIZES[options.size]
     state = options.state or STATE.with_name(size.preset)
     stages = [name for name in STAGES if options.size == "xs" or name in OF_ANY_SIZE]
-    if options.stage not in ("all", *stages, *(["adopt"] if options.size == "xs" else [])):
+    allowed = ["all", *stages]
+    if options.size == "xs":
+        allowed.append("adopt")
+    if options.stage not in allowed:
         parser.error(f"size {options.size} has the stages {', '.join(stages)}; the others are size xs's")
-    for name in stages if options.stage == "all" else [options.stage]:
+    if options.stage != "all":
+        stages = [options.stage]
+    for name in stages:
         if not (STAGES | {"adopt": adopt})[name](state, options.minutes * 60, size):
             return 3
     return 0

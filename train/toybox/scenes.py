@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -71,29 +72,41 @@ class Format:
 def shape_of_shard(number: int) -> tuple[str, int, int]:
     """Kind, subjects and pictures of each: cut so that two subjects with one picture are most common."""
     rng = np.random.default_rng((41, number))
-    kind = "clip" if number % CLIP_SHARE == CLIP_SHARE - 1 or number >= MIXED else "still"
+    kind = "still"
+    if number >= MIXED or number % CLIP_SHARE == CLIP_SHARE - 1:
+        kind = "clip"
     subjects = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.42, 0.18, 0.1]))
-    pictures = 2 if subjects < 3 and rng.random() < 0.2 else 1
+    pictures = 1
+    if subjects < 3 and rng.random() < 0.2:
+        pictures = 2
     return kind, subjects, pictures
 
 
 def _references(scene: world.Scene, pictures: int, rng: np.random.Generator, pixels: int) -> list[list[np.ndarray]]:
     """Cross-pair references: other pose, size and light than the scene's, mostly cut out on white."""
 
-    def one(subject: world.ToySubject) -> np.ndarray:
-        back = "white" if rng.random() < 0.88 else "scene"
-        return world.reference_picture(subject, int(rng.integers(2**28)), size=pixels, background=back)[0]
+    def draw_picture(subject: world.ToySubject) -> np.ndarray:
+        background = "scene"
+        if rng.random() < 0.88:
+            background = "white"
+        return world.reference_picture(subject, int(rng.integers(2**28)), size=pixels, background=background)[0]
 
-    return [[one(subject) for _ in range(pictures)] for subject in scene.subjects]
+    references = []
+    for subject in scene.subjects:
+        references.append([draw_picture(subject) for _ in range(pictures)])
+    return references
 
 
 def _instance_ids_of_latents(instance_ids: np.ndarray, frames: int, cells: int) -> Tensor:
-    """(F', H, W) pixel instance_ids -> (F, h, w): whoever fills most of a latent cell's last frame, background only if alone.
+    """(F', H, W) instance ids of pixels -> (F, h, w): the subject that fills most of a latent cell's last frame.
 
-    Latent frame 0 is pixel frame 0; with time compressed k times, latent frame i covers pixel frames up to ki.
+    A cell is background only where it shows no subject at all. Latent frame 0 is pixel frame 0; with time compressed
+    k times, latent frame i covers pixel frames up to ki.
     """
     side = instance_ids.shape[-1] // cells
-    last = instance_ids[:: max(1, (len(instance_ids) - 1) // max(1, frames - 1))] if frames > 1 else instance_ids
+    last = instance_ids
+    if frames > 1:
+        last = instance_ids[:: max(1, (len(instance_ids) - 1) // (frames - 1))]
     blocks = last.reshape(frames, cells, side, cells, side).transpose(0, 1, 3, 2, 4).reshape(frames, cells, cells, -1)
     counts = np.stack([(blocks == slot).sum(-1) for slot in range(1, world.MAX_SUBJECTS + 1)])
     return torch.from_numpy(np.where(counts.max(0) > 0, counts.argmax(0) + 1, 0).astype(np.uint8))
@@ -104,21 +117,24 @@ def make_shard(number: int, encoders: Encoders, form: Format = Format()) -> dict
     """Draw and encode one shard; the same number gives the same shard."""
     kind, subjects, pictures = shape_of_shard(number)
     rng = np.random.default_rng((43, number))
+    num_frames, clips_at_once = 1, 32
+    if kind == "clip":
+        num_frames, clips_at_once = form.num_frames, 4
     clips, captions, references = [], [], []
     for i in range(SHARD[kind]):
         scene = world.make_scene(FIRST_SCENE + number * 1000 + i, num_subjects=subjects)
-        clips.append(world.render(scene, form.pixels, num_frames=form.num_frames if kind == "clip" else 1))
+        clips.append(world.render(scene, form.pixels, num_frames=num_frames))
         captions.append(clips[-1].caption)
         references.append(_references(scene, pictures, rng, form.pixels))
     vae = encoders.vae
     with stills(vae):
-        flat = [p for row in references for subject in row for p in subject]
+        flat = list(chain.from_iterable(chain.from_iterable(references)))
         pages = [picture_latents(flat[i : i + 32], vae) for i in range(0, len(flat), 32)]
-        step = 4 if kind == "clip" else 32
-        frames = [
-            torch.from_numpy(np.stack([c.frames for c in clips[i : i + step]])) for i in range(0, len(clips), step)
-        ]
-        latents = torch.cat([clip_latents(part, vae) for part in frames])
+        parts = []
+        for first in range(0, len(clips), clips_at_once):
+            frames = np.stack([clip.frames for clip in clips[first : first + clips_at_once]])
+            parts.append(clip_latents(torch.from_numpy(frames), vae))
+        latents = torch.cat(parts)
     shape = (len(clips), subjects, pictures)
     cells = latents.shape[-1]
     text = text_states(captions, encoders.tokenizer, encoders.text_encoder)

@@ -144,31 +144,42 @@ class Quiz(nn.Module):
 
 
 def answers(facts: world.Facts, text: str) -> dict[str, Any]:
-    """What a caption lets one know: indices into the quiz's answers, those of a slot as lists over slots."""
+    """The right answers that a caption allows: indices into the quiz's answers, those of a slot as lists over slots."""
     camera = next((words for words in CAMERA_WORDS[facts.camera] if words in text), "")
     said = set(world.words_of(text.replace(camera, "")))
     slots: dict[str, list[int]] = {key: [0] * len(facts.kinds) for key in Quiz.SLOT}
     for k, kind in enumerate(facts.kinds):
-        slots["kind"][k] = Quiz.SLOT["kind"].index(kind) if noun(kind) in said else 0
+        if noun(kind) in said:
+            slots["kind"][k] = Quiz.SLOT["kind"].index(kind)
     for action in facts.actions:
         # Only pairs leave their direction out, and then nobody else in the scene has one.
-        way = action.direction if any(action.direction and word in said for word in WAYS) else "none"
+        way = "none"
+        if action.direction and any(word in said for word in WAYS):
+            way = action.direction
         for place, slot in enumerate(action.slots):
             slots["part"][slot - 1] = place
             slots["verb"][slot - 1] = Quiz.SLOT["verb"].index(action.verb)
             slots["way"][slot - 1] = Quiz.SLOT["way"].index(way)
-            slots["with"][slot - 1] = action.slots[1 - place] if len(action.slots) == 2 else 0
-    camera_said = Quiz.WHOLE["camera"].index(facts.camera) if camera else 0
+            if len(action.slots) == 2:
+                slots["with"][slot - 1] = action.slots[1 - place]
+            else:
+                slots["with"][slot - 1] = 0
+    camera_said = 0
+    if camera:
+        camera_said = Quiz.WHOLE["camera"].index(facts.camera)
     return {"place": world.BACKGROUNDS.index(facts.background), "camera": camera_said, **slots}
 
 
 def path_of(scene: world.Scene) -> list[list[float]]:
     """For each slot x, y and size at MOMENTS, as the camera sees it, about zero mean and unit spread."""
     seen = [world.poses_at(scene, moment, duration=1.0) for moment in MOMENTS]
-    return [
-        [value for pose in poses for value in (4 * pose.x - 2, 4 * pose.y - 2, 8 * pose.scale - 3)]
-        for poses in zip(*seen, strict=True)
-    ]
+    paths = []
+    for poses in zip(*seen, strict=True):
+        path: list[float] = []
+        for pose in poses:
+            path += (4 * pose.x - 2, 4 * pose.y - 2, 8 * pose.scale - 3)
+        paths.append(path)
+    return paths
 
 
 def asked(numbers: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -191,15 +202,18 @@ def _loss_of_quiz(
     places = [(i, slot - 1) for i, slot in zip(row.tolist(), slots[row, word].tolist(), strict=True)]
     losses, right = [], {}
     for key, values in logits.items():
-        whole = key in Quiz.WHOLE
-        told = values if whole else values[row, word]
-        wanted = torch.tensor([t[key] for t in targets] if whole else [targets[i][key][slot] for i, slot in places])
+        if key in Quiz.WHOLE:
+            answered = values
+            wanted = torch.tensor([target[key] for target in targets])
+        else:
+            answered = values[row, word]
+            wanted = torch.tensor([targets[i][key][slot] for i, slot in places])
         if key == "path":
-            losses.append(F.mse_loss(told, wanted))
+            losses.append(F.mse_loss(answered, wanted))
             right[key] = losses[-1].item()
         else:
-            losses.append(F.cross_entropy(told, wanted))
-            right[key] = (told.argmax(-1) == wanted).float().mean().item()
+            losses.append(F.cross_entropy(answered, wanted))
+            right[key] = (answered.argmax(-1) == wanted).float().mean().item()
     return torch.stack(losses).sum(), right
 
 
@@ -266,7 +280,10 @@ def _teach(name: str, module: nn.Module, loss_at: Any, state: Path, total: int, 
     """The loop both readers share: AdamW, warm-up, linear decay, saved every two minutes."""
     by_rate: dict[float, list[nn.Parameter]] = {1.0: [], NEARNESS: []}
     for key, parameter in module.named_parameters():
-        by_rate[NEARNESS if "relative_attention_bias" in key else 1.0].append(parameter)
+        rate = 1.0
+        if "relative_attention_bias" in key:
+            rate = NEARNESS
+        by_rate[rate].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": own, "peak": rate * peak} for rate, own in by_rate.items() if own],
         lr=peak,
@@ -305,16 +322,20 @@ def _teach(name: str, module: nn.Module, loss_at: Any, state: Path, total: int, 
 
 def shown(step: int, count: int, seed: int) -> tuple[list[str], list[list[list[np.ndarray]]], list[str]]:
     """Prompts, pictures of every subject, and what there is to say about them: B of each."""
-    prompts, pictures, answers_ = [], [], []
+    prompts, pictures, replies = [], [], []
     for i in range(count):
         rng = np.random.default_rng((seed, step, i))
-        alone = 1 if step < VLM_ALONE * VLM_STEPS else None
-        scene = world.make_scene(int(rng.integers(2**28)), num_subjects=alone)
+        num_subjects = None  # as many as the scene draws
+        if step < VLM_ALONE * VLM_STEPS:
+            num_subjects = 1
+        scene = world.make_scene(int(rng.integers(2**28)), num_subjects=num_subjects)
         prompts.append(world.caption(scene, False, rng))
         pictures.append([[world.reference_picture(s, int(rng.integers(2**28)))[0]] for s in scene.subjects])
-        told = (f"subject {k} is {with_article(full_description(s))}." for k, s in enumerate(scene.subjects, start=1))
-        answers_.append(" ".join(told))
-    return prompts, pictures, answers_
+        sentences = []
+        for slot, subject in enumerate(scene.subjects, start=1):
+            sentences.append(f"subject {slot} is {with_article(full_description(subject))}.")
+        replies.append(" ".join(sentences))
+    return prompts, pictures, replies
 
 
 def full_description(subject: world.ToySubject) -> str:
@@ -329,10 +350,10 @@ def with_replies(
     """The assistant's replies behind the user's turns, and labels that are -100 everywhere but in the replies."""
     rows, labels, end = [], [], tokenizer.convert_tokens_to_ids("<|im_end|>")
     for numbers, mask, reply in zip(inputs["input_ids"], inputs["attention_mask"], replies, strict=True):
-        asked = numbers[mask.bool()]
-        told = torch.tensor([*tokenizer(reply, add_special_tokens=False)["input_ids"], end])
-        rows.append(torch.cat([asked, told]))
-        labels.append(torch.cat([torch.full_like(asked, -100), told]))
+        question = numbers[mask.bool()]
+        answer = torch.tensor([*tokenizer(reply, add_special_tokens=False)["input_ids"], end])
+        rows.append(torch.cat([question, answer]))
+        labels.append(torch.cat([torch.full_like(question, -100), answer]))
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     lengths = torch.tensor([len(row) for row in rows])
@@ -346,8 +367,11 @@ def train_vlm(state: Path, tokenizer: PreTrainedTokenizerFast, *, seconds: float
     vlm = new_vlm(tokenizer).train()
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        prompts, pictures, told = shown(step, VLM_BATCH * (2 if step < VLM_ALONE * VLM_STEPS else 1), 31)
-        inputs, labels = with_replies(vlm_inputs(prompts, pictures, tokenizer, vlm), told, tokenizer)
+        count = VLM_BATCH
+        if step < VLM_ALONE * VLM_STEPS:
+            count = 2 * VLM_BATCH
+        prompts, pictures, replies = shown(step, count, 31)
+        inputs, labels = with_replies(vlm_inputs(prompts, pictures, tokenizer, vlm), replies, tokenizer)
         logits = vlm(**inputs).logits[:, :-1]
         wanted = labels[:, 1:]
         loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)

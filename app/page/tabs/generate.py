@@ -197,9 +197,7 @@ def _advanced(
                 form[name] = gr.Number(getattr(start, name), label=label, step=0.1, visible=shown[name], min_width=90)
         form["negative_prompt"] = gr.Textbox(start.negative_prompt, label="Negative prompt", max_lines=3)
         with gr.Row(elem_classes="numbers"):
-            form["until"] = gr.Number(
-                start.until or 0, label="Retry below likeness", step=0.05, min_width=150
-            )
+            form["until"] = gr.Number(start.until or 0, label="Retry below likeness", step=0.05, min_width=150)
             form["tries"] = gr.Number(start.tries, label="Further seeds at most", precision=0, min_width=90)
         loras = lora_panel.layout()
         form["loras"] = loras.loras

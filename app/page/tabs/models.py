@@ -90,13 +90,11 @@ def layout() -> ModelsTab:
 
 def _judging() -> str:
     """Size of the networks that judge clips, each counted once."""
-    named = dict.fromkeys(
-        files
-        for preset in presets.list_readable()
-        for part, own in preset.downloads().items()
-        if part in presets.OPTIONAL
-        for files in own
-    )
+    named = {}
+    for preset in presets.list_readable():
+        for part, own in preset.downloads().items():
+            if part in presets.OPTIONAL:
+                named |= dict.fromkeys(own)
     return wording.size(sum(files.num_bytes for files in named))
 
 

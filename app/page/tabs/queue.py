@@ -22,7 +22,7 @@ from app.page.context import Studio
 from app.page.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from app.queue import Row
 from engine import presets
-from engine.job import Subject
+from engine.job import GenerateJob, Subject
 from engine.messages import StudioError
 
 WORDS = {
@@ -64,12 +64,17 @@ def render_head(rows: Sequence[Row], paused: bool) -> str:
     """How many wait, and the switch that holds the line."""
     waiting = sum(row.state == "waiting" for row in rows)
     running = any(row.state == "running" for row in rows)
-    parts = ["One is being made" if running else "Nothing is being made", f"{waiting} waiting"]
+    doing = "Nothing is being made"
+    if running:
+        doing = "One is being made"
+    parts = [doing, f"{waiting} waiting"]
+    switch = markup.button("Pause the queue", "pause")
     if paused:
         parts.append("paused: no further job starts")
-    switch = markup.button("Resume", "resume", kind="primary") if paused else markup.button("Pause the queue", "pause")
-    ended = any(row.state in ("done", "failed", "cancelled", "interrupted") for row in rows)
-    clear = markup.button("Clear ended jobs", "clear", title="Forget ended jobs; their clips stay") if ended else ""
+        switch = markup.button("Resume", "resume", kind="primary")
+    clear = ""
+    if any(row.state in ("done", "failed", "cancelled", "interrupted") for row in rows):
+        clear = markup.button("Clear ended jobs", "clear", title="Forget ended jobs; their clips stay")
     return (
         f'<div class="queue-head"><h2>Queue</h2><p>{" · ".join(parts)}</p><div class="acts">{switch}{clear}</div></div>'
     )
@@ -84,18 +89,15 @@ def render_rows(rows: Sequence[Row]) -> str:
 
 
 def _card(row: Row, waiting: int) -> str:
-    job = row.job
-    names = [subject.name for subject in job.subjects] if job else []
-    prompt = markup.prompt_text(job.prompt, names) if job else "A document this studio cannot read"
-    faces = "".join(_face(place, subject) for place, subject in enumerate(job.subjects)) if job else ""
-    preset = presets.find(job.preset) if job else None
-    facts = (
-        f"{escape(preset.title if preset else job.preset)} · seed {job.seed} · {job.width} x {job.height} · "
-        f"{job.num_frames} frames · {job.sampling.num_inference_steps or '?'} steps"
-        if job
-        else ""
-    )
-    error = f'<p class="refusal">{escape(_error(row))}</p>' if row.error else ""
+    prompt, faces, facts = "A document this studio cannot read", "", ""
+    if row.job:
+        names = [subject.name for subject in row.job.subjects]
+        prompt = markup.prompt_text(row.job.prompt, names)
+        faces = "".join(_face(place, subject) for place, subject in enumerate(row.job.subjects))
+        facts = _facts(row.job)
+    error = ""
+    if row.error:
+        error = f'<p class="refusal">{escape(_error(row))}</p>'
     return (
         f'<li class="job {row.state}"><span class="number">{row.id}</span><div class="faces">{faces}</div>'
         f'<div class="what"><p class="said">{prompt}</p><p class="facts">{facts}</p>{error}</div>'
@@ -104,9 +106,20 @@ def _card(row: Row, waiting: int) -> str:
     )
 
 
+def _facts(job: GenerateJob) -> str:
+    preset = presets.find(job.preset)
+    title = preset.title if preset else job.preset
+    return (
+        f"{escape(title)} · seed {job.seed} · {job.width} x {job.height} · "
+        f"{job.num_frames} frames · {job.sampling.num_inference_steps or '?'} steps"
+    )
+
+
 def _face(place: int, subject: Subject) -> str:
     url = thumb(subject)
-    return f'<img{markup.colour(place)} alt="@{escape(subject.name)}" src="{url}">' if url else ""
+    if not url:
+        return ""
+    return f'<img{markup.colour(place)} alt="@{escape(subject.name)}" src="{url}">'
 
 
 def _state(row: Row) -> str:
@@ -115,16 +128,22 @@ def _state(row: Row) -> str:
     if row.state == "running" and row.progress:
         progress = row.progress
         said = STAGES.get(str(progress.get("stage")), "Being made")
-        return f"{said} {progress['step']}/{progress['total']}" if progress.get("total") else said
+        if progress.get("total"):
+            said += f" {progress['step']}/{progress['total']}"
+        return said
     return WORDS[row.state]
 
 
 def _when(row: Row) -> str:
     if row.state == "waiting":
-        return "next" if row.position == 0 else f"{row.position} before it"
+        if row.position == 0:
+            return "next"
+        return f"{row.position} before it"
     if row.finished:
         ago = time.time() - row.finished
-        return "just now" if ago < 60 else f"{wording.duration(ago)} ago"
+        if ago < 60:
+            return "just now"
+        return f"{wording.duration(ago)} ago"
     return ""
 
 
