@@ -5,7 +5,7 @@ Out: docs/measurements.md, one row per figure with the command, the commit, the 
      measured again replaces the old one.
 Knows nothing of how a model is trained. Whatever has to be cold or counted apart runs in a process of its own.
 
-    python launch.py bench [sizes flops memory loop report caches judges identity loading rounding full cards page]
+    python launch.py bench [NAME ...]    # the names are in MEASUREMENTS; none means all of them
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ MEASUREMENTS: dict[str, Callable[[str], Iterator[Figure]]] = {
     "full": _measurement("full_clips", "measure_full_clips"),
     "cards": _measurement("cards", "measure_cards"),
     "page": measure_page,
+    "threads": _measurement("threads", "measure_threads"),
 }
 
 

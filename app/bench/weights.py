@@ -204,7 +204,7 @@ def one_forward_errors(
     full, vae = pool.part("transformer", preset), pool.part("vae", preset)
     seen: list[tuple[Any, list[tuple[Any, float, Any]]]] = []
     for category, number, subjects in jobs:
-        job, _ = presets.resolve(benchmark.case(name, category, number, subjects).job)
+        job, _ = presets.resolve(benchmark.draw_case(name, category, number, subjects).job)
         job = pictures.pack(job, preset)
         encoded = encode.encode_job(job, preset, pool)
         way = conditioning.prepare(preset.conditioning, full, encoded)

@@ -240,7 +240,7 @@ def _replace_paths(job: GenerateJob, path_of: Callable[[Picture], str]) -> Gener
     for subject in job.subjects:
         moved = tuple(picture.model_copy(update={"path": path_of(picture)}) for picture in subject.pictures)
         subjects.append(subject.model_copy(update={"pictures": moved}))
-    return job.model_copy(update={"subjects": subjects})
+    return job.model_copy(update={"subjects": tuple(subjects)})
 
 
 def _encode_png(pixels: Pixels) -> str:

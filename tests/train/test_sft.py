@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttention
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import presets
@@ -21,7 +22,7 @@ from engine.models.subject_tower import LayerIdentity, References
 from engine.paths import ROOT
 from train import cpu_attention
 from train.data.batch import Batch, NullConditioning, cut_from_clip
-from train.data.cache import Cache
+from train.data.cache import Cache, read_shard
 from train.runs import checkpoint
 from train.sft import attention_losses, loss, models, trainer
 from train.sft.config import SftConfig, read_run
@@ -166,7 +167,7 @@ def test_a_model_goes_on_with_positions_that_it_has_not_had(tmp_path: Path) -> N
     models.new_model(first).save_pretrained(tmp_path)
     grown = first.model_copy(update={"start": str(tmp_path), "architecture": {**IDENTITY, "video_positions": True}})
     model = models.new_model(grown)
-    assert 0 < float(model.video_position_embedding.proj.weight.detach().std()) < 2 * models.TOLD
+    assert 0 < float(model.video_position_embedding.proj.weight.detach().std()) < 2 * models.POSITION_STD
     for name, value in models.new_model(first.model_copy(update={"start": str(tmp_path)})).state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
     rates = {id(p): group["peak"] for group in models.new_optimizer(model, grown).param_groups for p in group["params"]}
@@ -568,7 +569,7 @@ def test_a_saved_state_replaces_the_one_before_only_when_it_is_whole(tmp_path: P
 
 def test_a_larger_size_has_ten_million_parameters_and_the_frozen_parts_of_the_small_one(tmp_path: Path) -> None:
     size = recipe.SIZES["s"]
-    config = read_run(recipe.run_of(tmp_path, "identity", size, tmp_path / "base", **recipe.IDENTITY))
+    config = read_run(recipe.prepare_run(tmp_path, "identity", size, tmp_path / "base", **recipe.IDENTITY))
     with torch.device("meta"):
         model = IdentityWanTransformer3DModel(**config.architecture)
     assert 9e6 < sum(parameter.numel() for parameter in model.parameters()) < 11e6
@@ -592,3 +593,21 @@ def test_a_cache_holds_clips_of_the_size_that_was_asked_for(monkeypatch: pytest.
     small = scenes.make_shard(number, encoders)
     assert small["latents"].shape == (2, 16, 9, 16, 16)
     assert torch.equal(small["text"], large["text"])  # the same scenes
+
+
+def test_a_run_folder_and_a_shard_of_before_go_on_under_todays_names(tmp_path: Path, cache: Path) -> None:
+    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=8, timesteps_per_sample=3)
+    now = json.loads(config.model_dump_json())
+    before = {
+        "noises": now.pop("timesteps_per_sample"), "clip_noises": now.pop("timesteps_per_clip"),
+        "fall": now.pop("decay_fraction"), "binding": now.pop("subject_alignment"),
+        "reading": now.pop("caption_alignment"), **now,
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(before), encoding="utf-8")
+    assert read_run(tmp_path) == config
+
+    shard = next(cache.glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors["owner"] = tensors.pop("instance_ids")
+    save_file(tensors, tmp_path / "still-0.safetensors")
+    assert torch.equal(read_shard(tmp_path / "still-0.safetensors").instance_ids, read_shard(shard).instance_ids)

@@ -26,7 +26,7 @@ from train.evaluation import statistics
 from train.evaluation.clips import as_png
 from train.toybox import benchmark, contact_sheet, judge_sanity, out_of_domain, world
 from train.toybox import judges as teacher
-from train.toybox.judges import Both
+from train.toybox.judges import CriticFrames
 from train.toybox.recipe import ASSETS
 
 SHIPPED = ROOT / "assets" / "judges" / "reward"
@@ -126,7 +126,7 @@ def test_a_set_has_a_critic_once_it_has_been_taught_one(raw: Judges, tmp_path: P
 
 
 def test_a_critic_learns_to_tell_two_kinds_of_frames() -> None:
-    pool = Both.__new__(Both)
+    pool = CriticFrames.__new__(CriticFrames)
     rng = np.random.default_rng(0)
     pool.drawn = rng.integers(0, 255, (24, 4, 4, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
     pool.generated = np.clip(pool.drawn + rng.integers(-60, 60, pool.drawn.shape), 0, 255).astype(np.uint8)
@@ -208,21 +208,21 @@ def shipped() -> Judges:
 
 def test_planted_faults_lower_the_score(shipped: Judges) -> None:
     vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae").float().eval()
-    shares = judge_sanity.noticed(shipped, vae, count=8)
+    shares = judge_sanity.measure_noticed_faults(shipped, vae, count=8)
     assert set(shares) == {"swapped", "missing", "merged", "recoloured", "frozen", "flickering"}
     assert min(shares.values()) >= 0.75 and sum(shares.values()) / len(shares) >= 0.9
 
 
 def test_a_fault_changes_what_it_says_and_nothing_else() -> None:
-    of = judge_sanity.scene_of(0)
+    of = judge_sanity.draw_fault_case(0)
     clean = world.render(of.scene, num_frames=9)
     elsewhere = clean.instance_ids != 2
-    assert np.array_equal(judge_sanity.recoloured(of, clean)[elsewhere], clean.frames[elsewhere])
-    frozen = judge_sanity.frozen(of, clean)
+    assert np.array_equal(judge_sanity.recolour_second(of, clean)[elsewhere], clean.frames[elsewhere])
+    frozen = judge_sanity.freeze(of, clean)
     assert np.array_equal(frozen[0], frozen[-1]) and not np.array_equal(clean.frames[0], clean.frames[-1])
-    flickering = judge_sanity.flickering(of, clean)
+    flickering = judge_sanity.flicker(of, clean)
     assert np.array_equal(flickering[::2], clean.frames[::2]) and not np.array_equal(flickering[1], clean.frames[1])
-    assert not (judge_sanity.missing(of, clean) == clean.frames).all()
+    assert not (judge_sanity.hide_second(of, clean) == clean.frames).all()
 
 
 def test_the_shipped_critic_tells_the_shipped_clip_from_drawings(shipped: Judges) -> None:
@@ -247,21 +247,21 @@ def test_a_subject_is_nearer_to_its_own_picture_than_to_others_of_its_kind(shipp
 
 
 def test_the_benchmark_holds_as_many_jobs_of_each_kind_as_opens2vs_and_every_third_is_a_third() -> None:
-    jobs = benchmark.cases()
+    jobs = benchmark.list_cases()
     assert len(jobs) == 180 and len({each.id for each in jobs}) == 180
     assert sum(len(each.scene.subjects) == 1 for each in jobs) == 90
-    assert len(benchmark.cases(every=3)) == 60
+    assert len(benchmark.list_cases(every=3)) == 60
     for each in jobs:
         assert all(world.split_of(subject.seed) == "heldout" for subject in each.scene.subjects)
         words = set(each.job.prompt.split()) | {s.noun for s in each.job.subjects}
         assert not words & world.ATTRIBUTE_WORDS
-    assert benchmark.cases()[7].job == jobs[7].job
+    assert benchmark.list_cases()[7].job == jobs[7].job
 
 
 def test_candidates_are_of_the_subjects_kind_and_never_itself() -> None:
-    case = benchmark.case("toybox", "twocreatures", 0, 2)
+    case = benchmark.draw_case("toybox", "twocreatures", 0, 2)
     own = case.scene.subjects[0]
-    out_of_domain = benchmark._others(case.id, 0, own)
+    out_of_domain = benchmark._draw_others(case.id, 0, own)
     assert len(out_of_domain) == benchmark.CANDIDATES - 1
     own_picture = to_unit(torch.from_numpy(world.reference_picture(own, 0)[0]))
     assert min(float((other - own_picture).abs().mean()) for other in out_of_domain) > 0.005
@@ -269,26 +269,26 @@ def test_candidates_are_of_the_subjects_kind_and_never_itself() -> None:
 
 def test_every_candidate_is_looked_for_in_the_same_way(shipped: Judges) -> None:
     """Which of them is the own one is nowhere told: in another order each has the figure it had."""
-    case = benchmark.case("toybox", "twocreatures", 2, 2)
+    case = benchmark.draw_case("toybox", "twocreatures", 2, 2)
     frames = to_unit(torch.from_numpy(world.render(case.scene, num_frames=5).frames))
-    pictures = [to_unit(torch.from_numpy(benchmark._decoded(subject)[None])) for subject in case.job.subjects]
-    candidates = torch.cat([pictures[1], benchmark._others(case.id, 1, case.scene.subjects[1])[:4]])
+    pictures = [to_unit(torch.from_numpy(benchmark._decode_picture(subject)[None])) for subject in case.job.subjects]
+    candidates = torch.cat([pictures[1], benchmark._draw_others(case.id, 1, case.scene.subjects[1])[:4]])
     find = make_finder(shipped, frames)
-    found = benchmark._alike(shipped, frames, find, pictures, 1, candidates)
+    found = benchmark._measure_likeness(shipped, frames, find, pictures, 1, candidates)
     assert found[0] == max(found) > 0.5
-    turned = benchmark._alike(shipped, frames, find, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
+    turned = benchmark._measure_likeness(shipped, frames, find, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
     assert turned[::-1] == pytest.approx(found, abs=1e-5)
     white = torch.ones_like(frames)
-    assert benchmark._alike(shipped, white, make_finder(shipped, white), pictures, 1, candidates) == [0.0] * 5
+    assert benchmark._measure_likeness(shipped, white, make_finder(shipped, white), pictures, 1, candidates) == [0.0] * 5
 
 
 def test_withheld_references_leave_words_alone_and_swapped_ones_keep_them() -> None:
-    case = benchmark.case("toybox", "samekind", 1, 2)
-    alone = benchmark.withheld(case, attributes=False).instead
+    case = benchmark.draw_case("toybox", "samekind", 1, 2)
+    alone = benchmark.withhold_references(case, attributes=False).instead
     assert alone is not None and alone.subjects == () and "subject 1, a" in alone.prompt and "@" not in alone.prompt
-    told = benchmark.withheld(case, attributes=True).instead
+    told = benchmark.withhold_references(case, attributes=True).instead
     assert told is not None and set(told.prompt.replace(",", " ").split()) & world.ATTRIBUTE_WORDS
-    turned = benchmark.swapped(case)
+    turned = benchmark.swap_references(case)
     assert turned.job.prompt == case.job.prompt and turned.scene.subjects == case.scene.subjects[::-1]
     assert turned.job.subjects[0].pictures == case.job.subjects[1].pictures
 
@@ -315,7 +315,7 @@ def test_orders_agree_when_ranks_do_whatever_the_figures_are() -> None:
 
 def test_two_sets_are_asked_about_the_same_clips(shipped: Judges, tmp_path: Path) -> None:
     preset = presets.load("toybox")
-    jobs = [benchmark.case("toybox", "onething", number, 1) for number in range(3)]
+    jobs = [benchmark.draw_case("toybox", "onething", number, 1) for number in range(3)]
     frames = [world.render(each.scene, num_frames=9).frames for each in jobs]
     for each, clip in zip(jobs, frames, strict=True):
         size, scale = (64, 64), preset.display_scale
@@ -324,13 +324,13 @@ def test_two_sets_are_asked_about_the_same_clips(shipped: Judges, tmp_path: Path
             for frame in clip:
                 writer.write(frame)
     found = [benchmark.judge(each, clip, shipped) for each, clip in zip(jobs, frames, strict=True)]
-    assert benchmark.agreement(jobs, found, tmp_path, shipped) >= 0.5  # mp4 changes little
-    assert benchmark.agreement(jobs, [*reversed(found)], tmp_path, shipped) < 0.5
+    assert benchmark.measure_agreement(jobs, found, tmp_path, shipped) >= 0.5  # mp4 changes little
+    assert benchmark.measure_agreement(jobs, [*reversed(found)], tmp_path, shipped) < 0.5
 
 
 def test_ground_truth_is_recognised_by_the_benchmark(shipped: Judges) -> None:
-    jobs = [benchmark.case("toybox", "creaturething", number, 2) for number in range(4)]
-    rows = benchmark.table({"drawn": benchmark.drawn(jobs, shipped, presets.load("toybox"))})
+    jobs = [benchmark.draw_case("toybox", "creaturething", number, 2) for number in range(4)]
+    rows = benchmark.table({"drawn": benchmark.judge_ground_truth(jobs, shipped, presets.load("toybox"))})
     assert rows["drawn"]["own picture first of 16"][0] >= 0.75
     assert rows["drawn"]["place"][0] >= 0.75
     assert "| drawn |" in statistics.as_text(rows)
@@ -380,6 +380,6 @@ def test_traits_do_not_care_how_large_or_turned_a_subject_is_and_tell_colours_an
 
 def test_a_subject_that_cannot_be_seen_finds_nothing_and_one_that_is_copied_finds_itself() -> None:
     known = [out_of_domain.traits(*drawn_shape(0.3 * i, 0.6 + 0.03 * i, (10 * i, 255 - 12 * i, 90))) for i in range(18)]
-    assert not out_of_domain.retrieved(4, None, known)
-    assert all(out_of_domain.retrieved(i, known[i], known) for i in range(18))
-    assert not out_of_domain.retrieved(4, known[9], [*known[:4], known[17], *known[5:]])
+    assert not out_of_domain.finds_own_picture(4, None, known)
+    assert all(out_of_domain.finds_own_picture(i, known[i], known) for i in range(18))
+    assert not out_of_domain.finds_own_picture(4, known[9], [*known[:4], known[17], *known[5:]])

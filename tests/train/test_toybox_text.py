@@ -19,7 +19,7 @@ def test_a_caption_lets_one_know_who_does_what_to_whom() -> None:
     assert told["way"] == [1, 1] and told["kind"] == [0, 0] and told["camera"] == 0
     tokenizer = text.load_tokenizer(recipe.ASSETS / "tokenizer")
     words = tokenizer("subject 2 chases subject 1 to the left", return_tensors="pt")["input_ids"]
-    numbers = text.asked(words, tokenizer)
+    numbers = text.slots_of_words(words, tokenizer)
     assert numbers[numbers > 0].tolist() == [2, 1]
 
 
@@ -47,7 +47,7 @@ def test_the_shipped_reader_of_captions_says_at_each_number_who_acts_and_how() -
         scene = world.make_scene(int(rng.integers(2**28)), num_subjects=2, split="heldout")
         facts, caption = scene.facts, world.caption(scene, False, rng)
         words = tokenizer([caption], return_tensors="pt")
-        told, numbers = text.answers(facts, caption), text.asked(words["input_ids"], tokenizer)[0]
+        told, numbers = text.answers(facts, caption), text.slots_of_words(words["input_ids"], tokenizer)[0]
         seen = encoder(**words).last_hidden_state[0]
         for word in numbers.nonzero().flatten().tolist():
             slot = int(numbers[word]) - 1

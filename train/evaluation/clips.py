@@ -28,7 +28,7 @@ def as_png(picture: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def frames_of(job: GenerateJob, clip: Path, pool: ModelPool) -> np.ndarray:
+def make_frames(job: GenerateJob, clip: Path, pool: ModelPool) -> np.ndarray:
     """Make a job's clip into a file and give its native frames, uint8 (F, H, W, 3)."""
     run.run(job, _quiet, outputs=clip.parent, clip=clip, pool=pool)
     return video.read_frames(clip, display_scale=presets.load(job.preset).display_scale)

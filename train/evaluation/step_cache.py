@@ -69,7 +69,7 @@ def measure(preset: str, jobs: Sequence[GenerateJob]) -> dict[str, dict[str, flo
         for number, job in enumerate(jobs):
             whole: np.ndarray | None = None
             for word, rows in found.items():
-                frames, asked, weakest = _made(job, word, Path(folder), pool, transformer)
+                frames, asked, weakest = _measure_job(job, word, Path(folder), pool, transformer)
                 if whole is None:  # the first word is "off"
                     whole = frames
                 rows.append((asked, psnr(whole, frames), weakest))
@@ -91,7 +91,7 @@ def measure(preset: str, jobs: Sequence[GenerateJob]) -> dict[str, dict[str, flo
     }
 
 
-def _made(
+def _measure_job(
     job: GenerateJob, word: str, folder: Path, pool: ModelPool, transformer: Any
 ) -> tuple[np.ndarray, float, float]:
     """Native frames, steps in which the model was asked, weakest likeness."""

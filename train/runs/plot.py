@@ -22,7 +22,7 @@ COLOURS = ("#135f9e", "#b0441c", "#0b6e5f", "#5a3fc0", "#566a0c", "#a52a68")
 Point = tuple[float, float]
 
 
-def curves(lines: Iterable[str], windows: int = WINDOWS) -> dict[str, list[Point]]:
+def read_curves(lines: Iterable[str], windows: int = WINDOWS) -> dict[str, list[Point]]:
     """Name -> (update, mean of a window), for every figure of a `metrics.jsonl`.
 
     A run that was taken back to an earlier save has written some updates twice; the later writing counts.
@@ -44,11 +44,11 @@ def curves(lines: Iterable[str], windows: int = WINDOWS) -> dict[str, list[Point
     return means
 
 
-def drawn(found: Mapping[str, Sequence[Point]]) -> str:
+def draw_svg(found: Mapping[str, Sequence[Point]]) -> str:
     """One panel for each figure, below each other, all over the same updates."""
     steps = [x for x, _ in chain.from_iterable(found.values())]
     last = max(steps, default=1.0)
-    panels = [_panel(name, points, last, number) for number, (name, points) in enumerate(found.items())]
+    panels = [_draw_panel(name, points, last, number) for number, (name, points) in enumerate(found.items())]
     high = HEIGHT * max(1, len(panels))
     style = "text{font:12px system-ui,sans-serif;fill:#1c1f26}"
     return (
@@ -57,7 +57,7 @@ def drawn(found: Mapping[str, Sequence[Point]]) -> str:
     )
 
 
-def _panel(name: str, points: Sequence[Point], last: float, number: int) -> str:
+def _draw_panel(name: str, points: Sequence[Point], last: float, number: int) -> str:
     low, high = min(y for _, y in points), max(y for _, y in points)
     top, span = number * HEIGHT, (high - low) or 1.0
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="SVG to write")
     options = parser.parse_args(argv)
     with (options.run / "metrics.jsonl").open(encoding="utf-8") as lines:
-        options.out.write_text(drawn(curves(lines)), encoding="utf-8")
+        options.out.write_text(draw_svg(read_curves(lines)), encoding="utf-8")
     return 0
 
 

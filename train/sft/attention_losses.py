@@ -98,16 +98,16 @@ def counterparts(latents: Tensor, instance_ids: Tensor, references: Tensor, whit
     sides = (torch.arange(side, device=instance_ids.device) + 0.5 for side in (h, w))
     ys, xs = torch.meshgrid(*sides, indexing="ij")
     cells = torch.stack([ys, xs], -1).view(1, 1, 1, 1, h * w, 2)
-    straight = _carried(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=False)  # (B, N, F, V, h * w, 2)
-    mirrored = _carried(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=True)
+    straight = _map_to_box(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=False)  # (B, N, F, V, h * w, 2)
+    mirrored = _map_to_box(cells, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=True)
     costs = [_misfit(latents, held, references, places) for places in (straight, mirrored)]
     flip = (costs[1] < costs[0]).view(B, N, F, V, 1, 1)
 
     centres = nn.functional.avg_pool2d(torch.stack([ys, xs]), patch).flatten(1).T.view(1, 1, 1, 1, -1, 2)
     places = torch.where(
         flip,
-        _carried(centres, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=True),
-        _carried(centres, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=False),
+        _map_to_box(centres, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=True),
+        _map_to_box(centres, inside.unsqueeze(3), pictured.unsqueeze(2), mirrored=False),
     )  # (B, N, F, V, q, 2)
     away = (places.unsqueeze(-2) - centres.view(1, 1, 1, 1, 1, -1, 2)).square().sum(-1) / patch**2
     near = torch.where((rim > 0.3).view(B, N, 1, V, 1, 1), 1.0, torch.exp(-away / (2 * REACH**2)))
@@ -127,7 +127,7 @@ def _box(mask: Tensor) -> Tensor:
     return torch.stack([top, left, bottom, right], -1).float()
 
 
-def _carried(points: Tensor, inside: Tensor, pictured: Tensor, *, mirrored: bool) -> Tensor:
+def _map_to_box(points: Tensor, inside: Tensor, pictured: Tensor, *, mirrored: bool) -> Tensor:
     """Points (y, x) from one box into another, clamped to it. Boxes (..., 4) broadcast; returns (..., points, 2)."""
     inside, pictured = inside.unsqueeze(-2), pictured.unsqueeze(-2)
     share = ((points - inside[..., :2]) / (inside[..., 2:] - inside[..., :2])).clamp(0, 1)

@@ -158,7 +158,7 @@ def loss_at(
             predicted = model(noisy, timestep, text, return_dict=False, identity=repeated)[0]
         looks = names = predicted.new_zeros(())
         if repeated.num_subject_tokens:
-            looks, names = _looks(seen, batch, references, blank, patch)
+            looks, names = _alignment_losses(seen, batch, references, blank, patch)
         without_text = (text == blank.text).flatten(1).all(1, keepdim=True)
         asked = torch.where(without_text, 0, token_instance_ids(instance_ids, patch))
         reads = word_alignment_loss(seen, asked, batch.numbers.repeat_interleave(repeats, 0))
@@ -214,7 +214,7 @@ def _coarse(values: Tensor) -> Tensor:
     return flat.unflatten(0, values.shape[:2])
 
 
-def _looks(
+def _alignment_losses(
     seen: RecordedAttention, batch: Batch, references: References, blank: NullConditioning, patch: int
 ) -> tuple[Tensor, Tensor]:
     """Region and slot alignment losses of a batch.

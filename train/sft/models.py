@@ -21,7 +21,7 @@ from train.sft.config import SftConfig, read_run
 
 BETAS = (0.9, 0.99)  # of AdamW
 
-TOLD = 0.1  # standard deviation that the weights of a video's positions start with
+POSITION_STD = 0.1  # standard deviation that the weights of a video's positions start with
 
 ZERO_START = 4.0  # times the rate, for what starts at zero
 
@@ -33,13 +33,13 @@ def new_model(config: SftConfig) -> WanTransformer3DModel:
     if not config.start:
         model = kind(**config.architecture)
         if isinstance(model, IdentityWanTransformer3DModel):
-            _told(model)
+            _randomise_positions(model)
         return model
-    source = _started(Path(config.start))
+    source = _load_start(Path(config.start))
     if isinstance(source, kind):
-        return _grown(source, config.architecture)
+        return _add_missing_parts(source, config.architecture)
     extra = {key: value for key, value in config.architecture.items() if key not in source.config}
-    return _told(IdentityWanTransformer3DModel.from_plain_wan(source, **extra))
+    return _randomise_positions(IdentityWanTransformer3DModel.from_plain_wan(source, **extra))
 
 
 def _model_class(*, identity: bool) -> type[WanTransformer3DModel]:
@@ -49,23 +49,23 @@ def _model_class(*, identity: bool) -> type[WanTransformer3DModel]:
     return WanTransformer3DModel
 
 
-def _told(model: Any) -> Any:
+def _randomise_positions(model: Any) -> Any:
     """Draw the weights of the video's positions at random, so that they matter from the first update.
 
     A model that has to equal Wan starts them at zero; from there they had hardly moved after 600 updates.
     """
     if model.video_position_embedding is not None:
-        nn.init.normal_(model.video_position_embedding.proj.weight, std=TOLD)
+        nn.init.normal_(model.video_position_embedding.proj.weight, std=POSITION_STD)
     return model
 
 
-def _grown(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTransformer3DModel:
+def _add_missing_parts(source: WanTransformer3DModel, architecture: dict[str, Any]) -> WanTransformer3DModel:
     """The model with the parts that its architecture did not have so far, newly started; itself when it has all."""
     held = {key: value for key, value in source.config.items() if not key.startswith("_")}
     if {**held, **architecture} == held:
         return source
     grown = type(source)(**{**held, **architecture})
-    _told(grown)
+    _randomise_positions(grown)
     missing, unexpected = grown.load_state_dict(source.state_dict(), strict=False)
     strangers = [key for key in missing if not _is_new_part(key)] + unexpected
     if strangers:
@@ -78,7 +78,7 @@ def _is_new_part(key: str) -> bool:
     return "video_position_embedding." in key or ".slot_key." in key
 
 
-def _started(start: Path) -> WanTransformer3DModel:
+def _load_start(start: Path) -> WanTransformer3DModel:
     """The model of a folder, or a run's model with its averaged weights."""
     if (start / "config.json").exists():
         name = json.loads((start / "config.json").read_text(encoding="utf-8"))["_class_name"]

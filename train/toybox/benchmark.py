@@ -42,7 +42,7 @@ from engine.messages import StudioError
 from engine.models.vae import clip_latents, decode_frames
 from engine.paths import ROOT
 from engine.pipelines.prompt import render_prompt
-from train.evaluation.clips import frames_of
+from train.evaluation.clips import make_frames
 from train.evaluation.statistics import Interval, as_text, interval, spearman
 from train.runs.metrics import duration
 from train.toybox import world
@@ -91,7 +91,7 @@ class Verdict:
     copied: float
     acted: float
     """How sure the judge is of the right verb."""
-    drawn: float | None = None
+    judge_ground_truth: float | None = None
     """How sure the critic is that the frames were drawn; None where the set has none."""
 
     @property
@@ -103,15 +103,15 @@ class Verdict:
 # --- the jobs --------------------------------------------------------------------------------------------------------
 
 
-def cases(preset: str = "toybox", *, every: int = 1) -> list[Case]:
+def list_cases(preset: str = "toybox", *, every: int = 1) -> list[Case]:
     """The benchmark's jobs in order; `every` takes each n-th of every category."""
     made = []
     for category, (count, subjects) in CATEGORIES.items():
-        made += [case(preset, category, number, subjects) for number in range(0, count, every)]
+        made += [draw_case(preset, category, number, subjects) for number in range(0, count, every)]
     return made
 
 
-def case(preset: str, category: str, number: int, subjects: int) -> Case:
+def draw_case(preset: str, category: str, number: int, subjects: int) -> Case:
     """One job: held-out identities of the category's kinds, a prompt as a person would write it, no attributes."""
     rng = np.random.default_rng((81, list(CATEGORIES).index(category), number))
     cast = tuple(_identity(rng, kind) for kind in _kinds(rng, category, subjects))
@@ -154,7 +154,7 @@ def _identity(rng: np.random.Generator, kind: str) -> world.ToySubject:
     return world.make_subject(world.subject_seed(int(rng.integers(world.IDENTITIES)), "heldout"), kind)
 
 
-def withheld(case: Case, *, attributes: bool) -> Case:
+def withhold_references(case: Case, *, attributes: bool) -> Case:
     """The same job from words alone, as the model was taught to read them; with attributes said, or without."""
     rng = np.random.default_rng([84, *case.id.encode()])
     subjects = []
@@ -167,7 +167,7 @@ def withheld(case: Case, *, attributes: bool) -> Case:
     return replace(case, instead=make_job(preset=case.job.preset, prompt=words, seed=case.job.seed))
 
 
-def swapped(case: Case) -> Case:
+def swap_references(case: Case) -> Case:
     """A two-subject job whose pictures have changed places, and with them who is asked about; the words stay."""
     first, second = case.job.subjects
     pair: tuple[Subject, ...] = (
@@ -185,7 +185,7 @@ def swapped(case: Case) -> Case:
 def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     """What a clip shows of its job: uint8 (F, H, W, 3) native frames."""
     scene = case.scene
-    pictures = [to_unit(torch.from_numpy(_decoded(subject)[None])) for subject in case.job.subjects]
+    pictures = [to_unit(torch.from_numpy(_decode_picture(subject)[None])) for subject in case.job.subjects]
     seen = to_unit(torch.from_numpy(frames))
     find = make_finder(judges, seen)
     instance_ids = find(pictures).argmax(1)
@@ -195,14 +195,14 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     for slot, subject in enumerate(scene.subjects):
         shown = there[:, slot]
         if bool(shown.any()):
-            copied.append(_copied(cut_out(seen[shown], masks[shown, slot]), subject, pictures[slot]))
-        candidates = torch.cat([pictures[slot], _others(case.id, slot, subject)])
-        found = _alike(judges, seen, find, pictures, slot, candidates)
+            copied.append(_measure_copying(cut_out(seen[shown], masks[shown, slot]), subject, pictures[slot]))
+        candidates = torch.cat([pictures[slot], _draw_others(case.id, slot, subject)])
+        found = _measure_likeness(judges, seen, find, pictures, slot, candidates)
         recognised.append(found[0] > max(found[1:]))
         likeness.append(found[0])
     presence = there.float().mean(0).tolist()
     action = scene.actions[0]
-    acted, verb, direction = _acted(judges, seen, masks, action)
+    acted, verb, direction = _judge_action(judges, seen, masks, action)
     place = judges.places[int(judges.place(seen).mean(0).argmax())] == scene.background
     count = all(share >= 0.5 for share in presence)
     mean_copied = 0.0
@@ -227,7 +227,7 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     )
 
 
-def _alike(
+def _measure_likeness(
     judges: Judges,
     frames: Tensor,
     find: Callable[[Sequence[Tensor]], Tensor],
@@ -253,12 +253,12 @@ def _alike(
     return found
 
 
-def _decoded(subject: Subject) -> np.ndarray:
+def _decode_picture(subject: Subject) -> np.ndarray:
     with Image.open(io.BytesIO(base64.b64decode(subject.pictures[0].png))) as image:
         return np.array(image.convert("RGB"))
 
 
-def _others(id: str, slot: int, subject: world.ToySubject) -> Tensor:
+def _draw_others(id: str, slot: int, subject: world.ToySubject) -> Tensor:
     """Pictures of other held-out identities of the same kind."""
     rng = np.random.default_rng([83, slot, *id.encode()])
     others = [_identity(rng, subject.kind) for _ in range(CANDIDATES - 1)]
@@ -266,7 +266,7 @@ def _others(id: str, slot: int, subject: world.ToySubject) -> Tensor:
     return to_unit(torch.from_numpy(np.stack(pictures)))
 
 
-def _copied(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -> float:
+def _measure_copying(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -> float:
     """How much nearer the cut-outs come to the very picture that was given than to others of the same subject.
 
     Mean square distances of cut-outs that fill their square; 0 when the pose is free, above it when it is copied.
@@ -278,7 +278,7 @@ def _copied(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -> float:
     return float((to_rest - to_given).mean())
 
 
-def _acted(judges: Judges, frames: Tensor, masks: Tensor, action: world.Action) -> tuple[float, bool, bool | None]:
+def _judge_action(judges: Judges, frames: Tensor, masks: Tensor, action: world.Action) -> tuple[float, bool, bool | None]:
     """How sure the judge is of the action's verb; whether it sees the verb and, where there is one, the direction."""
     moments = torch.linspace(0, len(frames) - 1, MOMENTS).round().long()
     actor = masks[moments, action.slots[0] - 1]
@@ -300,7 +300,7 @@ def round_trip(frames: np.ndarray, vae: AutoencoderKLWan) -> np.ndarray:
         return np.concatenate([np.stack(group) for group in decode_frames(latents, vae)])
 
 
-def agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder: Path, other: Judges) -> float:
+def measure_agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder: Path, other: Judges) -> float:
     """Spearman's correlation of the verdicts' scores with another set's on the same clips, -1 to 1."""
     scale = presets.load(cases[0].job.preset).display_scale
     clips = [video.read_frames(folder / f"{each.id}.mp4", display_scale=scale) for each in cases]
@@ -311,19 +311,19 @@ def agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder: Path, 
 # --- making ----------------------------------------------------------------------------------------------------------
 
 
-def made(cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str], None], name: str) -> list[Verdict]:
+def make_and_judge(cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str], None], name: str) -> list[Verdict]:
     """Make every clip into a folder and judge it, with progress and time left."""
     pool, verdicts, began = ModelPool(), [], time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     for number, each in enumerate(cases, start=1):
-        frames = frames_of(each.instead or each.job, folder / f"{each.id}.mp4", pool)
+        frames = make_frames(each.instead or each.job, folder / f"{each.id}.mp4", pool)
         verdicts.append(judge(each, frames, judges))
         left = (time.monotonic() - began) / number * (len(cases) - number)
         say(f"{name}: {number} of {len(cases)}, about {duration(left)} left")
     return verdicts
 
 
-def drawn(cases: Sequence[Case], judges: Judges, preset: presets.Preset) -> list[Verdict]:
+def judge_ground_truth(cases: Sequence[Case], judges: Judges, preset: presets.Preset) -> list[Verdict]:
     """The same questions asked of ground truth after the VAE: the most that the judges can find."""
     vae = ModelPool().part("vae", preset)
     clips = [world.render(each.scene, num_frames=preset.num_frames).frames for each in cases]
@@ -370,7 +370,7 @@ def _summarise(verdicts: Sequence[Verdict]) -> dict[str, Interval | None]:
     return figures
 
 
-def judges_of(name: str) -> Judges:
+def load_judges(name: str) -> Judges:
     """A set of judges as it ships.
 
     Raises:
@@ -398,25 +398,25 @@ def main(argv: list[str] | None = None) -> int:
     every = options.every
     if not every:
         every = 1 if options.full else REDUCED
-    judges, jobs = judges_of(options.judges), cases(options.preset, every=every)
-    controls = cases(options.preset, every=every * options.controls)
+    judges, jobs = load_judges(options.judges), list_cases(options.preset, every=every)
+    controls = list_cases(options.preset, every=every * options.controls)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch)
-        verdicts = {"made": made(jobs, judges, folder / "clips", _say, "clips")}
+        verdicts = {"made": make_and_judge(jobs, judges, folder / "clips", _say, "clips")}
         if options.full:
             pairs = [each for each in controls if len(each.scene.subjects) == 2]
             again = {
-                "references withheld": [withheld(each, attributes=False) for each in controls],
-                "attributes said, references withheld": [withheld(each, attributes=True) for each in controls],
-                "references swapped": [swapped(each) for each in pairs],
+                "references withheld": [withhold_references(each, attributes=False) for each in controls],
+                "attributes said, references withheld": [withhold_references(each, attributes=True) for each in controls],
+                "references swapped": [swap_references(each) for each in pairs],
             }
             for name, others in again.items():
-                verdicts[name] = made(others, judges, folder / name.replace(", ", "-").replace(" ", "-"), _say, name)
-        verdicts["ground truth"] = drawn(jobs, judges, presets.load(options.preset))
+                verdicts[name] = make_and_judge(others, judges, folder / name.replace(", ", "-").replace(" ", "-"), _say, name)
+        verdicts["ground truth"] = judge_ground_truth(jobs, judges, presets.load(options.preset))
         rows = table(verdicts)
         print(as_text(rows))  # noqa: T201
-        other = judges_of("reward" if judges.name == "test" else "test")
-        agreed = agreement(jobs, verdicts["made"], folder / "clips", other)
+        other = load_judges("reward" if judges.name == "test" else "test")
+        agreed = measure_agreement(jobs, verdicts["made"], folder / "clips", other)
         print(f"\nThe {other.name} judges put these clips in the same order: Spearman {agreed:.2f}.")  # noqa: T201
         if options.out:
             _write(options.out, jobs, verdicts, {"judges": judges.name, "agreement": agreed, "rows": rows})

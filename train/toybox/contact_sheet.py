@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from engine.job import GenerateJob, Sampling, make_job
 from engine.loading.pool import ModelPool
-from train.evaluation.clips import as_png, frames_of
+from train.evaluation.clips import as_png, make_frames
 from train.toybox import world
 from train.toybox.world import captions
 from train.toybox.world.layout import IN_A_ROW
@@ -78,7 +78,7 @@ def rows(jobs: list[GenerateJob], steps: int | None) -> Iterator[Image.Image]:
         for number, job in enumerate(jobs):
             if steps:
                 job = job.model_copy(update={"sampling": Sampling(num_inference_steps=steps)})
-            yield _row(job, frames_of(job, Path(folder) / f"{number}.mp4", pool))
+            yield _row(job, make_frames(job, Path(folder) / f"{number}.mp4", pool))
 
 
 def _row(job: GenerateJob, frames: np.ndarray) -> Image.Image:

@@ -22,63 +22,63 @@ from PIL import Image
 
 from engine.identity.toybox import Judges
 from train.toybox import world
-from train.toybox.benchmark import Case, case, judge, judges_of, round_trip
+from train.toybox.benchmark import Case, draw_case, judge, load_judges, round_trip
 from train.toybox.recipe import ASSETS
 
 Frames = NDArray[np.uint8]
 FRAMES = 9
 
 
-def swapped(of: Case, clean: world.Clip) -> Frames:
+def swap_subjects(of: Case, clean: world.Clip) -> Frames:
     """Whoever acts is acted upon."""
-    return _drawn(of, of.scene.subjects[::-1])
+    return _render_cast(of, of.scene.subjects[::-1])
 
 
-def missing(of: Case, clean: world.Clip) -> Frames:
+def hide_second(of: Case, clean: world.Clip) -> Frames:
     """The second subject is not there."""
     return world.render(of.scene, num_frames=FRAMES, hide=(2,)).frames
 
 
-def merged(of: Case, clean: world.Clip) -> Frames:
+def merge_subjects(of: Case, clean: world.Clip) -> Frames:
     """Both look like the first."""
-    return _drawn(of, (of.scene.subjects[0],) * 2)
+    return _render_cast(of, (of.scene.subjects[0],) * 2)
 
 
-def recoloured(of: Case, clean: world.Clip) -> Frames:
+def recolour_second(of: Case, clean: world.Clip) -> Frames:
     """The second subject's colours have turned by a third of the circle."""
-    turned = np.stack([_turned(frame) for frame in clean.frames])
+    turned = np.stack([_turn_hue(frame) for frame in clean.frames])
     return np.where((clean.instance_ids == 2)[..., None], turned, clean.frames)
 
 
-def frozen(of: Case, clean: world.Clip) -> Frames:
+def freeze(of: Case, clean: world.Clip) -> Frames:
     """Nothing moves."""
     return np.repeat(clean.frames[FRAMES // 2 :][:1], FRAMES, 0)
 
 
-def flickering(of: Case, clean: world.Clip) -> Frames:
+def flicker(of: Case, clean: world.Clip) -> Frames:
     """In every second frame somebody else of its kind stands in for the second subject."""
     first, second = of.scene.subjects
     stranger = world.make_subject(world.subject_seed((second.seed + 1) % world.IDENTITIES, "heldout"), second.kind)
-    other = _drawn(of, (first, stranger))
+    other = _render_cast(of, (first, stranger))
     return np.where((np.arange(FRAMES) % 2 == 1).reshape(-1, 1, 1, 1), other, clean.frames)
 
 
 FAULTS: dict[str, Callable[[Case, world.Clip], Frames]] = {
-    "swapped": swapped,
-    "missing": missing,
-    "merged": merged,
-    "recoloured": recoloured,
-    "frozen": frozen,
-    "flickering": flickering,
+    "swapped": swap_subjects,
+    "missing": hide_second,
+    "merged": merge_subjects,
+    "recoloured": recolour_second,
+    "frozen": freeze,
+    "flickering": flicker,
 }
 
 
-def _drawn(of: Case, cast: tuple[world.ToySubject, ...]) -> Frames:
+def _render_cast(of: Case, cast: tuple[world.ToySubject, ...]) -> Frames:
     """The scene with others in the same places."""
     return world.render(replace(of.scene, subjects=cast), num_frames=FRAMES).frames
 
 
-def _turned(frame: Frames) -> Frames:
+def _turn_hue(frame: Frames) -> Frames:
     hue, saturation, value = Image.fromarray(frame).convert("HSV").split()
     moved = hue.point([(level + 85) % 256 for level in range(256)])
     # What is grey has no hue to turn: it is tinted instead.
@@ -86,20 +86,20 @@ def _turned(frame: Frames) -> Frames:
     return np.asarray(Image.merge("HSV", (moved, tinted, value)).convert("RGB"))
 
 
-def scene_of(number: int) -> Case:
+def draw_fault_case(number: int) -> Case:
     """A case in which somebody jumps over or chases somebody, so that it matters who is who."""
     category = ("twocreatures", "creaturething")[number % 2]
-    drawn = case("toybox", category, 1000 + number, 2)
+    drawn = draw_case("toybox", category, 1000 + number, 2)
     verb = ("jumps over", "chases")[number // 2 % 2]
     scene = world.make_scene(number, subjects=drawn.scene.subjects, verb=verb, split="heldout")
     return replace(drawn, scene=scene)
 
 
-def noticed(judges: Judges, vae: AutoencoderKLWan, count: int) -> dict[str, float]:
+def measure_noticed_faults(judges: Judges, vae: AutoencoderKLWan, count: int) -> dict[str, float]:
     """For each fault the share of `count` scenes in which it lowers the score; every clip has been through the VAE."""
     lower: dict[str, list[bool]] = {name: [] for name in FAULTS}
     for number in range(count):
-        of = scene_of(number)
+        of = draw_fault_case(number)
         clean = world.render(of.scene, num_frames=FRAMES)
         best = judge(of, round_trip(clean.frames, vae), judges).score
         for name, plant in FAULTS.items():
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=60, help="scenes, each with every fault")
     options = parser.parse_args(argv)
     vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae").float().eval()
-    print(json.dumps(noticed(judges_of(options.name), vae, options.count), indent=1))  # noqa: T201
+    print(json.dumps(measure_noticed_faults(load_judges(options.name), vae, options.count), indent=1))  # noqa: T201
     return 0
 
 

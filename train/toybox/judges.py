@@ -35,7 +35,7 @@ from engine.identity.toybox import FROZEN, MOMENTS, STILL, Judges
 from engine.job import Sampling
 from engine.loading.pool import ModelPool
 from train.cpu_attention import fast_training
-from train.evaluation.clips import frames_of
+from train.evaluation.clips import make_frames
 from train.runs import checkpoint, metrics
 from train.toybox import world
 from train.toybox.contact_sheet import job_of
@@ -87,7 +87,7 @@ class Wear:
         return self.round_trip(frames, torch.from_numpy(noise.astype(np.float32)))
 
 
-def blurred(frames: Tensor, sigma: float) -> Tensor:
+def blur(frames: Tensor, sigma: float) -> Tensor:
     """A Gaussian blur of `sigma` pixels over (P, C, H, W)."""
     reach = max(1, round(2.5 * sigma))
     taps = torch.exp(-(torch.arange(-reach, reach + 1).float() ** 2) / (2 * sigma**2))
@@ -98,13 +98,13 @@ def blurred(frames: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(across, taps.view(1, 1, -1, 1).expand(C, 1, -1, 1), groups=C)
 
 
-def reference(subject: world.ToySubject, rng: np.random.Generator) -> np.ndarray:
+def draw_reference(subject: world.ToySubject, rng: np.random.Generator) -> np.ndarray:
     """A picture of a subject, mostly cut out on white."""
     back = "white" if rng.random() < 0.95 else "scene"
     return world.reference_picture(subject, int(rng.integers(2**28)), background=back)[0]
 
 
-def a_scene(rng: np.random.Generator, split: str, **wanted: Any) -> world.Scene:
+def draw_scene(rng: np.random.Generator, split: str, **wanted: Any) -> world.Scene:
     """A random scene of a split."""
     return world.make_scene(int(rng.integers(2**30)), split=split, **wanted)
 
@@ -127,12 +127,12 @@ class Stills:
         frames, instance_ids, places, pictures, where = [], [], [], [], []
         meter = metrics.Meter(f"stills of {split}", count, STATE / "judges")
         for number in range(count):
-            clip = world.render(a_scene(rng, split), num_frames=1)
+            clip = world.render(draw_scene(rng, split), num_frames=1)
             frames.append(clip.frames[0])
             instance_ids.append(clip.instance_ids[0])
             places.append(world.BACKGROUNDS.index(clip.facts.background))
             for slot, subject in enumerate(clip.scene.subjects, start=1):
-                pictures.append(reference(subject, rng))
+                pictures.append(draw_reference(subject, rng))
                 where.append((number, slot, world.KINDS.index(subject.kind)))
             meter.tick(number + 1, {})
         drawn = np.stack(frames)
@@ -151,18 +151,18 @@ class Stills:
     def frame(self, scenes: np.ndarray, rng: np.random.Generator) -> Tensor:
         """Frames of scenes, (B, 3, H, W), three quarters of them worn; some batches blurred or lit otherwise."""
         chosen = self.frames[scenes, (rng.random(len(scenes)) < 0.75).astype(int)]
-        return blurred_or_lit(to_unit(torch.from_numpy(chosen)), rng)
+        return blur_or_light(to_unit(torch.from_numpy(chosen)), rng)
 
 
-def blurred_or_lit(frames: Tensor, rng: np.random.Generator) -> Tensor:
+def blur_or_light(frames: Tensor, rng: np.random.Generator) -> Tensor:
     """What needs no VAE: blur in two of five batches, a light of its own for each frame."""
     if rng.random() < 0.4:
-        frames = blurred(frames, float(rng.uniform(0.4, 1.1)))
+        frames = blur(frames, float(rng.uniform(0.4, 1.1)))
     light = torch.from_numpy(rng.uniform(0.92, 1.08, (len(frames), 3, 1, 1)).astype(np.float32))
     return (frames * light).clamp(0, 1)
 
 
-def asked_about(pool: Stills, scene: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def choose_references(pool: Stills, scene: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """NAMED pictures to ask of a scene, and each slot's number among them.
 
     A picture may show somebody who is not there, often of a kind that is; and of those who are there some are not
@@ -189,7 +189,7 @@ def asked_about(pool: Stills, scene: int, rng: np.random.Generator) -> tuple[np.
 def locator_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tensor:
     """Figure or not at full size, whose figure at half size."""
     scenes = rng.integers(0, len(pool.frames), 12)
-    asked = [asked_about(pool, int(scene), rng) for scene in scenes]
+    asked = [choose_references(pool, int(scene), rng) for scene in scenes]
     pictures = to_unit(torch.from_numpy(pool.pictures[np.stack([shown for shown, _ in asked])])).unsqueeze(2)
     instance_ids = torch.from_numpy(
         np.stack([n[pool.instance_ids[s]] for s, (_, n) in zip(scenes, asked, strict=True)])
@@ -210,8 +210,8 @@ def embedder_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Ten
     masks = torch.from_numpy(pool.instance_ids[pool.scene[chosen]] == pool.slot[chosen, None, None]).float()
     seen = masks.sum((1, 2)) >= LEAST
     chosen, masks = chosen[seen.numpy()], masks[seen]
-    cuts = cut_out(pool.frame(pool.scene[chosen], rng), frayed(masks, rng))
-    pages = coarser(cut_out(to_unit(torch.from_numpy(pool.pictures[chosen]))), rng)
+    cuts = cut_out(pool.frame(pool.scene[chosen], rng), fray_masks(masks, rng))
+    pages = coarsen(cut_out(to_unit(torch.from_numpy(pool.pictures[chosen]))), rng)
     both = torch.cat([cuts, pages])
     if rng.random() < 0.5:
         both = both.flip(-1)
@@ -219,7 +219,7 @@ def embedder_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Ten
     return (_margin_loss(asked, known) + _margin_loss(known, asked)) / 2
 
 
-def frayed(masks: Tensor, rng: np.random.Generator) -> Tensor:
+def fray_masks(masks: Tensor, rng: np.random.Generator) -> Tensor:
     """Masks as a locator gives them: some a pixel wider or narrower, some with a hole."""
     out = masks.clone()
     for i, roll in enumerate(rng.random(len(masks))):
@@ -233,7 +233,7 @@ def frayed(masks: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.where(out.flatten(1).any(1)[:, None, None], out, masks)
 
 
-def coarser(cuts: Tensor, rng: np.random.Generator) -> Tensor:
+def coarsen(cuts: Tensor, rng: np.random.Generator) -> Tensor:
     """Cut-outs as if they had been small in their frame: a batch made smaller, then as large as before."""
     side = int(rng.integers(16, CROP + 1))
     small = functional.interpolate(cuts, (side, side), mode="bilinear", antialias=True)
@@ -258,13 +258,13 @@ def place_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tensor
 # --- actions ---------------------------------------------------------------------------------------------------------
 
 
-def acted(rng: np.random.Generator, split: str, count: int) -> tuple[Tensor, ...]:
+def draw_actions(rng: np.random.Generator, split: str, count: int) -> tuple[Tensor, ...]:
     """Clips with one of their actions each: frames (B, T, 3, H, W), two masks (B, T, H, W), verb, direction or -1."""
     frames, actors, others, verbs, ways = [], [], [], [], []
     meter = metrics.Meter(f"clips of {split}", count, STATE / "judges")
     while len(frames) < count:
         verb = str(rng.choice(world.VERBS))
-        scene = a_scene(rng, split, verb=verb)
+        scene = draw_scene(rng, split, verb=verb)
         clip = world.render(scene, num_frames=MOMENTS)
         for action in scene.actions[:2]:
             if len(frames) == count:
@@ -285,7 +285,7 @@ class Clips:
 
     def __init__(self, split: str, count: int, seed: int) -> None:
         rng = np.random.default_rng((71, seed))
-        frames, *rest = acted(rng, split, count)
+        frames, *rest = draw_actions(rng, split, count)
         self.frames, self.rest = frames.mul(255).byte(), rest
 
     def draw(self, rng: np.random.Generator, size: int) -> tuple[Tensor, ...]:
@@ -304,9 +304,9 @@ def action_loss(judges: Judges, clips: Clips, rng: np.random.Generator) -> Tenso
     frames, actor, other = (each[torch.arange(B).unsqueeze(1), index] for each in (frames, actor, other))
     verb, way = torch.where(stopped, len(world.VERBS), verb), torch.where(stopped, -1, way)
     if rng.random() < 0.3:
-        frames = blurred(frames.flatten(0, 1), float(rng.uniform(0.4, 1.1))).unflatten(0, (B, T))
+        frames = blur(frames.flatten(0, 1), float(rng.uniform(0.4, 1.1))).unflatten(0, (B, T))
     frames = (frames + 0.04 * torch.randn(frames.shape)).clamp(0, 1)
-    masks = [frayed(each.flatten(0, 1), rng).unflatten(0, (B, T)) for each in (actor, other)]
+    masks = [fray_masks(each.flatten(0, 1), rng).unflatten(0, (B, T)) for each in (actor, other)]
     if rng.random() < 0.5:  # the mirrored clip goes the other way
         frames, masks = frames.flip(-1), [each.flip(-1) for each in masks]
         way = torch.where(way < 0, way, 1 - way)
@@ -320,7 +320,7 @@ def action_loss(judges: Judges, clips: Clips, rng: np.random.Generator) -> Tenso
 # --- the critic ------------------------------------------------------------------------------------------------------
 
 
-class Both:
+class CriticFrames:
     """Frames of the same scenes, drawn and generated; the drawn ones have been through the VAE, as all generated have.
 
     Attributes:
@@ -333,24 +333,24 @@ class Both:
         drawn, generated = [], []
         with tempfile.TemporaryDirectory() as folder:
             for number in range(count):
-                clip = world.render(a_scene(rng, split), num_frames=presets.load("toybox").num_frames)
-                pictures = [reference(subject, rng) for subject in clip.scene.subjects]
+                clip = world.render(draw_scene(rng, split), num_frames=presets.load("toybox").num_frames)
+                pictures = [draw_reference(subject, rng) for subject in clip.scene.subjects]
                 job = job_of("toybox", clip.scene, pictures, seed=number)
                 job = job.model_copy(update={"sampling": Sampling(num_inference_steps=GENERATED_STEPS)})
-                generated.append(frames_of(job, Path(folder) / f"{number}.mp4", pool))
+                generated.append(make_frames(job, Path(folder) / f"{number}.mp4", pool))
                 worn = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
                 drawn.append(worn.mul(255).round().byte().movedim(1, -1).numpy())
                 meter.tick(number + 1, {})
         self.drawn, self.generated = np.concatenate(drawn), np.concatenate(generated)
 
 
-def critic_loss(judges: Judges, pool: Both, rng: np.random.Generator) -> Tensor:
+def critic_loss(judges: Judges, pool: CriticFrames, rng: np.random.Generator) -> Tensor:
     """As many of both, each blurred or lit as the other."""
     assert judges.critic is not None
     scores = []
     for frames in (pool.drawn, pool.generated):
         chosen = to_unit(torch.from_numpy(frames[rng.integers(0, len(frames), 16)]))
-        scores.append(judges.critic(blurred_or_lit(chosen, rng)).float())
+        scores.append(judges.critic(blur_or_light(chosen, rng)).float())
     answers = torch.cat([torch.ones(16), torch.zeros(16)])
     return functional.binary_cross_entropy_with_logits(torch.cat(scores).squeeze(1), answers)
 
@@ -366,7 +366,7 @@ def pool_of(part: str, name: str) -> Any:
     if part == "action":
         return Clips(f"judge-{name}", CLIPS, list(WIDTHS).index(name))
     if part == "critic":
-        return Both(f"judge-{name}", GENERATED, list(WIDTHS).index(name), Wear(_vae()))
+        return CriticFrames(f"judge-{name}", GENERATED, list(WIDTHS).index(name), Wear(_vae()))
     return stills_of(name)
 
 
@@ -460,24 +460,24 @@ def measure(judges: Judges, vae: AutoencoderKLWan, *, scenes: int = 160, seed: i
     found = {"place": 0.0}
     ious: list[float] = []
     for _ in range(scenes):
-        clip = world.render(a_scene(rng, "heldout"), num_frames=1)
+        clip = world.render(draw_scene(rng, "heldout"), num_frames=1)
         frame = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
-        pictures = to_unit(torch.from_numpy(np.stack([reference(s, rng)[None] for s in clip.scene.subjects])))
+        pictures = to_unit(torch.from_numpy(np.stack([draw_reference(s, rng)[None] for s in clip.scene.subjects])))
         instance_ids = judges.locator(judges.locator.look(frame), pictures).argmax(1)[0].numpy()
-        ious += iou(instance_ids, clip.instance_ids[0], len(clip.scene.subjects))
+        ious += measure_ious(instance_ids, clip.instance_ids[0], len(clip.scene.subjects))
         place = int(judges.place(frame)[0].argmax())
         found["place"] += (judges.places[place] == clip.facts.background) / scenes
     found["locator IoU"] = float(np.mean(ious))
-    found["own of 16"] = own_picture_found(judges, wear, rng, rounds=max(1, scenes // 4))
-    found |= actions_right(judges, wear, rng, clips=scenes)
+    found["own of 16"] = measure_own_pictures(judges, wear, rng, rounds=max(1, scenes // 4))
+    found |= measure_actions(judges, wear, rng, clips=scenes)
     if judges.critic is not None:
-        both = Both("heldout", max(1, scenes // 8), 99, wear)
+        both = CriticFrames("heldout", max(1, scenes // 8), 99, wear)
         sure = [judges.drawn_probability(to_unit(torch.from_numpy(each))) for each in (both.drawn, both.generated)]
         found["critic"] = float(torch.cat([sure[0] > 0.5, sure[1] < 0.5]).float().mean())
     return found
 
 
-def iou(found: np.ndarray, truth: np.ndarray, subjects: int) -> list[float]:
+def measure_ious(found: np.ndarray, truth: np.ndarray, subjects: int) -> list[float]:
     """Intersection over union of every subject that shows enough of itself to be told."""
     shares = []
     for slot in range(1, subjects + 1):
@@ -487,18 +487,18 @@ def iou(found: np.ndarray, truth: np.ndarray, subjects: int) -> list[float]:
     return shares
 
 
-def own_picture_found(judges: Judges, wear: Wear, rng: np.random.Generator, rounds: int) -> float:
+def measure_own_pictures(judges: Judges, wear: Wear, rng: np.random.Generator, rounds: int) -> float:
     """Share of subjects in a clip's frame whose own picture is the likest of CANDIDATES of their kind."""
     right = []
     for _ in range(rounds):
         kind = str(rng.choice(world.KINDS))
         seeds = [world.subject_seed(int(i), "heldout") for i in rng.integers(0, world.IDENTITIES, CANDIDATES)]
         subjects = [world.make_subject(seed, kind) for seed in seeds]
-        pictures = to_unit(torch.from_numpy(np.stack([reference(subject, rng) for subject in subjects])))
+        pictures = to_unit(torch.from_numpy(np.stack([draw_reference(subject, rng) for subject in subjects])))
         known = judges.embedder(cut_out(pictures))
         for number in range(0, CANDIDATES, 4):
             pair = (subjects[number], subjects[number + 1])
-            clip = world.render(a_scene(rng, "heldout", subjects=pair), num_frames=1)
+            clip = world.render(draw_scene(rng, "heldout", subjects=pair), num_frames=1)
             masks = torch.from_numpy(np.stack([clip.instance_ids[0] == slot for slot in (1, 2)])).float()
             frame = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
             likest = (judges.embedder(cut_out(frame.expand(2, -1, -1, -1), masks)) @ known.T).argmax(1)
@@ -506,9 +506,9 @@ def own_picture_found(judges: Judges, wear: Wear, rng: np.random.Generator, roun
     return float(np.mean(right))
 
 
-def actions_right(judges: Judges, wear: Wear, rng: np.random.Generator, clips: int) -> dict[str, float]:
+def measure_actions(judges: Judges, wear: Wear, rng: np.random.Generator, clips: int) -> dict[str, float]:
     """Shares of right verbs and directions, masks given by the truth."""
-    frames, actor, other, verb, way = acted(rng, "heldout", clips)
+    frames, actor, other, verb, way = draw_actions(rng, "heldout", clips)
     seen = torch.stack([wear.round_trip(clip) for clip in frames])
     verbs, ways = judges.action(seen, actor, other)
     verbs, told = judges.verb_shares(verbs), way >= 0

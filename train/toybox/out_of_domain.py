@@ -30,9 +30,9 @@ from engine.identity.toybox import SEEN, Judges, locate
 from engine.job import GenerateJob, Picture, make_job
 from engine.loading.pool import ModelPool
 from engine.media import pictures
-from train.evaluation.clips import as_png, frames_of
+from train.evaluation.clips import as_png, make_frames
 from train.evaluation.statistics import interval
-from train.toybox.benchmark import CANDIDATES, judges_of
+from train.toybox.benchmark import CANDIDATES, load_judges
 from train.toybox.world import captions
 
 BINS = (4, 8, 8)  # of lightness, a, b
@@ -76,7 +76,7 @@ def job_of(preset: str, picture: Pixels, number: int) -> GenerateJob:
     return make_job(preset=preset, prompt=f"@s1 {verb} {place}", seed=number, subjects=[subject])
 
 
-def found(frames: Pixels, picture: Pixels, judges: Judges) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def mean_traits(frames: Pixels, picture: Pixels, judges: Judges) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Mean traits of a clip's subject over the frames that show it; None when none does."""
     shown = to_unit(torch.from_numpy(picture[None]))
     with torch.no_grad():
@@ -85,7 +85,7 @@ def found(frames: Pixels, picture: Pixels, judges: Judges) -> tuple[NDArray[np.f
     return (np.mean([t[0] for t in seen], 0), np.mean([t[1] for t in seen], 0)) if seen else None
 
 
-def retrieved(
+def finds_own_picture(
     own: int,
     seen: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
     known: list[tuple[NDArray[np.float64], NDArray[np.float64]]],
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--judges", default="test", choices=["test", "reward"], help="whose locator draws the masks")
     options = parser.parse_args(argv)
-    judges, preset = judges_of(options.judges), presets.load(options.preset)
+    judges, preset = load_judges(options.judges), presets.load(options.preset)
     paths = sorted(path for path in options.folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".webp"))
     shown = [
         pictures.prepare(Picture(path=str(path), sha256="", png=""), size=preset.reference_size, cut_out=True)
@@ -119,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     right, rows, pool = [], [], ModelPool()
     with tempfile.TemporaryDirectory() as folder:
         for number, picture in enumerate(shown):
-            frames = frames_of(job_of(options.preset, picture, number), Path(folder) / f"{number}.mp4", pool)
-            right.append(retrieved(number, found(frames, picture, judges), known))
+            frames = make_frames(job_of(options.preset, picture, number), Path(folder) / f"{number}.mp4", pool)
+            right.append(finds_own_picture(number, mean_traits(frames, picture, judges), known))
             rows.append(np.concatenate([picture, *frames[np.linspace(0, len(frames) - 1, SHOWN).astype(int)]], 1))
             sys.stderr.write(f"{number + 1} of {len(shown)}: {np.mean(right):.2f} found their own picture\n")
     print(json.dumps({"pictures": len(right), "own first of 16": interval([[float(x)] for x in right])}))  # noqa: T201

@@ -147,7 +147,7 @@ def cache(state: Path, seconds: float, size: Size) -> bool:
     return write_cache(state / "cache", encoders, shards=SHARDS, seconds=seconds, form=size.form)
 
 
-def run_of(state: Path, name: str, size: Size, start: Path | None, **values: Any) -> Path:
+def prepare_run(state: Path, name: str, size: Size, start: Path | None, **values: Any) -> Path:
     """The run folder of a transformer stage, with its document written once."""
     from engine import presets
     from train.sft.config import SftConfig
@@ -175,14 +175,14 @@ def base(state: Path, seconds: float, size: Size) -> bool:
     """Train the plain text-to-video base that every later run starts from."""
     from train.sft import trainer
 
-    return trainer.train(run_of(state, "base", size, None, steps=BASE_STEPS), seconds=seconds)
+    return trainer.train(prepare_run(state, "base", size, None, steps=BASE_STEPS), seconds=seconds)
 
 
 def identity(state: Path, seconds: float, size: Size) -> bool:
     """Train the identity blocks, and the base with them: who is who."""
     from train.sft import trainer
 
-    return trainer.train(run_of(state, "identity", size, state / "base", **IDENTITY), seconds=seconds)
+    return trainer.train(prepare_run(state, "identity", size, state / "base", **IDENTITY), seconds=seconds)
 
 
 def motion(state: Path, seconds: float, size: Size) -> bool:
@@ -192,7 +192,7 @@ def motion(state: Path, seconds: float, size: Size) -> bool:
     start = state / "adopted"
     if not start.is_dir():
         start = state / "identity"
-    return trainer.train(run_of(state, "motion", size, start, **MOTION), seconds=seconds)
+    return trainer.train(prepare_run(state, "motion", size, start, **MOTION), seconds=seconds)
 
 
 def adopt(state: Path, seconds: float, size: Size) -> bool:

@@ -27,7 +27,7 @@ from engine.models.vae import clip_latents, picture_latents
 from train.distributed import ProcessGroup
 from train.runs.metrics import Meter
 from train.toybox import world
-from train.toybox.text import asked, load_tokenizer
+from train.toybox.text import slots_of_words, load_tokenizer
 from train.toybox.vae import stills
 
 SHARD = {"still": 256, "clip": 96}
@@ -149,17 +149,17 @@ def make_shard(number: int, encoders: Encoders, form: Format = Format()) -> dict
         "latents": latents.half(),
         "instance_ids": torch.stack([_instance_ids_of_latents(c.instance_ids, latents.shape[2], cells) for c in clips]),
         "text": text.half(),
-        "numbers": _numbers(captions, text.shape[1], encoders.tokenizer),
+        "numbers": _slots_of_captions(captions, text.shape[1], encoders.tokenizer),
         "references": torch.cat(pages).unflatten(0, shape).half(),
         "vlm": torch.cat(vlm).half(),
         "vlm_mask": torch.cat(mask),
     }
 
 
-def _numbers(captions: list[str], length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _slots_of_captions(captions: list[str], length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """(B, L): which subject each word of a caption numbers."""
     words = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return asked(words["input_ids"], tokenizer).to(torch.uint8)
+    return slots_of_words(words["input_ids"], tokenizer).to(torch.uint8)
 
 
 def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float, form: Format = Format()) -> bool:

@@ -55,7 +55,7 @@ def _corpus(count: int) -> list[str]:
     return [world.caption(scene, bool(rng.random() < 0.4), rng) for scene in scenes] + [*world.vocabulary()] * 20
 
 
-def _trained(special: tuple[str, ...], corpus: list[str]) -> Tokenizer:
+def _train_tokenizer(special: tuple[str, ...], corpus: list[str]) -> Tokenizer:
     """Byte-level BPE: every word of the world is one token, every other text still has some."""
     raw = Tokenizer(models.BPE())
     raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -71,13 +71,13 @@ def _trained(special: tuple[str, ...], corpus: list[str]) -> Tokenizer:
 def write_tokenizers(folder: Path) -> None:
     """Train both tokenizers on 4,000 captions (seconds) and write them under `folder`."""
     corpus = _corpus(4000)
-    raw = _trained(("<pad>", "</s>", "<unk>"), corpus)
+    raw = _train_tokenizer(("<pad>", "</s>", "<unk>"), corpus)
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=TEXT_TOKENS, **names)
     words.save_pretrained(folder / "tokenizer")
     vlm_words = PreTrainedTokenizerFast(
-        tokenizer_object=_trained(VLM_SPECIAL, corpus),
+        tokenizer_object=_train_tokenizer(VLM_SPECIAL, corpus),
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         additional_special_tokens=[*VLM_SPECIAL[1:]],
@@ -182,7 +182,7 @@ def path_of(scene: world.Scene) -> list[list[float]]:
     return paths
 
 
-def asked(numbers: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def slots_of_words(numbers: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """(B, T) token numbers -> (B, T): which subject each word numbers, 0 for none."""
     slots = torch.zeros_like(numbers)
     for slot in range(1, world.MAX_SUBJECTS + 1):
@@ -196,7 +196,7 @@ def _loss_of_quiz(
     """Cross entropy of all questions, and the share of right answers to each; of the path, mean squares.
 
     Args:
-        slots: what `asked` gives.
+        slots: what `slots_of_words` gives.
     """
     row, word = slots.nonzero(as_tuple=True)
     places = [(i, slot - 1) for i, slot in zip(row.tolist(), slots[row, word].tolist(), strict=True)]
@@ -224,15 +224,15 @@ def train_text_encoder(state: Path, tokenizer: PreTrainedTokenizerFast, *, secon
     both = nn.ModuleDict({"encoder": encoder, "quiz": quiz})
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        texts, targets = _captions(step)
+        texts, targets = _draw_captions(step)
         batch = tokenizer(texts, padding="longest", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
         logits = quiz(encoder(**batch).last_hidden_state, batch["attention_mask"])
-        return _loss_of_quiz(logits, targets, asked(batch["input_ids"], tokenizer))
+        return _loss_of_quiz(logits, targets, slots_of_words(batch["input_ids"], tokenizer))
 
     return _teach("text", both, loss_at, state, TEXT_STEPS, 2e-3, seconds)
 
 
-def _captions(step: int) -> tuple[list[str], list[dict[str, Any]]]:
+def _draw_captions(step: int) -> tuple[list[str], list[dict[str, Any]]]:
     """One batch of captions and what they let one know."""
     texts, targets = [], []
     for seed in range(step * TEXT_BATCH, (step + 1) * TEXT_BATCH):
@@ -320,7 +320,7 @@ def _teach(name: str, module: nn.Module, loss_at: Any, state: Path, total: int, 
     return step == total
 
 
-def shown(step: int, count: int, seed: int) -> tuple[list[str], list[list[list[np.ndarray]]], list[str]]:
+def draw_vlm_batch(step: int, count: int, seed: int) -> tuple[list[str], list[list[list[np.ndarray]]], list[str]]:
     """Prompts, pictures of every subject, and what there is to say about them: B of each."""
     prompts, pictures, replies = [], [], []
     for i in range(count):
@@ -344,7 +344,7 @@ def full_description(subject: world.ToySubject) -> str:
     return max((describe(subject, rng) for _ in range(8)), key=len)
 
 
-def with_replies(
+def append_replies(
     inputs: dict[str, Tensor], replies: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The assistant's replies behind the user's turns, and labels that are -100 everywhere but in the replies."""
@@ -370,8 +370,8 @@ def train_vlm(state: Path, tokenizer: PreTrainedTokenizerFast, *, seconds: float
         count = VLM_BATCH
         if step < VLM_ALONE * VLM_STEPS:
             count = 2 * VLM_BATCH
-        prompts, pictures, replies = shown(step, count, 31)
-        inputs, labels = with_replies(vlm_inputs(prompts, pictures, tokenizer, vlm), replies, tokenizer)
+        prompts, pictures, replies = draw_vlm_batch(step, count, 31)
+        inputs, labels = append_replies(vlm_inputs(prompts, pictures, tokenizer, vlm), replies, tokenizer)
         logits = vlm(**inputs).logits[:, :-1]
         wanted = labels[:, 1:]
         loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)

@@ -59,7 +59,7 @@ def new_vae() -> AutoencoderKLWan:
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**CONFIG)
     rng = np.random.default_rng(10)
-    pixels = to_model(np.stack([_still(rng)[None] for _ in range(400)]))
+    pixels = to_model(np.stack([_draw_still(rng)[None] for _ in range(400)]))
     with torch.no_grad(), stills(vae):
         for module in vae.modules():
             ends = {WanResidualBlock: "conv2", WanAttentionBlock: "proj"}
@@ -69,9 +69,9 @@ def new_vae() -> AutoencoderKLWan:
         wanted = principal_components(patchify(pixels, CONFIG["patch_size"]))
         padded = torch.cat([wanted, torch.zeros_like(wanted)], 1)  # the second half: log variance
         _fit_half(vae.encoder, patchify(pixels, CONFIG["patch_size"]), padded)
-        _as_identity(vae.quant_conv)
+        _set_to_identity(vae.quant_conv)
         vae.quant_conv.get_parameter("bias")[CONFIG["z_dim"] :] = -8.0
-        _as_identity(vae.post_quant_conv)
+        _set_to_identity(vae.post_quant_conv)
         _fit_half(vae.decoder, wanted, patchify(pixels, CONFIG["patch_size"]))
     return vae
 
@@ -92,7 +92,7 @@ def principal_components(patches: Tensor) -> Tensor:
     return codes.view(-1, B, F_, h, w).transpose(0, 1)
 
 
-def _as_identity(conv: Any) -> None:
+def _set_to_identity(conv: Any) -> None:
     """A 1x1 convolution that passes everything on."""
     conv.weight.copy_(torch.eye(conv.weight.shape[0]).view_as(conv.weight))
     conv.bias.zero_()
@@ -150,7 +150,7 @@ def to_model(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.moveaxis(frames, -1, -4).copy()).float().div_(127.5).sub_(1)
 
 
-def _still(rng: np.random.Generator) -> np.ndarray:
+def _draw_still(rng: np.random.Generator) -> np.ndarray:
     """One picture of the world: a scene, a reference, a background, or loose shapes a user's picture may hold."""
     seed, pick = int(rng.integers(2**28)), rng.random()
     if pick < 0.6:
@@ -160,17 +160,17 @@ def _still(rng: np.random.Generator) -> np.ndarray:
         back = "white" if rng.random() < 0.8 else "scene"
         return world.reference_picture(subject, seed, background=back)[0]
     coarse = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
-    return np.kron(coarse, np.ones((8, 8, 1), np.uint8)) if pick > 0.97 else _cropped(rng, seed)
+    return np.kron(coarse, np.ones((8, 8, 1), np.uint8)) if pick > 0.97 else _draw_crop(rng, seed)
 
 
-def _cropped(rng: np.random.Generator, seed: int) -> np.ndarray:
+def _draw_crop(rng: np.random.Generator, seed: int) -> np.ndarray:
     """A scene drawn at double size and cut: larger shapes, half subjects at the rim."""
     whole = world.render(world.make_scene(seed), size=128, num_frames=1).frames[0]
     y, x = rng.integers(0, 64, 2)
     return whole[y : y + 64, x : x + 64]
 
 
-def _clip(rng: np.random.Generator) -> np.ndarray:
+def _draw_clip(rng: np.random.Generator) -> np.ndarray:
     """A random window of a clip: convolutions do not care where it was cut."""
     frames = world.render(world.make_scene(int(rng.integers(2**28))), num_frames=CLIP_FRAMES).frames
     y, x = rng.integers(0, 64 - CLIP_CROP + 1, 2)
@@ -181,11 +181,11 @@ def batch_at(step: int) -> Tensor:
     """The pictures of one step, the same whenever it is asked: (B, 3, F, H, W) in [-1, 1]; stills and clips in turn."""
     rng = np.random.default_rng((11, step, 0))
     if step % 2 == 0:
-        return to_model(np.stack([_still(rng)[None] for _ in range(STILL_BATCH)]))
-    return to_model(np.stack([_clip(rng) for _ in range(CLIP_BATCH)]))
+        return to_model(np.stack([_draw_still(rng)[None] for _ in range(STILL_BATCH)]))
+    return to_model(np.stack([_draw_clip(rng) for _ in range(CLIP_BATCH)]))
 
 
-def posterior_of(vae: AutoencoderKLWan, pixels: Tensor) -> Any:
+def encode_posterior(vae: AutoencoderKLWan, pixels: Tensor) -> Any:
     """The distribution of the latents, not yet normalised."""
     return vae.encode(pixels, return_dict=False)[0]
 
@@ -200,13 +200,13 @@ def write(folder: Path) -> AutoencoderKLWan:
     vae = new_vae().eval()
     pixels = [batch_at(step) for step in range(40)]
     with stills(vae):
-        flat = torch.cat([posterior_of(vae, p).mean.transpose(0, 1).flatten(1) for p in pixels], 1)
+        flat = torch.cat([encode_posterior(vae, p).mean.transpose(0, 1).flatten(1) for p in pixels], 1)
         # One scale for all channels: coarse ones stay louder than fine ones.
         scale = float(flat.std(1).square().mean().sqrt())
         vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=[scale] * CONFIG["z_dim"])
         vae.half().float()
         drawn = torch.cat(pixels[::2])
-        decoded: Any = vae.decode(posterior_of(vae, drawn).mean, return_dict=False)[0]
+        decoded: Any = vae.decode(encode_posterior(vae, drawn).mean, return_dict=False)[0]
         off = patchify(decoded - drawn, CONFIG["patch_size"]).mean((0, 2, 3, 4))
         vae.decoder.conv_out.get_parameter("bias").sub_(off)
     vae.half().save_pretrained(folder, safe_serialization=True)
