@@ -27,7 +27,7 @@ from engine.models.vae import clip_latents, picture_latents
 from train.distributed import ProcessGroup
 from train.runs.metrics import Meter
 from train.toybox import world
-from train.toybox.text import slots_of_words, load_tokenizer
+from train.toybox.text import load_tokenizer, slots_of_words
 from train.toybox.vae import stills
 
 SHARD = {"still": 256, "clip": 96}
