@@ -279,7 +279,9 @@ def test_every_candidate_is_looked_for_in_the_same_way(shipped: Judges) -> None:
     turned = benchmark._measure_likeness(shipped, frames, find, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
     assert turned[::-1] == pytest.approx(found, abs=1e-5)
     white = torch.ones_like(frames)
-    assert benchmark._measure_likeness(shipped, white, make_finder(shipped, white), pictures, 1, candidates) == [0.0] * 5
+    assert (
+        benchmark._measure_likeness(shipped, white, make_finder(shipped, white), pictures, 1, candidates) == [0.0] * 5
+    )
 
 
 def test_withheld_references_leave_words_alone_and_swapped_ones_keep_them() -> None:

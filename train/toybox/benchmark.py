@@ -91,7 +91,7 @@ class Verdict:
     copied: float
     acted: float
     """How sure the judge is of the right verb."""
-    judge_ground_truth: float | None = None
+    drawn: float | None = None
     """How sure the critic is that the frames were drawn; None where the set has none."""
 
     @property
@@ -105,10 +105,10 @@ class Verdict:
 
 def list_cases(preset: str = "toybox", *, every: int = 1) -> list[Case]:
     """The benchmark's jobs in order; `every` takes each n-th of every category."""
-    made = []
+    cases = []
     for category, (count, subjects) in CATEGORIES.items():
-        made += [draw_case(preset, category, number, subjects) for number in range(0, count, every)]
-    return made
+        cases += [draw_case(preset, category, number, subjects) for number in range(0, count, every)]
+    return cases
 
 
 def draw_case(preset: str, category: str, number: int, subjects: int) -> Case:
@@ -278,7 +278,9 @@ def _measure_copying(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -
     return float((to_rest - to_given).mean())
 
 
-def _judge_action(judges: Judges, frames: Tensor, masks: Tensor, action: world.Action) -> tuple[float, bool, bool | None]:
+def _judge_action(
+    judges: Judges, frames: Tensor, masks: Tensor, action: world.Action
+) -> tuple[float, bool, bool | None]:
     """How sure the judge is of the action's verb; whether it sees the verb and, where there is one, the direction."""
     moments = torch.linspace(0, len(frames) - 1, MOMENTS).round().long()
     actor = masks[moments, action.slots[0] - 1]
@@ -311,7 +313,9 @@ def measure_agreement(cases: Sequence[Case], verdicts: Sequence[Verdict], folder
 # --- making ----------------------------------------------------------------------------------------------------------
 
 
-def make_and_judge(cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str], None], name: str) -> list[Verdict]:
+def make_and_judge(
+    cases: Sequence[Case], judges: Judges, folder: Path, say: Callable[[str], None], name: str
+) -> list[Verdict]:
     """Make every clip into a folder and judge it, with progress and time left."""
     pool, verdicts, began = ModelPool(), [], time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -407,11 +411,15 @@ def main(argv: list[str] | None = None) -> int:
             pairs = [each for each in controls if len(each.scene.subjects) == 2]
             again = {
                 "references withheld": [withhold_references(each, attributes=False) for each in controls],
-                "attributes said, references withheld": [withhold_references(each, attributes=True) for each in controls],
+                "attributes said, references withheld": [
+                    withhold_references(each, attributes=True) for each in controls
+                ],
                 "references swapped": [swap_references(each) for each in pairs],
             }
             for name, others in again.items():
-                verdicts[name] = make_and_judge(others, judges, folder / name.replace(", ", "-").replace(" ", "-"), _say, name)
+                verdicts[name] = make_and_judge(
+                    others, judges, folder / name.replace(", ", "-").replace(" ", "-"), _say, name
+                )
         verdicts["ground truth"] = judge_ground_truth(jobs, judges, presets.load(options.preset))
         rows = table(verdicts)
         print(as_text(rows))  # noqa: T201

@@ -76,7 +76,9 @@ def job_of(preset: str, picture: Pixels, number: int) -> GenerateJob:
     return make_job(preset=preset, prompt=f"@s1 {verb} {place}", seed=number, subjects=[subject])
 
 
-def mean_traits(frames: Pixels, picture: Pixels, judges: Judges) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def mean_traits(
+    frames: Pixels, picture: Pixels, judges: Judges
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Mean traits of a clip's subject over the frames that show it; None when none does."""
     shown = to_unit(torch.from_numpy(picture[None]))
     with torch.no_grad():
