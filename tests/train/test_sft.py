@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttention
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import presets
@@ -22,7 +21,7 @@ from engine.models.subject_tower import LayerIdentity, References
 from engine.paths import ROOT
 from train import cpu_attention
 from train.data.batch import Batch, NullConditioning, cut_from_clip
-from train.data.cache import Cache, read_shard
+from train.data.cache import Cache
 from train.runs import checkpoint
 from train.sft import attention_losses, loss, models, trainer
 from train.sft.config import SftConfig, read_run
@@ -593,21 +592,3 @@ def test_a_cache_holds_clips_of_the_size_that_was_asked_for(monkeypatch: pytest.
     small = scenes.make_shard(number, encoders)
     assert small["latents"].shape == (2, 16, 9, 16, 16)
     assert torch.equal(small["text"], large["text"])  # the same scenes
-
-
-def test_a_run_folder_and_a_shard_of_before_go_on_under_todays_names(tmp_path: Path, cache: Path) -> None:
-    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=8, timesteps_per_sample=3)
-    now = json.loads(config.model_dump_json())
-    before = {
-        "noises": now.pop("timesteps_per_sample"), "clip_noises": now.pop("timesteps_per_clip"),
-        "fall": now.pop("decay_fraction"), "binding": now.pop("subject_alignment"),
-        "reading": now.pop("caption_alignment"), **now,
-    }  # fmt: skip
-    (tmp_path / "run.json").write_text(json.dumps(before), encoding="utf-8")
-    assert read_run(tmp_path) == config
-
-    shard = next(cache.glob("*.safetensors"))
-    tensors = load_file(shard)
-    tensors["owner"] = tensors.pop("instance_ids")
-    save_file(tensors, tmp_path / "still-0.safetensors")
-    assert torch.equal(read_shard(tmp_path / "still-0.safetensors").instance_ids, read_shard(shard).instance_ids)

@@ -224,7 +224,7 @@ def test_two_repositories_that_hold_one_file_fetch_it_once(server: HubServer, tm
     later.pull([copy], quiet)
     assert whole(later, [MODEL[0], copy]) and server.bytes_sent == 2 * len(LARGE)
     later.remove([MODEL[0]], keep=[copy])
-    assert whole(later, [copy]) and later.local(MODEL[0]) is None
+    assert whole(later, [copy]) and later.find_local(MODEL[0]) is None
 
 
 def test_an_empty_file_is_a_file(server: HubServer, tmp_path: Path) -> None:
