@@ -245,7 +245,8 @@ class SubjectBlock(nn.Module):
             return tokens_BNLD, _join_tokens(tokens_BNLD, vlm_BTD), None
         if tokens_BNLD is None:
             context = _join_tokens(None, vlm_BTD)
-            return None, self.norm_k(self.to_k(context)), self.to_v(context)
+            value = self.to_v(context)  # before the key, as below: gradients are summed in this order
+            return None, self.norm_k(self.to_k(context)), value
         context = _join_tokens(self.norm3(tokens_BNLD), vlm_BTD)
         tokens_per_subject = tokens_BNLD.shape[2]
         value = self.to_v(context)
