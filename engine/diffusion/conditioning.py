@@ -22,6 +22,9 @@ from engine.messages import StudioError
 from engine.models.identity_wan import IdentityWanTransformer3DModel, unpatched
 from engine.models.subject_tower import IdentityCache, References
 
+WITH_SUBJECTS: tuple[Branch, ...] = ("subjects", "full")
+"""The branches of guidance in which the model reads the subjects."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -81,14 +84,17 @@ class IdentityBlocks:
             self._references = references
             return
         with torch.no_grad():
-            full = None if encoded.references is None else transformer.encode_identity(encoded.references)
-        self._caches = {"full": full, "subjects": None if full is None else full.without_vlm()}
+            full = _read_subjects(transformer, encoded.references)
+        if full is not None:
+            self._caches = {"full": full, "subjects": full.without_vlm()}
 
     @property
     def num_bytes(self) -> int:
         """Memory of the cache, in bytes; the branch "subjects" looks at a part of it."""
         full = self._caches.get("full")
-        return 0 if full is None else full.num_bytes()
+        if full is None:
+            return 0
+        return full.num_bytes()
 
     def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
         """See `Conditioning`. In the branches "none" and "text" stage 3 is left out altogether: exactly plain Wan."""
@@ -161,7 +167,9 @@ class SourceTokens:
     @torch.no_grad()
     def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
         """See `Conditioning`. Wan's own forward, over the clip's tokens and the sources' behind them."""
-        model, sources = self._transformer, self._sources if branch in ("subjects", "full") else []
+        model, sources = self._transformer, []
+        if branch in WITH_SUBJECTS:
+            sources = self._sources
         grid = [size // patch for size, patch in zip(latents_BCFHW.shape[2:], model.config["patch_size"], strict=True)]
         parts = zip(self._patched(latents_BCFHW, 0), *sources, strict=True)
         tokens, cosines, sines = (torch.cat(part, dim=1) for part in parts)
@@ -198,12 +206,14 @@ class SideBranch:
         self._transformer = transformer
         self._text = _texts(encoded, transformer.dtype)
         self._side = encoded.side.to(transformer.dtype)
-        self.lead = 0 if encoded.frames is None else encoded.frames.shape[2]
+        self.lead = 0
+        if encoded.frames is not None:
+            self.lead = encoded.frames.shape[2]
 
     def predict(self, latents_BCFHW: Tensor, sigma: float, branch: Branch) -> Tensor:
         """See `Conditioning`."""
         layers: Any = self._transformer.config
-        scale = self._side.new_full((len(layers.vace_layers),), 1.0 if branch in ("subjects", "full") else 0.0)
+        scale = self._side.new_full((len(layers.vace_layers),), float(branch in WITH_SUBJECTS))
         side = {"control_hidden_states": self._side, "control_hidden_states_scale": scale}
         return _velocity(self._transformer, latents_BCFHW, sigma, self._text[branch], **side)
 
@@ -249,8 +259,16 @@ def _with_frames(latents_BCFHW: Tensor, frames_1CNHW: Tensor | None, branch: Bra
     """The clip with the pictures behind it, (B, C, F + N, H, W); zeros where the branch knows of no subjects."""
     if frames_1CNHW is None:
         return latents_BCFHW
-    shown = frames_1CNHW if branch in ("subjects", "full") else torch.zeros_like(frames_1CNHW)
-    return torch.cat([latents_BCFHW, shown.to(latents_BCFHW).expand(len(latents_BCFHW), -1, -1, -1, -1)], 2)
+    frames = frames_1CNHW
+    if branch not in WITH_SUBJECTS:
+        frames = torch.zeros_like(frames_1CNHW)
+    return torch.cat([latents_BCFHW, frames.to(latents_BCFHW).expand(len(latents_BCFHW), -1, -1, -1, -1)], 2)
+
+
+def _read_subjects(transformer: IdentityWanTransformer3DModel, references: References | None) -> IdentityCache | None:
+    if references is None:
+        return None
+    return transformer.encode_identity(references)
 
 
 def _without_vlm(references: References | None) -> References | None:

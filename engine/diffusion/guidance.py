@@ -36,7 +36,9 @@ def branches(sampling: Sampling) -> tuple[Branch, ...]:
     """The predictions that one step needs, in the order they are made. As many forwards as there are names."""
     if sampling.guidance == "dual":
         # With a subject scale of 1 the prediction without subjects cancels out: the prompt alone is guided.
-        return ("none", "subjects", "full") if sampling.subject_scale != 1 else ("subjects", "full")
+        if sampling.subject_scale == 1:
+            return ("subjects", "full")
+        return ("none", "subjects", "full")
     if sampling.guidance == "apg":
         return ("none", "subjects", "full")
     if sampling.guidance == "chained":
@@ -146,11 +148,11 @@ def apg(
     merged = v_none_BCFHW
     steps = ((subject_scale, v_none_BCFHW, v_subjects_BCFHW), (text_scale, v_subjects_BCFHW, v_full_BCFHW))
     for scale, before, after in steps:
-        merged = merged + scale * _shortened(after - before, latents_BCFHW - sigma * after, sigma)
+        merged = merged + scale * _shorten_push(after - before, latents_BCFHW - sigma * after, sigma)
     return merged
 
 
-def _shortened(push: Tensor, clean: Tensor, sigma: float) -> Tensor:
+def _shorten_push(push: Tensor, clean: Tensor, sigma: float) -> Tensor:
     frame = (1, 3, 4)  # all but clips and latent frames
     length = sigma * torch.linalg.vector_norm(push, dim=frame, keepdim=True)
     push = push * (LONGEST / length).clamp(max=1)

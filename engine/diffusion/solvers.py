@@ -189,9 +189,11 @@ def check_alive(x_0: Tensor, step: int, total: int) -> None:
     spread = (x_0.amax(dim=(-2, -1)) - x_0.amin(dim=(-2, -1))).amax()  # NaN and infinity come through
     if bool(torch.isfinite(spread)) and spread > 0:
         return
-    broken = not bool(torch.isfinite(spread))
+    fault = "it is one flat colour."
+    if not bool(torch.isfinite(spread)):
+        fault = "it holds NaN."
     raise StudioError(
-        what=f"The clip broke at step {step} of {total}: " + ("it holds NaN." if broken else "it is one flat colour."),
+        what=f"The clip broke at step {step} of {total}: {fault}",
         why="Suspects, likeliest first: a guidance scale that is too high, half precision overflowing on this device, "
         "a damaged weights or LoRA file.",
         next_step="Lower the guidance scale to about 3; if it breaks again, run `python launch.py doctor`.",

@@ -42,17 +42,23 @@ class Block:
 
     def num_bytes(self, precision: Precision, plain: int = 2) -> float:
         """Its size at a precision, where a number that is not quantized takes `plain` bytes: 2 in bf16, else 4."""
-        if precision in ("fp32", "bf16"):
-            plain = 4 if precision == "fp32" else 2
-            return 4 * self.fine + plain * (self.other + sum(i * o * n for _, i, o, n in self.linears))
-        packed = 0.0
+        if precision == "fp32":
+            return self._unquantized_bytes(4)
+        if precision == "bf16":
+            return self._unquantized_bytes(2)
+        quantized = 0.0
         for bears, i, o, n in self.linears:
-            form = "int8" if precision == "nf4" and bears == "bits" else precision
-            packed += n * _packed(form, i, o, plain)
-        return 4 * self.fine + plain * self.other + packed
+            form = precision
+            if precision == "nf4" and bears == "bits":
+                form = "int8"
+            quantized += n * _quantized_bytes(form, i, o, plain)
+        return 4 * self.fine + plain * self.other + quantized
+
+    def _unquantized_bytes(self, plain: int) -> int:
+        return 4 * self.fine + plain * (self.other + sum(i * o * n for _, i, o, n in self.linears))
 
 
-def _packed(form: str, inputs: int, outputs: int, plain: int) -> float:
+def _quantized_bytes(form: str, inputs: int, outputs: int, plain: int) -> float:
     """Bytes of one quantized projection: 8 bits and a scale a row, or 4 bits and a scale for 64 (scales in 8 bits)."""
     if form == "nf4":
         return inputs * outputs * (0.5 + 1 / 64 + 4 / (64 * 256))
@@ -98,7 +104,8 @@ def transformer_weights(shape: Shape) -> Weights:
     other += 6 * D * (D + 1) + (shape.text_dim + 1) * D + D * (D + 1)
     if K:
         other += (shape.in_channels * patch + 1) * D + 4 * D  # the subjects' patches, four slots
-        other += 2 * shape.vlm_dim + (shape.vlm_dim + 1) * D + D * (D + 1) if shape.vlm_dim else 0
+    if K and shape.vlm_dim:
+        other += 2 * shape.vlm_dim + (shape.vlm_dim + 1) * D + D * (D + 1)
     if V:
         other += (6 * shape.z_dim * patch + 1) * D + D * (D + 1)
     stacks = [(K, carrier, False), (shape.num_layers - K, wan, False), (K, subject, True), (V, side, False)]
@@ -147,9 +154,12 @@ def part_weights(preset: Preset, part: str) -> Weights:
     if not getattr(preset.components, part):
         return Weights()
     place = preset.place(part)
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if place.is_file():
+        files = [place]
+    else:
+        files = sorted(place.glob("*.safetensors"))
     if files and all(file.suffix == ".safetensors" for file in files):
-        return _from_headers(part.replace("_", " "), files)
+        return _count_from_headers(part.replace("_", " "), files)
     if part == "transformer" and preset.shape is not None:
         return transformer_weights(preset.shape)
     if part in PUBLISHED and (part in preset.downloads() or place.is_file()):
@@ -161,14 +171,17 @@ _IN_A_BLOCK = re.compile(r"(?:^|\.)(blocks|vace_blocks|subject_blocks|block|laye
 _FINE = re.compile(r"(norm[123]|scale_shift_table|modulation|time_embedder|time_embedding)(\.|$)")
 
 
-def _from_headers(part: str, files: Iterable[Path]) -> Weights:
+def _count_from_headers(part: str, files: Iterable[Path]) -> Weights:
     """Count what safetensors files hold by their headers alone."""
     stacks: dict[str, dict[str, list[tuple[str, tuple[int, ...]]]]] = {}
     rest: list[tuple[str, tuple[int, ...]]] = []
     for file in files:
         shapes = header(file, part)
-        names = umt5.names(shapes) if part == "text encoder" else {}
-        for key, shape in ((names.get(key, key), shape) for key, shape in shapes.items()):
+        names: dict[str, str] = {}
+        if part == "text encoder":
+            names = umt5.names(shapes)
+        for own_name, shape in shapes.items():
+            key = names.get(own_name, own_name)
             found = _IN_A_BLOCK.search(key)
             if found is None:
                 rest.append((key, shape))
@@ -179,10 +192,10 @@ def _from_headers(part: str, files: Iterable[Path]) -> Weights:
     for name, blocks in stacks.items():
         for block in blocks.values():  # blocks of one stack may differ: some carry identity blocks
             counted.append((1, _block(block, linears=True), name.endswith("subject_blocks")))
-    return Weights(_equal_ones_together(counted), _block(rest, linears=False))
+    return Weights(_merge_equal_blocks(counted), _block(rest, linears=False))
 
 
-def _equal_ones_together(stacks: list[tuple[int, Block, bool]]) -> tuple[tuple[int, Block, bool], ...]:
+def _merge_equal_blocks(stacks: list[tuple[int, Block, bool]]) -> tuple[tuple[int, Block, bool], ...]:
     counts: dict[tuple[Block, bool], int] = {}
     for number, block, once in stacks:
         counts[block, once] = counts.get((block, once), 0) + number
@@ -194,7 +207,9 @@ def _block(tensors: list[tuple[str, tuple[int, ...]]], *, linears: bool) -> Bloc
     fine = other = 0
     for key, shape in tensors:
         if linears and len(shape) == 2 and key.endswith(".weight") and "embedding" not in key:
-            bears = "bits" if _EIGHT_BITS.search(key) and "subject_blocks" not in key else "any"
+            bears = "any"
+            if _EIGHT_BITS.search(key) and "subject_blocks" not in key:
+                bears = "bits"
             found[bears, shape[1], shape[0]] = found.get((bears, shape[1], shape[0]), 0) + 1
         elif _FINE.search(key):
             fine += math.prod(shape)
@@ -220,8 +235,8 @@ def header(file: Path, part: str = "file") -> dict[str, tuple[int, ...]]:
             [length] = struct.unpack("<Q", opened.read(8))
             if length > file.stat().st_size:
                 raise ValueError("its header is larger than the file")
-            told = json.loads(opened.read(length))
-        return {key: tuple(told[key]["shape"]) for key in told if key != "__metadata__"}
+            entries = json.loads(opened.read(length))
+        return {key: tuple(entries[key]["shape"]) for key in entries if key != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise StudioError(
             f"The {part} in {file.parent.name} cannot be loaded.",
@@ -256,24 +271,31 @@ ALONE = {"none": 0, "cfg": 1, "dual": 1, "apg": 1, "chained": 2}  # of them, the
 
 
 def load_of(job: GenerateJob, preset: Preset) -> Load:
-    """What a resolved job amounts to."""
+    """A resolved job in the model's terms: its tokens, pixels, pictures and forwards."""
     shape = preset.shape
     assert shape is not None and job.width and job.height and job.num_frames, "resolved, and its preset has a shape"
-    shown = () if preset.conditioning == "none" else job.subjects
-    pictures = sum(len(subject.pictures) for subject in shown if subject.weight > 0)
-    lead = pictures if preset.conditioning in ("frames", "identity+frames", "side") else 0
+    pictures = 0
+    if preset.conditioning != "none":
+        pictures = sum(len(subject.pictures) for subject in job.subjects if subject.weight > 0)
+    lead = 0
+    if preset.conditioning in ("frames", "identity+frames", "side"):
+        lead = pictures
     frames = 1 + (job.num_frames - 1) // preset.frames_per_latent + lead
     side = shape.vae_spatial * shape.patch[1]
-    each = math.ceil(preset.reference_size / side) ** 2
-    read = pictures * each + VLM_TOKENS * bool(shape.vlm_dim) if shape.identity_layers and pictures else 0
-    sources = _source_tokens(job, preset, side) if preset.conditioning == "sources" else 0
+    subject_tokens = 0
+    if shape.identity_layers and pictures:
+        each = math.ceil(preset.reference_size / side) ** 2
+        subject_tokens = pictures * each + VLM_TOKENS * bool(shape.vlm_dim)
+    sources = 0
+    if preset.conditioning == "sources":
+        sources = _source_tokens(job, preset, side)
     settings = job.sampling
     return Load(
         tokens=frames * (job.width // side) * (job.height // side) + sources,
         latent_frames=frames,
         pixels=job.width * job.height,
         pictures=pictures,
-        subject_tokens=read,
+        subject_tokens=subject_tokens,
         forwards=FORWARDS[settings.guidance or "cfg"],
         steps=settings.num_inference_steps or 1,
         source_tokens=sources,
@@ -282,12 +304,15 @@ def load_of(job: GenerateJob, preset: Preset) -> Load:
 
 
 def _source_tokens(job: GenerateJob, preset: Preset, side: int) -> int:
-    """Of the pictures at their own sizes, were each as wide as it is high; fewer in truth."""
+    """Tokens of the pictures at their own sizes, as if each were square; in truth there are fewer."""
     tokens = 0
     for subject in job.subjects:
-        cut_out = subject.cut_out and subject.role != "background"
-        longest = preset.reference_size * (FILL if cut_out else 1)
-        tokens += len(subject.pictures) * math.ceil(longest / side) ** 2 if subject.weight > 0 else 0
+        if subject.weight <= 0:
+            continue
+        longest: float = preset.reference_size
+        if subject.cut_out and subject.role != "background":
+            longest = preset.reference_size * FILL
+        tokens += len(subject.pictures) * math.ceil(longest / side) ** 2
     return tokens
 
 
@@ -299,9 +324,13 @@ def forward_bytes(shape: Shape, tokens: int, plain: int) -> int:
     """
     D, head = shape.dim, shape.dim // shape.num_heads
     inside = 2 * plain * shape.ffn_dim + 4 * plain * D
-    normed = (22 if plain == 2 else 30) * D
+    normed = 30 * D
+    if plain == 2:
+        normed = 22 * D
     beside = 2 * 4 * head + 4 * plain * shape.in_channels  # RoPE in fp32; latents
-    hints = (shape.vace_layers + 1) * plain * D if shape.vace_layers else 0
+    hints = 0
+    if shape.vace_layers:
+        hints = (shape.vace_layers + 1) * plain * D
     text = TEXT_TOKENS * (2 * D + shape.text_dim) * plain
     return tokens * (max(inside, normed) + beside + hints) + text
 

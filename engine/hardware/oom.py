@@ -22,10 +22,10 @@ class OutOfMemory(Exception):
 
 @contextmanager
 def classify_oom() -> Iterator[None]:
-    """Turn a lack of memory inside the block into a `OutOfMemory`; everything else passes through unchanged.
+    """Turn a lack of memory inside the block into an `OutOfMemory`; everything else passes through unchanged.
 
     Raises:
-        Lack: naming the memory.
+        OutOfMemory: naming the memory.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def classify_oom() -> Iterator[None]:
 
 
 def which_memory(error: Exception) -> str | None:
-    """Which memory an error says has run out, as a `OutOfMemory` names it; None where it is about something else."""
+    """Which memory an error says has run out, as an `OutOfMemory` names it; None where it is about something else."""
     said = str(error).lower()
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk"
@@ -67,3 +67,4 @@ _SAYINGS = {
     "cannot allocate memory": "RAM",
     "out of memory": "RAM",
 }
+"""What allocators say that raise a plain RuntimeError; the more specific texts come first."""

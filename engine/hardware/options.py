@@ -97,9 +97,21 @@ def alone_with(device: str, environment: Mapping[str, str]) -> dict[str, str]:
         environment: of the process that starts it. Cards are counted among those it sees itself.
     """
     kind, _, number = device.partition(":")
-    changed = {**environment, "IDCRAFTER_DEVICE": kind} if device else dict(environment)
-    for name, those in (("CUDA_VISIBLE_DEVICES", "cuda"), ("ZE_AFFINITY_MASK", "xpu")):
-        if number and kind == those:
-            seen = [card.strip() for card in environment.get(name, "").split(",") if card.strip()]
-            changed[name] = seen[int(number)] if int(number) < len(seen) else "-1" if seen else number
+    changed = dict(environment)
+    if not device:
+        return changed
+    changed["IDCRAFTER_DEVICE"] = kind
+    variable = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}.get(kind)
+    if number and variable is not None:
+        changed[variable] = _pick_card(environment.get(variable, ""), number)
     return changed
+
+
+def _pick_card(visible: str, number: str) -> str:
+    """The card of that number among the visible ones (empty: all); "-1", which is no card, where there are fewer."""
+    cards = [card.strip() for card in visible.split(",") if card.strip()]
+    if not cards:
+        return number
+    if int(number) < len(cards):
+        return cards[int(number)]
+    return "-1"

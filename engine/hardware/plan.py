@@ -10,6 +10,7 @@ Units: bytes unless a name says otherwise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -83,8 +84,10 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """What a creator is told: of the card, or where it shares the machine's memory, of both together."""
-        return max(p.vram + p.ram for p in self.phases) if self.machine.shared else self.vram
+        """The need a creator is shown: of the card, or of both together where it shares the machine's memory."""
+        if self.machine.shared:
+            return max(phase.vram + phase.ram for phase in self.phases)
+        return self.vram
 
     @property
     def fits(self) -> bool:
@@ -99,60 +102,91 @@ class Plan:
         for phase in self.phases:
             if not here.shared:
                 wanted.append(("VRAM", phase.vram / max(1, here.vram), phase))
-            ram = phase.ram + (phase.vram if here.shared else 0)
-            wanted.append(("RAM", ram / max(1, here.ram), phase))
+            wanted.append(("RAM", self._need("RAM", phase) / max(1, here.ram), phase))
         return max(wanted, key=lambda each: each[1])
 
     def words(self) -> str:
         """What binds and why, in a sentence."""
         what, share, phase = self.binding
         limit = {"VRAM": self.machine.vram, "RAM": self.machine.ram, "disk": self.machine.disk}[what]
-        need = self.disk if phase is None else phase.vram if what == "VRAM" else phase.ram
-        if phase is not None and what == "RAM" and self.machine.shared:
-            need += phase.vram
-        when = f" while {phase.name}" if phase is not None else ""
-        verdict = "binds" if share <= 1 else "does not suffice"
-        return f"{what} {verdict}: {_gb(need)} of {_gb(limit)} GB{when}."
+        verdict = "binds"
+        if share > 1:
+            verdict = "does not suffice"
+        when = ""
+        if phase is not None:
+            when = f" while {phase.name}"
+        return f"{what} {verdict}: {_gb(self._need(what, phase))} of {_gb(limit)} GB{when}."
+
+    def _need(self, what: str, phase: Phase | None) -> int:
+        """Bytes of "VRAM" or "RAM" that a phase needs, or of the disk where there is no phase."""
+        if phase is None:
+            return self.disk
+        if what == "VRAM":
+            return phase.vram
+        if self.machine.shared:
+            return phase.ram + phase.vram
+        return phase.ram
 
 
 _JUDGES = ("judges", "detector", "segmenter", "embedder")  # of frames; on the processor, and kept between two clips
 
 
 def make_plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
-    """The first of all ways to make this clip that fits, from the most exact and quickest on; else the smallest one.
+    """The first way to make this clip that fits; the smallest way if none does.
+
+    The ways are tried in order, the most exact and quickest first.
 
     Args:
         job: resolved; its `precision`, where it has one, is kept.
         here: with a profile already taken into account (`Hardware.limited`).
     """
-    shape, load = preset.shape, costs.load_of(job, preset)
-    assert shape is not None
-    plain = 2 if here.device in ("cuda", "xpu") else 4
-    tiled_choices = (
-        (False, True) if shape.vae_spatial * costs.DECODE_TILE // 8 < math.sqrt(load.pixels) * 2 else (False,)
-    )
+    load = costs.load_of(job, preset)
+    plain = 4
+    if here.device in ("cuda", "xpu"):
+        plain = 2
     vae = _fit(costs.part_weights(preset, "vae"), "fp32", "device", plain)
+    judges = _judge_bytes(job, preset)
+    plans: list[Plan] = []
+    for transformer, encoders, tiled in itertools.product(
+        _ways(preset, "transformer", plain, job.precision), _encoder_ways(preset, plain), _tiling_choices(preset, load)
+    ):
+        parts = {"transformer": transformer, **encoders, "vae": vae}
+        plan = _plan(job, preset, here, load, plain, parts, judges, tiled)
+        if plan.fits:
+            return plan
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.binding[1])
+
+
+def _tiling_choices(preset: Preset, load: Load) -> tuple[bool, ...]:
+    """Whole frames first, then tiles; tiles only where a frame is larger than about half a tile."""
+    assert preset.shape is not None
+    if preset.shape.vae_spatial * costs.DECODE_TILE // 8 < math.sqrt(load.pixels) * 2:
+        return (False, True)
+    return (False,)
+
+
+def _judge_bytes(job: GenerateJob, preset: Preset) -> int:
+    """Memory of the models that judge frames; none is loaded for a clip without subjects."""
     judges = sum(costs.part_weights(preset, part).num_bytes("fp32") for part in _JUDGES if preset.has(part))
-    judges = judges if any(subject.weight > 0 for subject in job.subjects) else 0
-    ways = [
-        _plan(job, preset, here, load, plain, {"transformer": transformer, **encoders, "vae": vae}, judges, tiled)
-        for transformer in _ways(preset, "transformer", plain, job.precision)
-        for encoders in _encoder_ways(preset, plain)
-        for tiled in tiled_choices
-    ]
-    fitting = next((way for way in ways if way.fits), None)
-    return fitting or min(ways, key=lambda way: way.binding[1])
+    if any(subject.weight > 0 for subject in job.subjects):
+        return judges
+    return 0
 
 
 def _ways(preset: Preset, part: str, plain: int, wanted: Precision | None) -> list[Fit]:
     """One part, from whole and exact to small."""
     weights = costs.part_weights(preset, part)
-    exact: Precision = "bf16" if plain == 2 else "fp32"
+    exact: Precision = "fp32"
+    if plain == 2:
+        exact = "bf16"
     if wanted == "bf16" and plain == 4:
         wanted = "fp32"  # where bf16 is no faster than this, the more exact of the two
-    tried: list[Precision] = [exact, "int8", "nf4"] if wanted is None else [wanted]
+    tried: list[Precision] = [exact, "int8", "nf4"]
+    if wanted is not None:
+        tried = [wanted]
     places: list[Where] = ["device", "memory"]
-    order: list[tuple[Precision, Where]] = [(precision, where) for precision in tried for where in places]
+    order: list[tuple[Precision, Where]] = list(itertools.product(tried, places))
     for precision in dict.fromkeys((tried[0], tried[-1])):
         order.append((precision, "disk"))
     return [_fit(weights, precision, where, plain) for precision, where in order]
@@ -164,17 +198,25 @@ def _fit(weights: Weights, precision: Precision, where: Where, plain: int) -> Fi
         return Fit(precision, where, whole, 0)
     outside = round(whole - weights.rest.num_bytes(precision, plain))
     pinned = min(outside, 2 * weights.largest_block(precision, plain))
-    kept = outside if where == "memory" else 0
-    return Fit(precision, where, weights.visiting(precision, plain), kept + pinned, outside if where == "disk" else 0)
+    visiting = weights.visiting(precision, plain)
+    if where == "memory":
+        return Fit(precision, where, visiting, outside + pinned)
+    return Fit(precision, where, visiting, pinned, disk=outside)
 
 
 def _encoder_ways(preset: Preset, plain: int) -> list[dict[str, Fit]]:
-    """Both encoders alike, since one is gone before the other comes."""
-    ways = {part: _ways(preset, part, plain, None) for part in ("text_encoder", "vlm")}
-    ways = {
-        part: [replace(fit, working=min(READING * plain, fit.device)) for fit in fits] for part, fits in ways.items()
-    }
-    return [dict(zip(ways, each, strict=True)) for each in zip(*ways.values(), strict=True)]
+    """Both encoders in the same way, since one has left the device before the other comes."""
+    text_ways = _ways(preset, "text_encoder", plain, None)
+    vlm_ways = _ways(preset, "vlm", plain, None)
+    ways = []
+    for text, vlm in zip(text_ways, vlm_ways, strict=True):
+        ways.append({"text_encoder": _with_reading(text, plain), "vlm": _with_reading(vlm, plain)})
+    return ways
+
+
+def _with_reading(fit: Fit, plain: int) -> Fit:
+    """An encoder with what it needs beside its weights while it reads."""
+    return replace(fit, working=min(READING * plain, fit.device))
 
 
 def _plan(
@@ -190,18 +232,18 @@ def _plan(
     shape = preset.shape
     assert shape is not None
     cache = costs.cache_bytes(shape, load, plain)
-    encode = 0 if not load.pictures else costs.ENCODE_PICTURE * max(load.pixels, preset.reference_size**2)
-    if preset.conditioning == "side":
-        encode = costs.ENCODE_VIDEO * load.pixels
-    vae = replace(parts["vae"], working=encode)
-    tile = min(load.pixels, costs.DECODE_TILE**2)
-    decode = costs.DECODE * (tile if tiled else load.pixels)
-    frames_held = 6 * load.pixels * (job.num_frames or 1) if tiled else 0
-    fixed = CONTEXT if here.device == "cuda" else 0
-    slack, base = (1.0, BASE_RAM) if here.device == "cpu" else (SLACK, BASE_RAM + DRIVER_RAM)
+    vae = replace(parts["vae"], working=_encode_bytes(preset, load))
+    decoded_pixels, frames_held = load.pixels, 0
+    if tiled:
+        decoded_pixels = min(load.pixels, costs.DECODE_TILE**2)
+        frames_held = 6 * load.pixels * (job.num_frames or 1)
+    fixed, slack, base = _overheads(here)
     base += judges
     transformer, text, vlm = parts["transformer"], parts["text_encoder"], parts["vlm"]
     stay = transformer.device + vae.device
+    decoding = stay + costs.DECODE * decoded_pixels
+    if transformer.where != "device":
+        decoding -= transformer.device  # its blocks have left the device by then
     # Wherever the blocks wait, what LoRAs add to them is on the device; files have two bytes a number.
     loras = lora_files.num_bytes(job) * plain // 2
     needs = [
@@ -209,7 +251,7 @@ def _plan(
         ("the VLM reads", vlm.device + vlm.working, vlm.memory),
         ("pictures are encoded", vae.device + vae.working, 0),
         ("sampling", stay + loras + cache + costs.forward_bytes(shape, load.tokens, plain), transformer.memory),
-        ("decoding", stay - (transformer.device if transformer.where != "device" else 0) + decode, transformer.memory),
+        ("decoding", decoding, transformer.memory),
     ]
     if not preset.components.vlm or not load.pictures:
         needs.pop(1)
@@ -217,6 +259,25 @@ def _plan(
     disk = sum(fit.disk for fit in parts.values()) + frames_held + 300 * MB
     work = costs.clip_flops(shape, load) / 1e15
     return Plan(here, {**parts, "vae": vae}, phases, tiled, disk, work)
+
+
+def _encode_bytes(preset: Preset, load: Load) -> int:
+    """What the VAE needs beside its weights to encode the pictures, or the video of a side branch."""
+    if preset.conditioning == "side":
+        return costs.ENCODE_VIDEO * load.pixels
+    if not load.pictures:
+        return 0
+    return costs.ENCODE_PICTURE * max(load.pixels, preset.reference_size**2)
+
+
+def _overheads(here: Hardware) -> tuple[int, float, int]:
+    """Fixed bytes on the device, the factor for its allocator's holes, and bytes of memory before any model."""
+    if here.device == "cpu":
+        return 0, 1.0, BASE_RAM
+    fixed = 0
+    if here.device == "cuda":
+        fixed = CONTEXT
+    return fixed, SLACK, BASE_RAM + DRIVER_RAM
 
 
 # --- when it does not fit ---------------------------------------------------------------------------------------------
@@ -228,20 +289,23 @@ def plan_or_raise(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
     Raises:
         StudioError: it does not; the three cheapest changes that would, or what binds where none does.
     """
-    made = make_plan(job, preset, here)
-    if made.fits:
-        return made
+    plan = make_plan(job, preset, here)
+    if plan.fits:
+        return plan
     changes = [words for words, changed in cheaper(job, preset) if make_plan(changed, preset, here).fits][:3]
+    next_step = "Choose a smaller preset, or free some memory."
+    if changes:
+        next_step = f"Choose {_join_with_or(changes)}."
     raise StudioError(
         what=f"{preset.title} at {job.width} x {job.height} with {job.num_frames} frames does not fit this machine.",
-        why=made.words(),
-        next_step=f"Choose {_or(changes)}." if changes else "Choose a smaller preset, or free some memory.",
+        why=plan.words(),
+        next_step=next_step,
         field="num_frames",
     )
 
 
 def cheaper(job: GenerateJob, preset: Preset) -> Iterator[tuple[str, GenerateJob]]:
-    """The job with one thing less, in words and as a job, what is missed least first of its kind."""
+    """Jobs that need less than this one, each with the change in words; of each kind the smallest change first."""
     frames = job.num_frames or preset.num_frames
     shorter = sorted({max(5, frames * part // 8 // 4 * 4 + 1) for part in (6, 4, 2)} - {frames}, reverse=True)
     for fewer in shorter:
@@ -261,22 +325,25 @@ def cheaper(job: GenerateJob, preset: Preset) -> Iterator[tuple[str, GenerateJob
         yield "one picture of each subject", job.model_copy(update={"subjects": single})
 
 
-def _or(words: list[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def _join_with_or(words: list[str]) -> str:
+    if len(words) > 1:
+        return ", ".join(words[:-1]) + " or " + words[-1]
+    return "".join(words)
 
 
 def _gb(count: float) -> str:
     return f"{count / GB:.1f}"
 
 
-"""What allocators say who raise a plain RuntimeError, the more telling ones first."""
-
-
 def explain_oom(lack: OutOfMemory, job: GenerateJob, preset: Preset, here: Hardware) -> StudioError:
     """What to change when memory ran out twice: the cheapest jobs that need a third less than this one did."""
     less = here.shrunk()
     changes = [words for words, changed in cheaper(job, preset) if make_plan(changed, preset, less).fits][:3]
-    words = list(changes) or [words for words, _ in cheaper(job, preset)][:3]
+    if not changes:
+        changes = [words for words, _ in cheaper(job, preset)][:3]
+    next_step = "Close other programs."
+    if changes:
+        next_step = f"Close other programs, or choose {_join_with_or(changes)}."
     where = {"VRAM": "The card's memory", "disk": "The disk's space"}.get(
         lack.what, f"The machine's memory ({lack.what})"
     )
@@ -284,6 +351,6 @@ def explain_oom(lack: OutOfMemory, job: GenerateJob, preset: Preset, here: Hardw
         what=f"{where} ran out while the clip was made, also in the most sparing way.",
         why=f"{job.width} x {job.height} with {job.num_frames} frames and {len(job.subjects)} subjects needs more "
         "than is free.",
-        next_step=f"Close other programs, or choose {_or(words)}." if words else "Close other programs.",
+        next_step=next_step,
         field="num_frames",
     )

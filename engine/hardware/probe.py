@@ -47,7 +47,9 @@ class Hardware:
         if profile in ("auto", "all"):
             return self
         vram = min(self.vram, round(float(profile) * GB))
-        return replace(self, vram=vram, ram=min(self.ram, vram) if self.shared else self.ram)
+        if self.shared:
+            return replace(self, vram=vram, ram=min(self.ram, vram))
+        return replace(self, vram=vram)
 
 
 def probe_hardware(profile: str) -> Hardware:
@@ -58,24 +60,31 @@ def probe_hardware(profile: str) -> Hardware:
     if card is not None:
         return Hardware("cuda", *card, here.available, disk).limited(profile)
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    found = Hardware("mps", "Apple silicon", here.available, here.available, disk)
-    return (found if apple else replace(found, device="cpu", name="the processor alone")).limited(profile)
+    device, name = "cpu", "the processor alone"
+    if apple:
+        device, name = "mps", "Apple silicon"
+    return Hardware(device, name, here.available, here.available, disk).limited(profile)
 
 
 def _nvidia(*, whole: bool) -> tuple[str, int] | None:
     """Name and memory of the first NVIDIA card: what is free, or all of it."""
     tool = shutil.which("nvidia-smi")
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if tool is None or seen in ("", "-1"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or visible in ("", "-1"):
         return None
-    only = ["-i", seen.split(",")[0]] if seen else []
-    asked = [tool, *only, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    only: list[str] = []
+    if visible:
+        only = ["-i", visible.split(",")[0]]
+    command = [tool, *only, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(
-            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True,
+        answer = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True,
             creationflags=NO_WINDOW,
         ).stdout  # fmt: skip
-        name, free, total = (part.strip() for part in said.splitlines()[0].split(","))
-        return name, round((float(total) if whole else float(free)) * 2**20)
+        name, free, total = (part.strip() for part in answer.splitlines()[0].split(","))
+        counted = free
+        if whole:
+            counted = total
+        return name, round(float(counted) * 2**20)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None  # a driver that does not answer is a card that cannot be used

@@ -9,6 +9,7 @@ Shapes: B texts, L text tokens, T VLM tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,18 +92,21 @@ def vlm_inputs(
     transformers' own processor needs torchvision, which does not exist for every torch build; this is the tokenizer,
     the picture processor and the expansion of `<|image_pad|>` in ten lines.
     """
-    flat = [picture for subjects in pictures for subject in subjects for picture in subject]
+    flat: list[Pixels] = []
+    for subjects in pictures:
+        for subject in subjects:
+            flat.extend(subject)
     patches: dict[str, Any] = {}
     counts: list[int] = []
     if flat:
         processor = picture_processor(vlm)
         patches = dict(processor(images=flat, return_tensors="pt"))
         counts = (patches["image_grid_thw"].prod(dim=-1) // processor.merge_size**2).tolist()
-    each = iter(counts)
-    turns = [
-        vlm_turn(prompt, [[next(each) for _ in subject] for subject in subjects])
-        for prompt, subjects in zip(prompts, pictures, strict=True)
-    ]
+    remaining = iter(counts)
+    turns: list[str] = []
+    for prompt, subjects in zip(prompts, pictures, strict=True):
+        picture_tokens = [list(itertools.islice(remaining, len(subject))) for subject in subjects]
+        turns.append(vlm_turn(prompt, picture_tokens))
     words = tokenizer(turns, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
     numbers = words["input_ids"]
     inputs = {

@@ -13,7 +13,7 @@ Nothing in the tower sees the video or the time, so a clip needs it once: what s
 every layer, is the `IdentityCache`. Block l hands f'' to block l + 1. Only the output projection of stage 3 starts at
 zero: an untrained model is Wan, bit for bit, and yet every stage has a gradient as soon as that projection moves.
 
-The tower is in engine/models/subject_tower.py; here is the video's side and the whole.
+Stages 1 and 2 are in engine/models/subject_tower.py, stage 3 in engine/models/identity_block.py; here is the whole.
 
 Shapes: B clips, N subjects, V pictures of a subject, C latent channels, Q video tokens, D model width.
 """
@@ -26,19 +26,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import (
-    WanAttention,
-    WanAttnProcessor,
-    WanTransformer3DModel,
-    WanTransformerBlock,
-)
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
+from engine.models.identity_block import IdentityAttention, IdentityWanTransformerBlock, VideoPositions
 from engine.models.subject_tower import (
     IdentityCache,
     LayerIdentity,
@@ -49,144 +42,10 @@ from engine.models.subject_tower import (
     build_tower,
     picture_positions,
     slots_of,
-    true_mask,
 )
 
 SLOT_KEY = 0.5  # size of what a key wears of its slot, before any training; keys themselves have about 2
 MATCH = 22.0  # score of stage 3, before any training, where a video token equals a subject token
-
-# --- the video side: stage 3 inside Wan's block ---------------------------------------------------------------------
-
-
-class VideoPositions(nn.Module):
-    """Where in the frame and when in the clip each token is, as something to add to it; starts at nothing.
-
-    Shares of height, width and length, told by half waves: a longer clip, too, runs from its beginning to its end.
-    """
-
-    WAVES = 6
-
-    def __init__(self, dim: int, patch_size: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Linear(3 * 2 * self.WAVES, dim, bias=False)
-        nn.init.zeros_(self.proj.weight)
-
-    def forward(self, latents_BCFHW: Tensor) -> Tensor:
-        """(1, Q, D), in the order of the video's tokens; of the latents only the shape is read."""
-        weight, grid = self.proj.weight, latents_BCFHW.shape[2:]
-        sides = [size // patch for size, patch in zip(grid, self.patch_size, strict=True)]
-        waves = torch.pi * torch.arange(1, self.WAVES + 1, device=weight.device)
-        told = []
-        for axis, count in enumerate(sides):
-            share = (torch.arange(count, device=weight.device) + 0.5) / count
-            angles = share.unsqueeze(1) * waves
-            one = torch.cat([angles.sin(), angles.cos()], 1)
-            shape = [1, 1, 1, one.shape[1]]
-            shape[axis] = count
-            told.append(one.view(shape).expand(*sides, -1))
-        return self.proj(torch.cat(told, -1).flatten(0, 2).unsqueeze(0).to(weight.dtype))
-
-
-class IdentityAttention(nn.Module):
-    """Stage 3 as the video sees it: what is added to Z. Its output projection is the only one that starts at zero."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.heads = num_heads
-        self.norm = FP32LayerNorm(dim, eps)
-        self.to_q = nn.Linear(dim, dim)
-        self.norm_q = nn.RMSNorm(dim, eps=eps)
-        self.to_out = nn.Linear(dim, dim)
-
-    def forward(self, hidden_states_BQD: Tensor, identity: LayerIdentity) -> Tensor:
-        """(B, Q, D) and the keys of this layer -> what the subjects add, (B, Q, D). No RoPE: a subject has no place."""
-        assert identity.value is not None, "this layer's identity was made by a model without stage 3"
-        query = self.norm_q(self.to_q(self.norm(hidden_states_BQD)))
-        heads = (t.unflatten(-1, (self.heads, -1)) for t in (query, identity.key, identity.value))
-        mask = None if identity.mask is None else identity.mask[:, None, None, :]
-        seen = dispatch_attention_fn(*heads, attn_mask=mask)
-        seen = self.to_out(seen.flatten(2, 3).type_as(query))
-        return seen if identity.present is None else seen * identity.present[:, None, None].to(seen.dtype)
-
-
-class JoinedCrossAttention(WanAttention):
-    """Wan's cross-attention over text and subject tokens side by side, for the ablations without stage 3."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | tuple[Tensor, Tensor | None] | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Like Wan's, but the context may be a pair of tokens and their mask, since a Wan block passes no mask on."""
-        if isinstance(encoder_hidden_states, tuple):
-            encoder_hidden_states, attention_mask = encoder_hidden_states
-        return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
-
-
-class IdentityWanTransformerBlock(WanTransformerBlock):
-    """A Wan block, then stage 3. It sits inside the block so that a step cache which skips the block skips both."""
-
-    def __init__(
-        self,
-        dim: int,
-        ffn_dim: int,
-        num_heads: int,
-        qk_norm: str = "rms_norm_across_heads",
-        cross_attn_norm: bool = False,
-        eps: float = 1e-6,
-        added_kv_proj_dim: int | None = None,
-        *,
-        cross: bool = True,
-    ) -> None:
-        super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
-        self.identity = IdentityAttention(dim, num_heads, eps) if cross else None
-        if not cross:
-            self.attn2 = JoinedCrossAttention(
-                dim=dim,
-                heads=num_heads,
-                dim_head=dim // num_heads,
-                eps=eps,
-                added_kv_proj_dim=added_kv_proj_dim,
-                cross_attention_dim_head=dim // num_heads,
-                processor=WanAttnProcessor(),
-            )
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        rotary_emb: Tensor,
-        identity: LayerIdentity | None = None,
-    ) -> Tensor:
-        """(B, Q, D) -> (B, Q, D); without `identity` exactly Wan's block."""
-        if identity is None:
-            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-        if self.identity is None:
-            context = cast(Tensor, _context_with_subjects(encoder_hidden_states, identity))
-            return super().forward(hidden_states, context, temb, rotary_emb)
-        hidden_states = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-        return hidden_states + self.identity(hidden_states, identity)
-
-
-def _context_with_subjects(text: Tensor, identity: LayerIdentity) -> tuple[Tensor, Tensor | None]:
-    """Text tokens, then the subjects' and the VLM's, with the mask that leaves absent ones out."""
-    tokens = torch.cat([text, identity.key.to(text.dtype)], dim=1)
-    mask = true_mask(identity)  # text is always there, so here an empty row needs no stand-in
-    if mask is None:
-        return tokens, None
-    return tokens, nn.functional.pad(mask, (text.shape[1], 0), value=True)[:, None, None, :]
-
-
-TransformerBlockRegistry.register(
-    IdentityWanTransformerBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0),
-)
-
 
 # --- the whole model ------------------------------------------------------------------------------------------------
 
@@ -221,6 +80,18 @@ def _new_subject_patch_embedding(
         padding=(0, down * wider // 2, across * wider // 2),
         padding_mode="replicate",
     )
+
+
+def _new_video_positions(dim: int, patch_size: tuple[int, int, int], wanted: bool) -> VideoPositions | None:
+    if not wanted:
+        return None
+    return VideoPositions(dim, patch_size)
+
+
+def _new_vlm_projector(vlm_dim: int, dim: int, eps: float) -> VLMProjector | None:
+    if not vlm_dim:
+        return None
+    return VLMProjector(vlm_dim, dim, eps)
 
 
 class IdentityWanTransformer3DModel(WanTransformer3DModel):
@@ -305,14 +176,25 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         self.blocks = nn.ModuleList([*carriers, *self.blocks])
         self.subject_patch_embedding = _new_subject_patch_embedding(in_channels, dim, patch_size, subject_zoom)
         self.slot_embedding = nn.Embedding(max_subjects, dim)
-        self.video_position_embedding = VideoPositions(dim, patch_size) if video_positions else None
-        self.vlm_projector = VLMProjector(vlm_dim, dim, eps) if vlm_dim else None
-        stages = {"intra": identity_intra, "inter": identity_inter, "cross": identity_cross}
-        worn = max_subjects if slot_keys else 0
-        self.subject_blocks = nn.ModuleList(
-            [SubjectBlock(dim, num_attention_heads, eps, **stages, slot_keys=worn) for _ in range(identity_layers)]
-        )
+        self.video_position_embedding = _new_video_positions(dim, patch_size, video_positions)
+        self.vlm_projector = _new_vlm_projector(vlm_dim, dim, eps)
+        self.subject_blocks = nn.ModuleList(self._new_subject_blocks())
         self.init_identity()
+
+    def _new_subject_blocks(self) -> list[SubjectBlock]:
+        """The tower, one block for each block of the video that carries stage 3."""
+        config: Any = self.config
+        heads = config.num_attention_heads
+        stages = {"intra": config.identity_intra, "inter": config.identity_inter, "cross": config.identity_cross}
+        slot_keys = 0
+        if config.slot_keys:
+            slot_keys = config.max_subjects
+        blocks = []
+        for _ in range(config.identity_layers):
+            blocks.append(
+                SubjectBlock(heads * config.attention_head_dim, heads, config.eps, **stages, slot_keys=slot_keys)
+            )
+        return blocks
 
     def init_identity(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Start (or start again) everything that plain Wan does not have; Wan's own weights stay as they are.
@@ -402,17 +284,20 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             ValueError: more subjects than slots, or shapes that do not belong together.
         """
         tower = self._tower(references)
-        return None if tower is None else IdentityCache(tuple(self._climb(tower)), tower.num_subject_keys)
+        if tower is None:
+            return None
+        return IdentityCache(tuple(self._run_tower(tower)), tower.num_subject_keys)
 
     def _tower(self, references: References) -> Tower | None:
         """The subject tower before its first layer; None when there is nothing in it."""
         tokens, rotary_emb = self._subject_tokens(references)
-        states = references.vlm_states
-        vlm = self.vlm_projector(states) if states is not None and self.vlm_projector is not None else None
+        vlm = None
+        if references.vlm_states is not None and self.vlm_projector is not None:
+            vlm = self.vlm_projector(references.vlm_states)
         return build_tower(references, tokens, rotary_emb, vlm)
 
-    def _climb(self, tower: Tower) -> Iterator[LayerIdentity]:
-        """One layer after the other, so that whoever does not keep them holds one at a time."""
+    def _run_tower(self, tower: Tower) -> Iterator[LayerIdentity]:
+        """One layer after the other, so that a caller which does not keep them holds one at a time."""
         tokens = tower.tokens
         for block in self.subject_blocks:
             arguments = (tokens, tower.vlm, tower.weights, tower.slots, tower.rotary_emb, tower.masks)
@@ -479,22 +364,25 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError("Give either `identity` (read before) or `references` (to read now), not both.")
         grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.config["patch_size"], strict=True)]
         rotary_emb = self.rope(hidden_states)
-        told = self.video_position_embedding(hidden_states) if self.video_position_embedding is not None else None
+        positions = None
+        if self.video_position_embedding is not None:
+            positions = self.video_position_embedding(hidden_states)
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        if told is not None:
-            hidden_states = hidden_states + told
+        if positions is not None:
+            hidden_states = hidden_states + positions
 
-        per_token = timestep.shape[1] if timestep.ndim == 2 else None
+        per_token, time_axis = None, 1
+        if timestep.ndim == 2:
+            per_token, time_axis = timestep.shape[1], 2
         temb, modulation, text, image = self.condition_embedder(
             timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len=per_token
         )
-        modulation = modulation.unflatten(1 if per_token is None else 2, (6, -1))
-        context = text if image is None else torch.concat([image, text], dim=1)
+        modulation = modulation.unflatten(time_axis, (6, -1))
+        context = text
+        if image is not None:
+            context = torch.concat([image, text], dim=1)
 
-        layers = iter(identity.layers) if identity is not None else iter(())
-        if references is not None:
-            tower = self._tower(references)
-            layers = iter(()) if tower is None else self._climb(tower)
+        layers = self._identity_layers(identity, references)
         for index, block in enumerate(self.blocks):
             arguments = (hidden_states, context, modulation, rotary_emb)
             if index < self.config["identity_layers"]:
@@ -505,7 +393,22 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
                 hidden_states = block(*arguments)
 
         output = unpatched(self, hidden_states, temb, grid)
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        if not return_dict:
+            return (output,)
+        return Transformer2DModelOutput(sample=output)
+
+    def _identity_layers(
+        self, identity: IdentityCache | None, references: References | None
+    ) -> Iterator[LayerIdentity]:
+        """What the blocks read about the subjects, kept or read now; nothing where there are none."""
+        if identity is not None:
+            return iter(identity.layers)
+        if references is None:
+            return iter(())
+        tower = self._tower(references)
+        if tower is None:
+            return iter(())
+        return self._run_tower(tower)
 
 
 def unpatched(transformer: WanTransformer3DModel, hidden_states: Tensor, temb: Tensor, grid: Sequence[int]) -> Tensor:
@@ -573,10 +476,16 @@ def parameter_counts(model: WanTransformer3DModel) -> dict[str, int]:
     groups = {"subject_patch_embedding": "patches", "slot_embedding": "slots", "vlm_projector": "vlm"}
     groups["video_position_embedding"] = "patches"
     for name, parameter in model.named_parameters():
+        parts = name.split(".")
         if not is_identity_key(name):
             group = "base"
+        elif ".slot_key." in name:
+            group = "slots"
+        elif parts[0] in groups:
+            group = groups[parts[0]]
+        elif "norm" in parts[-2]:
+            group = "norms"
         else:
-            own = "slots" if ".slot_key." in name else groups.get(name.split(".")[0])
-            group = own or ("norms" if "norm" in name.split(".")[-2] else "attention")
+            group = "attention"
         counts[group] += parameter.numel()
     return counts

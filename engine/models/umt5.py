@@ -72,7 +72,9 @@ def config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     def shape(key: str) -> tuple[int, int]:
         found = shapes.get(key, ())
         if len(found) != 2 or 0 in found:
-            raise ValueError(f"{key} has the shape {found}, not one of two sides." if found else f"{key} is missing.")
+            if not found:
+                raise ValueError(f"{key} is missing.")
+            raise ValueError(f"{key} has the shape {found}, not one of two sides.")
         return found[0], found[1]
 
     numbers = [int(found[1]) for key in shapes if (found := re.match(r"encoder\.block\.(\d+)\.", key))]

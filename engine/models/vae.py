@@ -45,11 +45,11 @@ def decode_frames(
     config: Any = vae.config
     side = TILE // config.scale_factor_spatial
     if not tiled or max(latents_1CFhw.shape[-2:]) <= side:
-        yield from (list(to_levels(decoded[0])) for decoded in _decoded(latents_1CFhw, vae))
+        yield from (list(to_levels(decoded[0])) for decoded in _decode_latent_frames(latents_1CFhw, vae))
         return
     # Windows keeps a file for as long as it is mapped: also by an error that is on its way up.
     with tempfile.TemporaryDirectory(prefix="idcrafter-", ignore_cleanup_errors=True) as folder:
-        whole = _tiles_together(latents_1CFhw, vae, side, Path(folder) / "frames.bin")
+        whole = _decode_tiles(latents_1CFhw, vae, side, Path(folder) / "frames.bin")
         try:
             for first, last in _groups(latents_1CFhw.shape[2], vae):
                 yield list(to_levels(torch.from_numpy(whole[:, first:last])))
@@ -58,7 +58,7 @@ def decode_frames(
 
 
 @torch.no_grad()
-def _decoded(latents_1CFhw: Tensor, vae: AutoencoderKLWan) -> Iterator[Tensor]:
+def _decode_latent_frames(latents_1CFhw: Tensor, vae: AutoencoderKLWan) -> Iterator[Tensor]:
     """Pixels (1, 3, 1 or 4, H, W) in [-1, 1] of one latent frame after the other.
 
     Source: diffusers' `AutoencoderKLWan._decode`, whose loop this is, without the list of all frames.
@@ -79,8 +79,8 @@ def _decoded(latents_1CFhw: Tensor, vae: AutoencoderKLWan) -> Iterator[Tensor]:
         net.clear_cache()
 
 
-def _tiles_together(latents_1CFhw: Tensor, vae: AutoencoderKLWan, side: int, path: Path) -> NDArray[np.float16]:
-    """All frames (3, F, H, W) as a file in memory's clothes: each tile weighed down towards the edges it shares."""
+def _decode_tiles(latents_1CFhw: Tensor, vae: AutoencoderKLWan, side: int, path: Path) -> NDArray[np.float16]:
+    """All frames (3, F, H, W) in a memory-mapped file, each tile weighted less towards the edges it shares."""
     config: Any = vae.config
     scale = config.scale_factor_spatial
     height, width = latents_1CFhw.shape[-2:]
@@ -92,7 +92,7 @@ def _tiles_together(latents_1CFhw: Tensor, vae: AutoencoderKLWan, side: int, pat
             tile = latents_1CFhw[..., top : top + side, left : left + side]
             part = whole[:, :, top * scale : (top + side) * scale, left * scale : (left + side) * scale]
             start = 0
-            for decoded in _decoded(tile, vae):
+            for decoded in _decode_latent_frames(tile, vae):
                 weighed = (decoded[0].float().clamp(-1, 1) * down[:, None] * across).half().cpu().numpy()
                 part[:, start : start + weighed.shape[1]] += weighed
                 start += weighed.shape[1]
@@ -105,14 +105,19 @@ def _weights(length: int, side: int, scale: int, device: torch.device) -> dict[i
     As few tiles as cover the length, evenly spread; each counts less and less towards an edge that is not the clip's.
     """
     side, shared = min(side, length), OVERLAP // scale
-    count = 1 if side == length else -(-(length - shared) // (side - shared))
+    count = 1
+    if side != length:
+        count = -(-(length - shared) // (side - shared))
     starts = [round(number * (length - side) / max(1, count - 1)) for number in range(count)]
     own = torch.arange(side * scale, device=device) + 0.5
     total = torch.zeros(length * scale, device=device)
     weights = {}
     for start in starts:
-        to_left = own if start > 0 else torch.full_like(own, OVERLAP)
-        to_right = own.flip(0) if start + side < length else torch.full_like(own, OVERLAP)
+        to_left = to_right = torch.full_like(own, OVERLAP)
+        if start > 0:
+            to_left = own
+        if start + side < length:
+            to_right = own.flip(0)
         weights[start] = torch.minimum(to_left, to_right).clamp(max=OVERLAP) / OVERLAP
         total[start * scale : (start + side) * scale] += weights[start]
     return {start: weight / total[start * scale : (start + side) * scale] for start, weight in weights.items()}
@@ -160,16 +165,16 @@ def decode_preview(x_0_1CFhw: Tensor, vae: AutoencoderKLWan) -> NDArray[np.uint8
 def picture_latents(pictures: Sequence[Pixels], vae: AutoencoderKLWan) -> Tensor:
     """Normalised latents of P still pictures of one size: (P, C, h, w), fp32. Each is a video of one frame."""
     frames = torch.from_numpy(np.stack(pictures)).to(vae.device).permute(0, 3, 1, 2).unsqueeze(2)
-    return _encoded(frames, vae).squeeze(2)
+    return _encode(frames, vae).squeeze(2)
 
 
 @torch.no_grad()
 def clip_latents(frames_BFHW3: Tensor, vae: AutoencoderKLWan) -> Tensor:
     """Normalised latents of B clips of uint8 frames (B, F, H, W, 3), F = 4k + 1: (B, C, k + 1, h, w), fp32."""
-    return _encoded(frames_BFHW3.to(vae.device).permute(0, 4, 1, 2, 3), vae)
+    return _encode(frames_BFHW3.to(vae.device).permute(0, 4, 1, 2, 3), vae)
 
 
-def _encoded(levels_B3FHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
+def _encode(levels_B3FHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
     posterior: Any = vae.encode(to_vae_range(levels_B3FHW).to(vae.dtype), return_dict=False)[0]
     return normalize(posterior.mode().float(), vae)
 

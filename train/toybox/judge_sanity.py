@@ -87,7 +87,7 @@ def _turn_hue(frame: Frames) -> Frames:
 
 
 def draw_fault_case(number: int) -> Case:
-    """A case in which somebody jumps over or chases somebody, so that it matters who is who."""
+    """A case in which one subject jumps over or chases the other, so that exchanging the two changes what is shown."""
     category = ("twocreatures", "creaturething")[number % 2]
     drawn = draw_case("toybox", category, 1000 + number, 2)
     verb = ("jumps over", "chases")[number // 2 % 2]

@@ -179,14 +179,17 @@ def base(state: Path, seconds: float, size: Size) -> bool:
 
 
 def identity(state: Path, seconds: float, size: Size) -> bool:
-    """Train the identity blocks, and the base with them: who is who."""
+    """Train the identity blocks, and the base with them, to show each subject as its pictures do."""
     from train.sft import trainer
 
     return trainer.train(prepare_run(state, "identity", size, state / "base", **IDENTITY), seconds=seconds)
 
 
 def motion(state: Path, seconds: float, size: Size) -> bool:
-    """Train on, clips above all: who does what; from the shipped checkpoint where `adopt` brought it."""
+    """Train on, mostly with clips, to have each subject do what the prompt says.
+
+    It starts from the shipped checkpoint where `adopt` brought one, else from the stage `identity`.
+    """
     from train.sft import trainer
 
     start = state / "adopted"
