@@ -21,7 +21,7 @@ from typing import IO
 
 from app.queue import Queue
 from app.worker import GRACE_S
-from engine.hardware.options import alone_with
+from engine.hardware.options import restrict_to_device
 from engine.messages import Failed, StudioError
 from engine.paths import ROOT
 from engine.platform_calls import NO_WINDOW, try_lock
@@ -126,7 +126,7 @@ class WorkerKeeper:
         command += ["--queue", str(self._queue_file), "--outputs", str(self._outputs), "--name", name]
         if self._run:
             command += ["--run", self._run]
-        environment = alone_with(device, os.environ)
+        environment = restrict_to_device(device, os.environ)
         if len(self._devices) > 1:
             # Busy OpenMP pools fight over the cores: each worker gets its share of them.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self._devices))))

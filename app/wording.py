@@ -1,4 +1,4 @@
-"""Durations, counts and sizes in words, as page and command line show them.
+"""Counts and sizes in words, as page and command line show them.
 
 In:  numbers.
 Out: text.
@@ -6,16 +6,6 @@ Knows nothing of HTML.
 """
 
 from __future__ import annotations
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: `8 s`, `2 min`, `1 h 20 min`."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def files(count: int) -> str:

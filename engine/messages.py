@@ -103,3 +103,13 @@ def as_dict(message: Message) -> dict[str, Any]:
         if isinstance(value, Path):
             values[key] = str(value)
     return {"kind": type(message).__name__.lower(), **values}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `8 s`, `2 min`, `1 h 20 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -252,7 +252,7 @@ def _predict_bytes(way: Way, shape: Shape, load: costs.Load, itemsize: int) -> f
 def _visiting(model: Any, where: str, device: torch.device) -> AbstractContextManager[None]:
     if where == "memory":
         lists, once = VISITING["transformer"]
-        return offload.visiting(model, lists, device, once=once)
+        return offload.offload_blocks(model, lists, device, once=once)
     if where == "plain-visiting":
         streams = device.type == "cuda"
         model.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=streams)

@@ -52,7 +52,7 @@ def measure_loading(_: str) -> Iterator[Figure]:
                 peak <= limit,
             )
             yield Figure(f"loading-time-{precision}", f"The same, time ({precision})", f"{told['seconds']:.0f} s")
-            predicted = quantize.predicted_bytes(_wan, precision, _usual())
+            predicted = quantize.predict_bytes(_wan, precision, _usual())
             off = abs(predicted / told["size"] - 1)
             yield Figure(
                 f"predicted-{precision}",

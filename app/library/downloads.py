@@ -16,7 +16,7 @@ from typing import Literal
 from app import wording
 from app.library import add_model, models
 from engine import presets
-from engine.hub.cache import Hub, Plan, Say
+from engine.hub.cache import FetchPlan, Hub, Say
 from engine.messages import StudioError
 
 Stage = Literal["waiting", "asking", "fetching", "checking", "paused", "done", "failed"]
@@ -61,7 +61,7 @@ class Pulls:
         self._token: str | None = None
         self._pulls: dict[str, Pull] = {}
         self._stops: dict[str, threading.Event] = {}
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, FetchPlan] = {}
         self._given_up: set[str] = set()
         self._lock = threading.Lock()
         self._turn = threading.Lock()

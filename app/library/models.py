@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from engine import presets
-from engine.hub.cache import FileRequest, Hub, HubUnreachable, Plan, Say
+from engine.hub.cache import FetchPlan, FileRequest, Hub, HubUnreachable, Say
 from engine.hub.download import file_size, link_or_copy
 from engine.hub.pickles import is_pickle
 from engine.messages import StudioError
@@ -136,7 +136,7 @@ def no_licence(repo: str) -> StudioError:
     )
 
 
-def plan(preset: Preset, hub: Hub, *, judges: bool) -> Plan:
+def plan(preset: Preset, hub: Hub, *, judges: bool) -> FetchPlan:
     """What fetching it would do, as the Hub says."""
     return hub.plan(wanted(preset, hub, judges=judges))
 

@@ -15,17 +15,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app import wording
 from app.page import identity_panel, markup
 from app.page.context import ASSETS, prepared
 from app.queue import Row
 from engine import presets
 from engine.job import GenerateJob, Subject
-from engine.messages import StudioError
+from engine.messages import StudioError, duration
 from engine.presets import Preset
 
 LIKE = "like-"  # group of variants that were asked for after the fact: like-<id of the first clip>
-SANITY = "sanity"  # group of the fixed job whose expected clip ships
+SANITY_GROUP = "sanity"  # group of the fixed job whose expected clip ships
 MOST = 4  # cells side by side
 STAGES = {
     "load": "Loading the model",
@@ -67,7 +66,7 @@ def _weakest(row: Row) -> float:
 
 
 def _group(chosen: Row, rows: Sequence[Row]) -> list[Row]:
-    if chosen.group == SANITY:  # stands beside the clip that ships, not beside earlier checks
+    if chosen.group == SANITY_GROUP:  # stands beside the clip that ships, not beside earlier checks
         return [chosen]
     first = None
     if chosen.group.startswith(LIKE):
@@ -80,7 +79,7 @@ def render(rows: Sequence[Row], *, waiting: int = 0, paused: bool = False) -> st
     if not rows:
         return _empty()
     expected = ""
-    if rows[-1].group == SANITY:
+    if rows[-1].group == SANITY_GROUP:
         expected = _expected()
         rows = rows[-1:]
     cells = "".join(_cell(row, alone=len(rows) == 1) for row in rows) + expected
@@ -160,7 +159,7 @@ def _running(row: Row) -> tuple[str, str]:
         said = f"{said}, step {step} of {total}"
     left = ""
     if eta is not None:
-        left = f"about {wording.duration(float(eta))} left"
+        left = f"about {duration(float(eta))} left"
     picture = _preview(row.preview)
     frame = f'<img class="draft" alt="Preview of the clip so far" src="{picture}">'
     if not picture:
@@ -280,7 +279,7 @@ def _facts(row: Row, alone: bool) -> str:
     if is_draft(job, preset):
         facts.append("draft")
     if row.state == "done" and row.started and row.finished:
-        facts.append(f"made in {wording.duration(row.finished - row.started)}")
+        facts.append(f"made in {duration(row.finished - row.started)}")
     return "".join(f'<span class="fact">{escape(fact)}</span>' for fact in facts)
 
 

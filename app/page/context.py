@@ -28,7 +28,7 @@ from engine.paths import ROOT
 
 ASSETS = ROOT / "assets"
 SAMPLES = ASSETS / "samples"
-SANITY = ASSETS / "sanity.json"  # a fixed job; the clip it should give lies beside it
+SANITY_JOB = ASSETS / "sanity.json"  # a fixed job; the clip it should give lies beside it
 FIRST = ("fox", "kite")  # who a newcomer meets
 SHOWN = 256  # pixels of a prepared picture as the page shows it
 

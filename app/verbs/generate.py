@@ -49,14 +49,18 @@ def main(given: argparse.Namespace) -> int:
     job = pictures.pack(job, preset)
     presets.check_files(preset)
     lora_files.check(job)
-    meter = Meter()
+    meter = ProgressLine()
     meter.show("Starting the engine")
     # On some processors it recommends a package for 4-bit weights, in the middle of everybody's progress.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from engine.loading import context_parallel
     from engine.run import run  # torch and the model classes: seconds, and only now
 
-    with Interrupt() as interrupt, context_parallel.together() as number, tempfile.TemporaryDirectory() as elsewhere:
+    with (
+        Interrupt() as interrupt,
+        context_parallel.join_processes() as number,
+        tempfile.TemporaryDirectory() as elsewhere,
+    ):
 
         def say(message: Message) -> None:
             if interrupt.asked:
@@ -247,7 +251,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Meter:
+class ProgressLine:
     """Progress on stderr: one line repainted on a terminal; elsewhere a line at each stage and every ten seconds."""
 
     def __init__(self) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.wording import duration, files, size
-from engine.messages import StudioError
+from app.wording import files, size
+from engine.messages import StudioError, duration
 from engine.paths import models_dir
 
 if TYPE_CHECKING:  # for real only once HF_HUB_OFFLINE is set, which the library reads when it is imported
     from app.library.models import Speed
-    from engine.hub.cache import Hub, Plan
+    from engine.hub.cache import FetchPlan, Hub
     from engine.presets import Preset
 
 EVERY_S = 0.5  # between two states of the line that says how far a pull is
@@ -294,7 +294,7 @@ def _preset(name: str) -> Preset:
     return presets.load(name)
 
 
-def _sum(asked: Plan) -> str:
+def _sum(asked: FetchPlan) -> str:
     if not asked.missing and not asked.to_convert:
         return "everything is here"
     more = f" and {size(asked.bytes_to_convert)} to make safetensors of it" if asked.to_convert else ""

@@ -13,12 +13,11 @@ from typing import Any
 
 import psutil
 
-from app.wording import duration
 from engine import presets
 from engine.hardware.plan import Plan, make_plan, plan_or_raise
 from engine.hardware.probe import GB, Hardware, probe_hardware
 from engine.job import GenerateJob, Picture, Sampling, Subject, make_job
-from engine.messages import StudioError
+from engine.messages import StudioError, duration
 from engine.presets import Preset
 
 WHERE = {"device": "on the device", "memory": "block by block from memory", "disk": "block by block from files"}
@@ -50,7 +49,7 @@ def _job(given: argparse.Namespace) -> GenerateJob:
     width = height = None
     if given.size:
         width, height = (int(side) for side in given.size.split("x"))
-    return typical(
+    return typical_job(
         presets.load(given.preset),
         subjects=given.subjects,
         num_frames=given.frames,
@@ -61,7 +60,7 @@ def _job(given: argparse.Namespace) -> GenerateJob:
     )
 
 
-def typical(preset: Preset, *, subjects: int | None = None, **values: Any) -> GenerateJob:
+def typical_job(preset: Preset, *, subjects: int | None = None, **values: Any) -> GenerateJob:
     """A resolved job with blank subjects, two unless said: what they show does not change what they need."""
     if subjects is None:
         subjects = min(2, preset.max_subjects)

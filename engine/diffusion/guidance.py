@@ -48,7 +48,7 @@ def branches(sampling: Sampling) -> tuple[Branch, ...]:
     return ("full",)  # no guidance, or a scale of 1, where the other prediction would cancel out
 
 
-def guided(
+def apply_guidance(
     sampling: Sampling,
     predict: Callable[[Branch], Tensor],
     latents_BCFHW: Tensor | None = None,

@@ -60,7 +60,7 @@ def starting_noise(shape: tuple[int, ...], generator: torch.Generator, shared: f
     return shared**0.5 * common + (1 - shared) ** 0.5 * own
 
 
-def noised(x_0: Tensor, noise: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
+def add_noise(x_0: Tensor, noise: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
     """Clean latents at a noise level, and the velocity a model should predict there.
 
     Args:

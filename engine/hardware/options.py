@@ -86,7 +86,7 @@ def check_device(word: str) -> str:
     return word
 
 
-def alone_with(device: str, environment: Mapping[str, str]) -> dict[str, str]:
+def restrict_to_device(device: str, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that is to see one device and no other.
 
     A process that sees one card cannot take memory on another by mistake, and whatever asks for "the card" (free

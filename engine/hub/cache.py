@@ -46,7 +46,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from engine.hub import download, pickles
-from engine.hub.download import DamagedDownload, ServerRefusal, Source, file_size, hash_file, link_or_copy
+from engine.hub.download import DamagedDownload, RemoteSource, ServerRefusal, file_size, hash_file, link_or_copy
 from engine.hub.pickles import is_pickle
 from engine.messages import StudioError
 
@@ -92,7 +92,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FetchPlan:
     """What pulling would do."""
 
     files: tuple[RemoteFile, ...]
@@ -168,7 +168,7 @@ class Hub:
         parts = chain(blobs.glob("*.part"), blobs.glob("*.pickle"))
         return sum(file_size(part) for part in parts)
 
-    def plan(self, wanted: Iterable[FileRequest]) -> Plan:
+    def plan(self, wanted: Iterable[FileRequest]) -> FetchPlan:
         """Ask the Hub about every file, and compare with what is here.
 
         Raises:
@@ -182,7 +182,7 @@ class Hub:
         self.cache.mkdir(parents=True, exist_ok=True)
         to_fetch = sum(found.size for found in missing.values()) - here
         free = shutil.disk_usage(self.cache).free
-        return Plan(files, tuple(missing.values()), tuple(pickled.values()), to_fetch, free)
+        return FetchPlan(files, tuple(missing.values()), tuple(pickled.values()), to_fetch, free)
 
     # --- bringing them here ---
 
@@ -278,7 +278,7 @@ class Hub:
             freed += size
         return freed
 
-    def discard(self, plan: Plan) -> int:
+    def discard(self, plan: FetchPlan) -> int:
         """Take away what has arrived of files that are not whole; gives the bytes that this frees."""
         freed = 0
         for found in dict.fromkeys((*plan.missing, *plan.to_convert)):
@@ -321,12 +321,12 @@ class Hub:
             raise
         own.unlink(missing_ok=True)
 
-    def _source(self, found: RemoteFile) -> Source:
+    def _source(self, found: RemoteFile) -> RemoteSource:
         """With the token only where the Hub itself has the bytes."""
         own = urlsplit(found.location).netloc == urlsplit(self.endpoint).netloc
         secret = self._get_token() if own else None
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        return Source(found.location, headers, found.hash, found.size)
+        return RemoteSource(found.location, headers, found.hash, found.size)
 
     # --- the layout ---
 

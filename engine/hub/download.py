@@ -36,7 +36,7 @@ LOOK_S = 0.3  # how often somebody else's progress is looked at
 
 
 @dataclass(frozen=True)
-class Source:
+class RemoteSource:
     """Where a file's bytes are."""
 
     location: str
@@ -74,7 +74,7 @@ def fetch(
         there: whether it is no longer needed; left out, once the blob is there.
 
     Raises:
-        Damaged: the bytes had another hash twice; nothing of them is kept.
+        DamagedDownload: the bytes had another hash twice; nothing of them is kept.
     """
     part = blob.with_suffix(".part")
     with exclusive_lock(blob.with_suffix(".lock"), lambda: say(file_size(part))):
@@ -110,11 +110,11 @@ def exclusive_lock(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def transfer(
-    source: Source,
+    source: RemoteSource,
     part: Path,
     say: Callable[[int], None],
     *,
-    again: Callable[[], Source],
+    again: Callable[[], RemoteSource],
     pause: Callable[[int], float],
 ) -> None:
     """Append to the part until it is as large as the file.
@@ -124,7 +124,7 @@ def transfer(
         pause: seconds to wait before the n-th try in a row.
 
     Raises:
-        Refused, OSError, HTTPException: the line stayed dead, or the disk is full; the part stays.
+        ServerRefusal, OSError, HTTPException: the line stayed dead, or the disk is full; the part stays.
     """
     failures = 0
     while (have := file_size(part)) < source.size:
@@ -153,7 +153,7 @@ def transfer(
         raise ServerRefusal("it is longer than it should be")
 
 
-def _stream(source: Source, part: Path, have: int, say: Callable[[int], None]) -> None:
+def _stream(source: RemoteSource, part: Path, have: int, say: Callable[[int], None]) -> None:
     """One connection: what is still missing, or all of it where the server does not go on from the middle."""
     headers = {"User-Agent": "id-crafter-studio", "Accept-Encoding": "identity", **source.headers}
     if have:
@@ -218,7 +218,7 @@ def download_by_library(
     the library begins anew each time.
 
     Raises:
-        Refused: the library gave up; with its last words.
+        ServerRefusal: the library gave up; with its last words.
     """
     folder = part.with_suffix(".library")
     shutil.rmtree(folder, ignore_errors=True)

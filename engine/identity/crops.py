@@ -24,7 +24,7 @@ def to_unit(frames: Tensor) -> Tensor:
     return frames.movedim(-1, -3).float() / 255
 
 
-def cut_out(pictures: Tensor, masks: Tensor | None = None, *, side: int = CROP) -> Tensor:
+def crop_subjects(pictures: Tensor, masks: Tensor | None = None, *, side: int = CROP) -> Tensor:
     """Each picture's subject alone on white, in the middle of a square.
 
     Args:

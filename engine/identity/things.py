@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from engine.identity.crops import cut_out, to_unit
+from engine.identity.crops import crop_subjects, to_unit
 from engine.identity.reporter import Detections
 
 Pictures = Sequence[NDArray[np.uint8]]  # of one subject, each (H, W, 3), RGB
@@ -65,7 +65,7 @@ class ThingEvaluator:
 
     def _embed_pictures(self, pictures: Pictures) -> Tensor:
         """One subject's pictures -> (V, d), unit vectors."""
-        cuts = [cut_out(_to_unit_batch(picture), side=EMBEDDED)[0] for picture in pictures]
+        cuts = [crop_subjects(_to_unit_batch(picture), side=EMBEDDED)[0] for picture in pictures]
         return self._embed(cuts)
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class ThingEvaluator:
         regions = regions[regions.flatten(1).any(1)]
         if len(regions) == 0:
             return Detections(np.zeros((0, *frame.shape[2:]), bool), np.empty((0, len(self._known)), np.float32))
-        cuts = cut_out(frame.expand(len(regions), -1, -1, -1), regions.float(), side=EMBEDDED)
+        cuts = crop_subjects(frame.expand(len(regions), -1, -1, -1), regions.float(), side=EMBEDDED)
         vectors = self._embed(list(cuts))
         similarity = torch.stack([(vectors @ own.T).amax(1) for own in self._known], 1)
         return Detections(regions.numpy(), similarity.numpy())

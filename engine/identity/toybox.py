@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.identity.crops import WHITE, cut_out, to_unit
+from engine.identity.crops import WHITE, crop_subjects, to_unit
 from engine.identity.reporter import Detections
 
 SIZE = 64  # pixels; what the judges were trained at
@@ -292,7 +292,7 @@ class ToyboxEvaluator:
         self.title = f"toybox {judges.name}"
         self._judges = judges
         self._pictures = [_resize_pictures(own) for own in pictures]
-        self._known = [judges.embedder(cut_out(own)) for own in self._pictures]
+        self._known = [judges.embedder(crop_subjects(own)) for own in self._pictures]
 
     @torch.no_grad()
     def look(self, frames: NDArray[np.uint8]) -> list[Detections]:
@@ -344,5 +344,5 @@ def compute_likenesses(judges: Judges, frames: Tensor, masks: Tensor, known: Seq
     """Cosine of every cut-out with each subject's most similar picture: (P, 3, H, W), (P, H, W) -> (P, N)."""
     if len(masks) == 0:
         return frames.new_zeros(0, len(known))
-    seen = judges.embedder(cut_out(frames, masks))
+    seen = judges.embedder(crop_subjects(frames, masks))
     return torch.stack([(seen @ own.T).amax(1) for own in known], 1)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from engine.job import Lora
 from engine.loading import lora, quantize
 from engine.loading.quantize import Precision
-from engine.loading.tensor_files import Entry, Source, opened, refused
+from engine.loading.tensor_files import Entry, TensorSource, load_error, open_tensors
 from engine.models import umt5
 from engine.models.identity_wan import IdentityWanTransformer3DModel, is_identity_key
 
@@ -42,7 +42,7 @@ FIRST_FRAME = ("img_emb.", ".k_img.", "image_embedder.", ".add_k_proj.")  # what
 LORA = re.compile(r"\.lora_|^lora_|\.lokr_|\.hada_")
 
 
-def transformer(
+def build_transformer(
     source: Path,
     dtype: torch.dtype,
     *,
@@ -74,7 +74,7 @@ def transformer(
         StudioError: neither safetensors nor GGUF, damaged, of another model, or with weights missing.
     """
     dtype = quantize.compute_dtype(precision, dtype)
-    with opened(source) as held:
+    with open_tensors(source) as held:
         names = _named(held)
         kind, config = _config_of(held, names, head_dim)
         _check_expected(source, config, expect or {})
@@ -84,7 +84,7 @@ def transformer(
             model = kind(**config)
         own = is_identity_key if identity is not None else (lambda name: False)
         _check(held, model, names, missing_is_fine=own)
-        merged = None if merge is None else lora.merging(model, [Lora(path=str(merge), weight=1.0, sha256="")])[0]
+        merged = None if merge is None else lora.prepare_merge(model, [Lora(path=str(merge), weight=1.0, sha256="")])[0]
         quantize.swap(model, precision, lambda name: not own(name + "."))
         _fill(model, held, names, dtype, where, tell, settle, merged)
     if identity is not None:
@@ -92,7 +92,7 @@ def transformer(
     return model
 
 
-def encoder(
+def build_encoder(
     kind: Any,
     source: Path,
     dtype: torch.dtype,
@@ -109,19 +109,19 @@ def encoder(
         kind: transformers' class.
         source: a folder with safetensors; of UMT5 also a single file, safetensors or GGUF. Where no config.json lies
             beside the weights, UMT5's sizes are read off their shapes.
-        dtype, precision, where, tell, settle: as for `transformer`.
+        dtype, precision, where, tell, settle: as for `build_transformer`.
         expect: the "dim" that its states have to have.
 
     Raises:
         StudioError: damaged, of another model, or with weights missing.
     """
     dtype = quantize.compute_dtype(precision, dtype)
-    with opened(source) as held:
+    with open_tensors(source) as held:
         names = umt5.names(held.entries) if _is_umt5(kind) else {key: key for key in held.entries}
         config = _encoder_config(kind, held, names)
         if expect and config.d_model != expect["dim"]:
             told = f"its states are {config.d_model:,} wide, not {expect['dim']:,}"
-            raise refused(source, f"It is a text encoder of another size: {told}.")
+            raise load_error(source, f"It is a text encoder of another size: {told}.")
         with quantize.no_weights():
             model = kind(config)
         tied = set(model.all_tied_weights_keys)
@@ -137,15 +137,15 @@ def _is_umt5(kind: Any) -> bool:
     return kind.config_class.model_type == "umt5"
 
 
-def _encoder_config(kind: Any, held: Source, names: Mapping[str, str]) -> Any:
+def _encoder_config(kind: Any, held: TensorSource, names: Mapping[str, str]) -> Any:
     if held.place.is_dir() and (held.place / "config.json").is_file():
         return kind.config_class.from_pretrained(held.place, local_files_only=True, trust_remote_code=False)
     if not _is_umt5(kind):
-        raise refused(held.place, "The config.json that belongs to its weights is not there.")
+        raise load_error(held.place, "The config.json that belongs to its weights is not there.")
     try:
         return kind.config_class(**umt5.config({name: held.entries[key].shape for key, name in names.items()}))
     except ValueError as error:
-        raise refused(held.place, str(error)) from None
+        raise load_error(held.place, str(error)) from None
 
 
 def _as_now(model: Any, names: Mapping[str, str]) -> dict[str, str]:
@@ -160,7 +160,7 @@ def _as_now(model: Any, names: Mapping[str, str]) -> dict[str, str]:
 
 def _fill(
     model: nn.Module,
-    held: Source,
+    held: TensorSource,
     names: Mapping[str, str],
     dtype: torch.dtype,
     where: torch.device,
@@ -187,18 +187,18 @@ def _fill(
         setattr(model.get_submodule(owner), leaf, table.to(where))
 
 
-def _check(held: Source, model: nn.Module, names: Mapping[str, str], missing_is_fine: Any) -> None:
+def _check(held: TensorSource, model: nn.Module, names: Mapping[str, str], missing_is_fine: Any) -> None:
     """Every weight of the model is there once and in its shape, and nothing else is."""
     wanted = model.state_dict()
     missing = sorted(name for name in set(wanted) - set(names.values()) if not missing_is_fine(name))
     if missing:
-        raise refused(held.place, f"{len(missing)} of its weights are missing, the first is {missing[0]}.")
+        raise load_error(held.place, f"{len(missing)} of its weights are missing, the first is {missing[0]}.")
     for key, name in names.items():
         if name not in wanted:
-            raise refused(held.place, f"It holds {name}, which {type(model).__name__} does not have.")
+            raise load_error(held.place, f"It holds {name}, which {type(model).__name__} does not have.")
         shape = held.entries[key].shape
         if shape != tuple(wanted[name].shape):
-            raise refused(held.place, f"{name} has the shape {shape}, not {tuple(wanted[name].shape)}.")
+            raise load_error(held.place, f"{name} has the shape {shape}, not {tuple(wanted[name].shape)}.")
 
 
 def _start_identity(
@@ -227,28 +227,28 @@ def _start_identity(
 # --- whose weights they are -----------------------------------------------------------------------------------------
 
 
-def _named(held: Source) -> dict[str, str]:
+def _named(held: TensorSource) -> dict[str, str]:
     """Key in the file -> key in diffusers' classes, in the order of the file."""
     keys = held.entries
     if any(LORA.search(key) for key in keys):
-        raise refused(held.place, "It is a LoRA, to be added to a model.")
+        raise load_error(held.place, "It is a LoRA, to be added to a model.")
     if any(mark in key for key in keys for mark in FIRST_FRAME):
-        raise refused(held.place, "It is an image-to-video model, which needs a first frame.")
+        raise load_error(held.place, "It is an image-to-video model, which needs a first frame.")
     if "blocks.0.attn1.to_q.weight" in keys:
         return {key: key for key in keys}
     if "blocks.0.self_attn.q.weight" not in keys:
-        raise refused(held.place, "Its weights are named as in no Wan model.")
+        raise load_error(held.place, "Its weights are named as in no Wan model.")
     # diffusers renames a whole checkpoint at once; empty tensors go through it as marks.
     marks = {key: torch.empty(0, device="meta") for key in keys}
     came_from = {id(mark): key for key, mark in marks.items()}
     renamed = convert_wan_transformer_to_diffusers(dict(marks))
     names = {came_from.get(id(mark), ""): name for name, mark in renamed.items()}
     if set(names) != set(keys):
-        raise refused(held.place, "Its weights are named as in no Wan model that is known here.")
+        raise load_error(held.place, "Its weights are named as in no Wan model that is known here.")
     return names
 
 
-def _config_of(held: Source, names: Mapping[str, str], head_dim: int) -> tuple[Any, dict[str, Any]]:
+def _config_of(held: TensorSource, names: Mapping[str, str], head_dim: int) -> tuple[Any, dict[str, Any]]:
     """The class and its arguments: from config.json where diffusers wrote one, else as the shapes tell them."""
     entries = {name: held.entries[key] for key, name in names.items()}
     path = held.place / "config.json"
@@ -257,30 +257,30 @@ def _config_of(held: Source, names: Mapping[str, str], head_dim: int) -> tuple[A
             config = json.loads(path.read_text(encoding="utf-8"))
             written_by = str(config.get("_class_name"))
         except (ValueError, AttributeError) as error:
-            raise refused(held.place, f"Its config.json cannot be read ({str(error)[:80]}).") from None
+            raise load_error(held.place, f"Its config.json cannot be read ({str(error)[:80]}).") from None
         if written_by in KINDS:
             kind = KINDS[written_by]  # what a derived model has written beside its base's own config is no matter here
             return kind, {key: config[key] for key in signature(kind.__init__).parameters if key in config}
     if any(is_identity_key(name) for name in names.values()):
-        raise refused(held.place, "It holds identity blocks, and the config.json that belongs to them is not there.")
+        raise load_error(held.place, "It holds identity blocks, and the config.json that belongs to them is not there.")
     return _config_from_shapes(entries, held.place, head_dim)
 
 
 def _config_from_shapes(entries: Mapping[str, Entry], place: Path, head_dim: int) -> tuple[Any, dict[str, Any]]:
     def shape(key: str, dims: int = 2) -> tuple[int, ...]:
         if key not in entries:
-            raise refused(place, f"{key} is missing.")
+            raise load_error(place, f"{key} is missing.")
         if len(entries[key].shape) != dims:
-            raise refused(place, f"{key} has the shape {entries[key].shape}, not one of {dims} sides.")
+            raise load_error(place, f"{key} has the shape {entries[key].shape}, not one of {dims} sides.")
         return entries[key].shape
 
     dim, channels, *patch = shape("patch_embedding.weight", 5)
     if dim % head_dim:
-        raise refused(place, f"Its width of {dim} is not a multiple of {head_dim}, as every Wan's is.")
+        raise load_error(place, f"Its width of {dim} is not a multiple of {head_dim}, as every Wan's is.")
     layers = _count(entries, "blocks")
     written = shape("proj_out.weight")[0] // (patch[0] * patch[1] * patch[2])
     if channels != written:
-        raise refused(place, f"It reads {channels} channels to write {written}: a model that needs a first frame.")
+        raise load_error(place, f"It reads {channels} channels to write {written}: a model that needs a first frame.")
     config = {
         "patch_size": tuple(patch),
         "num_attention_heads": dim // head_dim,
@@ -313,4 +313,4 @@ def _check_expected(place: Path, config: Mapping[str, Any], expect: Mapping[str,
     }
     if any(found[name] != number for name, number in expect.items()):
         told = " and ".join(f"{name} {found[name]:,}, not {number:,}" for name, number in expect.items())
-        raise refused(place, f"It is a Wan of another size: {told}.")
+        raise load_error(place, f"It is a Wan of another size: {told}.")

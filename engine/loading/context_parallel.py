@@ -38,7 +38,7 @@ from engine.messages import StudioError
 
 
 @contextmanager
-def together() -> Iterator[int]:
+def join_processes() -> Iterator[int]:
     """Join the processes that torchrun started, each on a card of its own; gives this one's number, 0 when alone.
 
     Raises:
@@ -65,7 +65,7 @@ def together() -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def share(transformer: ModelMixin, where: torch.device) -> None:
+def split_tokens(transformer: ModelMixin, where: torch.device) -> None:
     """Split the video's tokens over the processes that have joined; does nothing when this one is alone.
 
     Args:

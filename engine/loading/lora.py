@@ -103,7 +103,7 @@ _OTHER_FAMILIES = {
 }
 
 
-def original(name: str) -> str:
+def to_wan_name(name: str) -> str:
     """A module or parameter of diffusers' Wan as Wan itself calls it.
 
     Source: the inverse of diffusers' `convert_wan_transformer_to_diffusers`; a test compares the two.
@@ -122,7 +122,12 @@ def _places(model: nn.Module) -> dict[str, str]:
     named = [name for name, module in model.named_modules() if name and (_is_linear(module) or _own(module))]
     named += [name for name, _ in model.named_parameters() if name.rpartition(".")[2] not in ("weight", "bias")]
     found: dict[str, str] = {}
-    for spell in (lambda name: name.replace(".", "_"), lambda name: original(name).replace(".", "_"), original, str):
+    for spell in (
+        lambda name: name.replace(".", "_"),
+        lambda name: to_wan_name(name).replace(".", "_"),
+        to_wan_name,
+        str,
+    ):
         found |= {spell(name): name for name in named}  # the model's own spelling last: it wins
     return found
 
@@ -272,7 +277,7 @@ def _refuse_other_methods(path: Path, keys: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Matched:
+class Match:
     """How one file fits a model. `left` are its keys that found no place."""
 
     name: str
@@ -293,7 +298,7 @@ class Matched:
 Fitting = list[tuple[str, Change]]
 
 
-def fitting(transformer: nn.Module, path: Path) -> tuple[Fitting, Matched]:
+def match_file(transformer: nn.Module, path: Path) -> tuple[Fitting, Match]:
     """The changes of a file that have a place in this model, by its module's or parameter's name there.
 
     Raises:
@@ -315,7 +320,7 @@ def fitting(transformer: nn.Module, path: Path) -> tuple[Fitting, Matched]:
             f"It looks like a LoRA for {family}." if family else f"The first of them is called {_short(keys)}.",
             "Choose a LoRA that was trained for the Wan model of this preset.",
         )
-    return fits, Matched(path.name, len(keys), tuple(key for key in keys if key not in placed))
+    return fits, Match(path.name, len(keys), tuple(key for key in keys if key not in placed))
 
 
 def _short(keys: Sequence[str]) -> str:
@@ -369,7 +374,7 @@ def _refused(what: str, why: str, next_step: str) -> StudioError:
 _UNDO: WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = WeakKeyDictionary()
 
 
-def apply(transformer: nn.Module, loras: Sequence[Lora], *, merge: bool = False) -> tuple[Matched, ...]:
+def apply(transformer: nn.Module, loras: Sequence[Lora], *, merge: bool = False) -> tuple[Match, ...]:
     """Add these LoRAs, and no others, to a transformer; one of weight 0 is not even opened.
 
     Args:
@@ -410,8 +415,8 @@ def apply(transformer: nn.Module, loras: Sequence[Lora], *, merge: bool = False)
     return matched
 
 
-def _merge(transformer: nn.Module, loras: Sequence[Lora]) -> tuple[Matched, ...]:
-    add, matched = merging(transformer, loras)
+def _merge(transformer: nn.Module, loras: Sequence[Lora]) -> tuple[Match, ...]:
+    add, matched = prepare_merge(transformer, loras)
     for key, old in list(transformer.named_parameters()):
         owner, _, leaf = key.rpartition(".")
         if (new := add(key, old)) is not old:
@@ -419,9 +424,9 @@ def _merge(transformer: nn.Module, loras: Sequence[Lora]) -> tuple[Matched, ...]
     return matched
 
 
-def merging(
+def prepare_merge(
     transformer: nn.Module, loras: Sequence[Lora]
-) -> tuple[Callable[[str, Tensor], Tensor], tuple[Matched, ...]]:
+) -> tuple[Callable[[str, Tensor], Tensor], tuple[Match, ...]]:
     """For weights that are quantized while they come off the disk: what adds these LoRAs to one of them.
 
     Args:
@@ -448,14 +453,14 @@ def merging(
 
 def _chosen(
     transformer: nn.Module, loras: Sequence[Lora]
-) -> tuple[dict[str, list[tuple[float, Change]]], tuple[Matched, ...]]:
+) -> tuple[dict[str, list[tuple[float, Change]]], tuple[Match, ...]]:
     """All changes by the name of their place, each with its LoRA's weight."""
     changes: dict[str, list[tuple[float, Change]]] = {}
-    matched: list[Matched] = []
+    matched: list[Match] = []
     for lora in loras:
         if not lora.weight:
             continue
-        fits, match = fitting(transformer, lora_files.place(lora))
+        fits, match = match_file(transformer, lora_files.place(lora))
         matched.append(match)
         log.info("%s", match.sentence)
         for name, change in fits:
@@ -478,7 +483,7 @@ def remove(transformer: nn.Module) -> None:
 
 
 @contextmanager
-def added(transformer: nn.Module, loras: Sequence[Lora]) -> Iterator[tuple[Matched, ...]]:
+def use_loras(transformer: nn.Module, loras: Sequence[Lora]) -> Iterator[tuple[Match, ...]]:
     """These LoRAs for the length of a block, whichever way it ends.
 
     Raises:

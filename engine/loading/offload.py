@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def visiting(
+def offload_blocks(
     model: nn.Module,
     lists: Iterable[str],
     device: torch.device,
@@ -160,7 +160,7 @@ def _move_others(module: nn.Module, waiting: set[int], device: torch.device) -> 
 
 
 @torch.no_grad()
-def into_a_file(block: nn.Module, folder: Path) -> None:
+def move_into_file(block: nn.Module, folder: Path) -> None:
     """The block's weights become views of a file, which the system pages in and out, instead of lying in memory.
 
     Args:

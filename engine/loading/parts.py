@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.hardware.oom import which_memory
 from engine.hardware.options import machine_options
 from engine.loading import attention_kernels, context_parallel, offload
-from engine.loading.build import encoder, transformer
+from engine.loading.build import build_encoder, build_transformer
 from engine.loading.quantize import Precision
 from engine.messages import StudioError
 
@@ -114,13 +114,13 @@ def load_part(
         dtype, lies = usual_dtype(part, where), CPU if isinstance(keep, Path) else keep or where
         asked: Any = {"precision": precision, "where": lies, "expect": expect, "tell": tell}
         if isinstance(keep, Path):
-            asked["settle"] = partial(offload.into_a_file, folder=keep)
+            asked["settle"] = partial(offload.move_into_file, folder=keep)
         if build is not None:
             model = build(place)
         elif part == "transformer":
-            model = transformer(place, dtype, merge=merge, **asked)
+            model = build_transformer(place, dtype, merge=merge, **asked)
         elif part in _ENCODERS:
-            model = encoder(_ENCODERS[part], place, dtype, **asked)
+            model = build_encoder(_ENCODERS[part], place, dtype, **asked)
         else:
             model = _LOADERS[part](place, dtype)
     except StudioError:
@@ -135,7 +135,7 @@ def load_part(
     model = model.to(lies).eval().requires_grad_(False)
     if part == "transformer":
         attention_kernels.set_up(cast(ModelMixin, model), machine_options(), where, visiting=keep is not None)
-        context_parallel.share(cast(ModelMixin, model), where)
+        context_parallel.split_tokens(cast(ModelMixin, model), where)
     return model
 
 

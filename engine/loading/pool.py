@@ -141,7 +141,7 @@ class ModelPool:
             return kept[1]
         if kept is not None:
             del kept  # the old one leaves before the new one comes: two large models may not fit
-            _let_go(self.device, [part])
+            _release_memory(self.device, [part])
         self._give_way(part)
         asked: Any = {"expect": _expected(part, place, preset), "merge": merge, "build": build}
         loaded = load_part(part, place, self.device, precision, keep=keep, tell=partial(self._tell, part), **asked)
@@ -166,7 +166,7 @@ class ModelPool:
         if fit is None or fit.where == "device":
             return nullcontext()
         lists, once = VISITING[part]
-        return offload.visiting(model, lists, self.device, once=once)
+        return offload.offload_blocks(model, lists, self.device, once=once)
 
     def remembered(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """The tensors made for this key before, or made now and kept; the oldest leave when there are too many."""
@@ -218,10 +218,10 @@ class ModelPool:
             return
         for part in parts:
             del self._parts[part]
-        _let_go(self.device, parts)
+        _release_memory(self.device, parts)
 
 
-def _let_go(where: torch.device, parts: Iterable[Part]) -> None:
+def _release_memory(where: torch.device, parts: Iterable[Part]) -> None:
     """Give back what nothing refers to: a model may hold itself in a circle, the allocators keep what was freed, and
     the files that blocks of these parts visited from are still there."""
     gc.collect()

@@ -231,7 +231,7 @@ def no_weights() -> Iterator[None]:
         yield
 
 
-def predicted_bytes(build: Callable[[], nn.Module], precision: Precision, usual: torch.dtype = torch.bfloat16) -> int:
+def predict_bytes(build: Callable[[], nn.Module], precision: Precision, usual: torch.dtype = torch.bfloat16) -> int:
     """What `num_bytes` will say of a model, before there is one.
 
     Args:

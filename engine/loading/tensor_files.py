@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     """The format's own word: F32, BF16, F8_E4M3, Q4_K, ..."""
 
 
-class Source(ABC):
+class TensorSource(ABC):
     """An opened file. `place` is what a person chose; `entries` are its tensors."""
 
     def __init__(self, place: Path, entries: Mapping[str, Entry]) -> None:
@@ -69,7 +69,7 @@ class Source(ABC):
         """
 
 
-def refused(place: Path, reason: str) -> StudioError:
+def load_error(place: Path, reason: str) -> StudioError:
     """The error for a file that cannot be loaded, by its name."""
     return StudioError(
         what=f"{place.name} cannot be loaded.",
@@ -80,7 +80,7 @@ def refused(place: Path, reason: str) -> StudioError:
 
 
 @contextmanager
-def opened(place: Path) -> Iterator[Source]:
+def open_tensors(place: Path) -> Iterator[TensorSource]:
     """Look at a file, or at the safetensors of a folder.
 
     Args:
@@ -96,7 +96,7 @@ def opened(place: Path) -> Iterator[Source]:
         except (SafetensorError, OSError, ValueError) as error:
             if which_memory(error):
                 raise
-            raise refused(place, f"It is damaged or cut short ({str(error)[:120]}).") from None
+            raise load_error(place, f"It is damaged or cut short ({str(error)[:120]}).") from None
         yield made
 
 
@@ -108,12 +108,12 @@ def _files(place: Path) -> list[Path]:
     files = [place / name for name in sorted(set(listed.values()))] or whole[:1] or sorted(place.glob("*.safetensors"))
     missing = [key for key, name in listed.items() if not (place / name).is_file()]
     if missing:
-        raise refused(place, f"{len(missing)} weights of its index are in no file that is here.")
+        raise load_error(place, f"{len(missing)} weights of its index are in no file that is here.")
     if not files:
-        raise refused(place, "An empty folder is not a safetensors file.")
+        raise load_error(place, "An empty folder is not a safetensors file.")
     wrong = next((file for file in files if _kind(file) != "safetensors"), None)
     if wrong is not None:
-        raise refused(place, f"{wrong.name} is not a safetensors file.")
+        raise load_error(place, f"{wrong.name} is not a safetensors file.")
     return files
 
 
@@ -127,7 +127,7 @@ def _listed(folder: Path) -> dict[str, str]:
         if any(Path(name).name != name for name in listed.values()):
             raise ValueError("a file outside the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise refused(folder, f"{index.name} is no index of shards ({str(error)[:80]}).") from None
+        raise load_error(folder, f"{index.name} is no index of shards ({str(error)[:80]}).") from None
     return listed
 
 
@@ -140,7 +140,7 @@ def _kind(file: Path) -> str:
     if head[8:9] == b"{":  # before anything else: the eight bytes of its length may look like any other start
         return "safetensors"
     reason = next((what for start, what in STARTS.items() if head.lstrip().startswith(start)), None)
-    raise refused(file, reason or "It begins neither like a safetensors nor like a GGUF file.")
+    raise load_error(file, reason or "It begins neither like a safetensors nor like a GGUF file.")
 
 
 def _without_prefix(keys: list[str]) -> dict[str, str]:
@@ -155,7 +155,7 @@ def _without_prefix(keys: list[str]) -> dict[str, str]:
 # --- safetensors ----------------------------------------------------------------------------------------------------
 
 
-class _Safetensors(Source):
+class _Safetensors(TensorSource):
     def __init__(self, place: Path, files: list[Path], stack: ExitStack) -> None:
         self._in: dict[str, Any] = {}
         for file in files:
@@ -163,7 +163,7 @@ class _Safetensors(Source):
             _check_format(place, (handle.metadata() or {}).get("_quantization_metadata", ""))
             for key in handle.keys():  # noqa: SIM118 - a safetensors file is not a dict
                 if key in self._in:
-                    raise refused(place, f"{key} is in {file.name} and in another file beside it.")
+                    raise load_error(place, f"{key} is in {file.name} and in another file beside it.")
                 self._in[key] = handle
         self._keys = _without_prefix(list(self._in))
         self._scales: dict[str, str] = {}
@@ -185,10 +185,10 @@ class _Safetensors(Source):
     def _check_stored(self) -> None:
         for name, entry in self.entries.items():
             if entry.stored not in FLOATS:
-                raise refused(self.place, f"{name} is stored as {entry.stored}, which nothing here unpacks.")
+                raise load_error(self.place, f"{name} is stored as {entry.stored}, which nothing here unpacks.")
         astray = [name for name in self._scales if name not in self.entries]
         if astray:
-            raise refused(self.place, f"It holds a scale for {astray[0]}, which is not in it.")
+            raise load_error(self.place, f"It holds a scale for {astray[0]}, which is not in it.")
 
     def read(self, key: str) -> Tensor:
         name = self._keys[key]
@@ -200,9 +200,9 @@ class _Safetensors(Source):
         except (SafetensorError, OSError, ValueError) as error:
             if which_memory(error):
                 raise
-            raise refused(self.place, f"{key} cannot be read ({str(error)[:120]}).") from None
+            raise load_error(self.place, f"{key} cannot be read ({str(error)[:120]}).") from None
         if scale.numel() not in (1, tensor.shape[0]):
-            raise refused(self.place, f"{key} has {scale.numel()} scales for {tensor.shape[0]} rows.")
+            raise load_error(self.place, f"{key} has {scale.numel()} scales for {tensor.shape[0]} rows.")
         return tensor.float().mul_(scale.view(-1, *[1] * (tensor.ndim - 1)) if tensor.ndim else scale[0])
 
 
@@ -217,7 +217,7 @@ def _check_format(place: Path, told: str) -> None:
     for layer in layers.values() if isinstance(layers, dict) else layers:
         name = str(layer.get("format") if isinstance(layer, dict) else layer)
         if not name.startswith("float8_"):
-            raise refused(place, f"Its layers are stored as {name[:40]}, which nothing here unpacks.")
+            raise load_error(place, f"Its layers are stored as {name[:40]}, which nothing here unpacks.")
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class _Packed(NamedTuple):
     """How many weights are a block, and the bytes it takes; `type` is the library's own name for it."""
 
 
-class _Gguf(Source):
+class _Gguf(TensorSource):
     def __init__(self, place: Path, file: Path, stack: ExitStack) -> None:
         self._handle: BufferedReader = stack.enter_context(file.open("rb"))
         self._size = file.stat().st_size
@@ -265,7 +265,7 @@ class _Gguf(Source):
 
     def _fill(self, key: str, room: Tensor) -> None:
         if self._handle.readinto(memoryview(cast(Any, room.numpy())).cast("B")) != room.numel():
-            raise refused(self.place, f"It is cut short in the middle of {key}.")
+            raise load_error(self.place, f"It is cut short in the middle of {key}.")
 
     def _header(self, place: Path) -> dict[str, Entry]:
         from diffusers.quantizers.gguf.utils import dequantize_functions
@@ -274,7 +274,7 @@ class _Gguf(Source):
         known = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, *dequantize_functions}
         _, version, tensors, fields = self._next("4sIQQ")
         if version not in (2, 3):
-            raise refused(place, f"It is GGUF of version {version}; 2 and 3 can be read.")
+            raise load_error(place, f"It is GGUF of version {version}; 2 and 3 can be read.")
         told = dict(self._field() for _ in range(fields))
         found: dict[str, tuple[Entry, int, int]] = {}
         for _ in range(tensors):
@@ -284,7 +284,7 @@ class _Gguf(Source):
             kind, offset = self._next("IQ")
             if kind not in known:
                 names = {each.value: each.name for each in GGMLQuantizationType}
-                raise refused(place, f"{key} is stored as {names.get(kind, kind)}, which nothing here unpacks.")
+                raise load_error(place, f"{key} is stored as {names.get(kind, kind)}, which nothing here unpacks.")
             if not shape or key in found:
                 raise ValueError(f"{key} has {dims} dimensions, or is there twice")
             true = told.get(TRUE_SHAPE + key, shape)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import lora_files, presets
 from engine.diffusion import conditioning, solvers, step_cache
-from engine.diffusion.guidance import guided
+from engine.diffusion.guidance import apply_guidance
 from engine.hardware.oom import classify_oom
 from engine.hardware.plan import Plan
 from engine.job import GenerateJob, write_job
@@ -77,7 +77,7 @@ def sample_latents(
     say(Progress("load", 0, 1))
     transformer, vae = pool.part("transformer", preset), pool.part("vae", preset)
     # A LoRA comes before the subjects are read: it may change how. And before any block visits the device.
-    with lora.added(transformer, job.loras) as matched, pool.visiting("transformer", transformer):
+    with lora.use_loras(transformer, job.loras) as matched, pool.visiting("transformer", transformer):
         for file in matched:
             say(Progress("load", 1, 1, note=file.sentence))
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
@@ -161,7 +161,7 @@ def guided_prediction(
 
     def predict(latents: Tensor, time: float) -> Tensor:
         sigma = solvers.level(solver, time)
-        return guided(job.sampling, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
+        return apply_guidance(job.sampling, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
 
     return predict
 

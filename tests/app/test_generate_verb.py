@@ -77,14 +77,14 @@ def test_a_clip_may_not_open_files_of_this_machine(here: Path, capfd: pytest.Cap
 
 
 def test_ctrl_c_leaves_nothing_behind(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    shown = generate.Meter.progress
+    shown = generate.ProgressLine.progress
 
-    def press(meter: generate.Meter, message: Progress) -> None:
+    def press(meter: generate.ProgressLine, message: Progress) -> None:
         shown(meter, message)
         if message.stage == "sample":
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(generate.Meter, "progress", press)
+    monkeypatch.setattr(generate.ProgressLine, "progress", press)
     before = signal.getsignal(signal.SIGINT)
     assert cli.main(two_subjects("clip.mp4")) == 130
     assert capfd.readouterr().err.endswith("Cancelled. Nothing was saved.\n")

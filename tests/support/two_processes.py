@@ -37,7 +37,7 @@ def apart(kind: str, height: int) -> float:
 
     with torch.no_grad():
         alone = seen()
-        context_parallel.share(model, CPU)
+        context_parallel.split_tokens(model, CPU)
         shared: list[int] = []
         model.blocks[1].register_forward_pre_hook(lambda block, given: shared.append(given[0].shape[1]))
         missed = (alone - seen()).abs().max().item()
@@ -47,7 +47,7 @@ def apart(kind: str, height: int) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with context_parallel.together() as rank:
+    with context_parallel.join_processes() as rank:
         told = {}
         for kind in ("identity", "plain", "sources"):
             told[kind] = apart(kind, height=4)  # 18 tokens
@@ -56,7 +56,7 @@ def main() -> None:
                 if reason == "tokens":
                     apart("identity", height=6)  # 27, which two do not divide
                 else:
-                    context_parallel.share(tiny.transformer(num_attention_heads=3, attention_head_dim=16), CPU)
+                    context_parallel.split_tokens(tiny.transformer(num_attention_heads=3, attention_head_dim=16), CPU)
             except StudioError as error:
                 told[reason] = error.why
         if rank == 1:

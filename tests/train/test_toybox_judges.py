@@ -17,7 +17,7 @@ from PIL import Image
 
 from engine import presets
 from engine.identity import reporter as identity
-from engine.identity.crops import CROP, cut_out, to_unit
+from engine.identity.crops import CROP, crop_subjects, to_unit
 from engine.identity.reporter import AT_ONCE, Assignment, Reporter, enlarge, match_regions
 from engine.identity.toybox import Judges, ToyboxEvaluator, geometry, locate, make_finder
 from engine.media import video
@@ -56,10 +56,10 @@ def test_a_cut_out_is_the_subject_alone_in_the_middle_whatever_lies_around_it() 
     mask[0, 5:25, 40:60] = 1
     mask[0, 5:12, 40:48] = 0  # a corner of its box is not its own
     elsewhere = torch.where(mask.bool().unsqueeze(1), frame, torch.rand(1, 3, 64, 64))
-    first, second = cut_out(frame, mask), cut_out(elsewhere, mask)
+    first, second = crop_subjects(frame, mask), crop_subjects(elsewhere, mask)
     assert first.shape == (1, 3, CROP, CROP)
     assert torch.equal(first, second)
-    moved = cut_out(frame.roll((7, -11), (2, 3)), mask.roll((7, -11), (1, 2)))
+    moved = crop_subjects(frame.roll((7, -11), (2, 3)), mask.roll((7, -11), (1, 2)))
     assert torch.equal(first, moved)
     assert float(first[0, :, 0].min()) == 1.0  # a rim of paper
 
@@ -69,8 +69,8 @@ def test_a_reference_is_cut_out_by_its_white_paper() -> None:
     page[0, :, 20:30, 8:48] = 0.2
     mask = torch.zeros(1, 64, 64)
     mask[0, 20:30, 8:48] = 1
-    assert torch.equal(cut_out(page), cut_out(page, mask))
-    assert torch.equal(cut_out(torch.ones(1, 3, 64, 64)), torch.ones(1, 3, CROP, CROP))
+    assert torch.equal(crop_subjects(page), crop_subjects(page, mask))
+    assert torch.equal(crop_subjects(torch.ones(1, 3, 64, 64)), torch.ones(1, 3, CROP, CROP))
 
 
 def test_geometry_knows_where_a_mask_is_how_large_and_which_way_it_leans() -> None:
@@ -238,8 +238,8 @@ def test_the_shipped_critic_tells_the_shipped_clip_from_drawings(shipped: Judges
 
 def test_a_subject_is_nearer_to_its_own_picture_than_to_others_of_its_kind(shipped: Judges) -> None:
     robots = subjects_of(*range(40, 48))
-    known = shipped.embedder(cut_out(to_unit(torch.from_numpy(np.stack(pictures_of(robots))))))
-    again = shipped.embedder(cut_out(to_unit(torch.from_numpy(np.stack(pictures_of(robots, seed=8))))))
+    known = shipped.embedder(crop_subjects(to_unit(torch.from_numpy(np.stack(pictures_of(robots))))))
+    again = shipped.embedder(crop_subjects(to_unit(torch.from_numpy(np.stack(pictures_of(robots, seed=8))))))
     assert (again @ known.T).argmax(1).tolist() == list(range(8))
 
 

@@ -23,8 +23,7 @@ from engine.diffusion.guidance import branches
 from engine.job import GenerateJob
 from engine.loading.pool import ModelPool
 from engine.media import video
-from engine.messages import Message
-from train.runs.metrics import duration
+from engine.messages import Message, duration
 
 WORDS = ("careful", "fast")
 

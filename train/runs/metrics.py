@@ -12,8 +12,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from engine.messages import duration
 
-class Meter:
+
+class MetricsLog:
     """Says how a stage goes: a line every few seconds with rate and ETA, and a record per line in metrics.jsonl."""
 
     def __init__(self, name: str, total: int, folder: Path, *, start: int = 0, every_s: float = 10.0) -> None:
@@ -38,13 +40,3 @@ class Meter:
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 1), **means}) + "\n")
         self.spoke, self.sums = now, {}
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: "42 s", "7 min", "1 h 20 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

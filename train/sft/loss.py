@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.diffusion.solvers import noised, shifted, starting_noise
+from engine.diffusion.solvers import add_noise, shifted, starting_noise
 from engine.models.subject_tower import References
 from train.data.batch import Batch, NullConditioning, cut_from_clip
 from train.sft.attention_losses import (
@@ -138,7 +138,7 @@ def loss_at(
     )
     t = noise_levels(len(clean), shift, generator)
     noise = starting_noise(tuple(clean.shape), generator, shared_noise)
-    noisy, target = noised(clean, noise, t)
+    noisy, target = add_noise(clean, noise, t)
     weight = 1 + config.subject_weight * (instance_ids > 0).float().unsqueeze(1)
     timestep = t * 1000
     patch = int(config.architecture.get("patch_size", (1, 2, 2))[-1])

@@ -50,7 +50,7 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     last = config.steps
     if updates is not None:
         last = min(last, step + updates)
-    meter, began, kept = metrics.Meter(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
+    meter, began, kept = metrics.MetricsLog(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
 
     def keep() -> None:
         groups = {"model": dict(model.named_parameters()), "ema": ema.tensors}

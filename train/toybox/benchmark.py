@@ -33,18 +33,17 @@ from PIL import Image
 from torch import Tensor
 
 from engine import presets
-from engine.identity.crops import cut_out, to_unit
+from engine.identity.crops import crop_subjects, to_unit
 from engine.identity.toybox import MOMENTS, SEEN, Judges, make_finder
 from engine.job import GenerateJob, Subject, make_job
 from engine.loading.pool import ModelPool
 from engine.media import video
-from engine.messages import StudioError
+from engine.messages import StudioError, duration
 from engine.models.vae import clip_latents, decode_frames
 from engine.paths import ROOT
 from engine.pipelines.prompt import render_prompt
 from train.evaluation.clips import make_frames
 from train.evaluation.statistics import Interval, as_text, interval, spearman
-from train.runs.metrics import duration
 from train.toybox import world
 from train.toybox.contact_sheet import job_of, verbs_for
 from train.toybox.world import captions
@@ -195,7 +194,7 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     for slot, subject in enumerate(scene.subjects):
         shown = there[:, slot]
         if bool(shown.any()):
-            copied.append(_measure_copying(cut_out(seen[shown], masks[shown, slot]), subject, pictures[slot]))
+            copied.append(_measure_copying(crop_subjects(seen[shown], masks[shown, slot]), subject, pictures[slot]))
         candidates = torch.cat([pictures[slot], _draw_others(case.id, slot, subject)])
         found = _measure_likeness(judges, seen, find, pictures, slot, candidates)
         recognised.append(found[0] > max(found[1:]))
@@ -240,7 +239,7 @@ def _measure_likeness(
     Every candidate is looked for with its own picture, beside the other slots' pictures, so that none has the advantage
     that what is cut out was chosen by it.
     """
-    known, found = judges.embedder(cut_out(candidates)), []
+    known, found = judges.embedder(crop_subjects(candidates)), []
     for candidate, vector in zip(candidates, known, strict=True):
         instead = [*pictures[:slot], candidate[None], *pictures[slot + 1 :]]
         mask = (find(instead).argmax(1) == slot + 1).float()  # (F, H, W)
@@ -248,7 +247,7 @@ def _measure_likeness(
         if not bool(there.any()):
             found.append(0.0)
             continue
-        cuts = judges.embedder(cut_out(frames[there], mask[there]))
+        cuts = judges.embedder(crop_subjects(frames[there], mask[there]))
         found.append(float((cuts @ vector).clamp(min=0).sum()) / len(frames))
     return found
 
@@ -272,7 +271,7 @@ def _measure_copying(cuts: Tensor, subject: world.ToySubject, picture: Tensor) -
     Mean square distances of cut-outs that fill their square; 0 when the pose is free, above it when it is copied.
     """
     others = [world.reference_picture(subject, 900 + number)[0] for number in range(4)]
-    given, rest = cut_out(picture), cut_out(to_unit(torch.from_numpy(np.stack(others))))
+    given, rest = crop_subjects(picture), crop_subjects(to_unit(torch.from_numpy(np.stack(others))))
     to_given = (cuts - given).square().mean((1, 2, 3))
     to_rest = (cuts.unsqueeze(1) - rest).square().mean((2, 3, 4)).mean(1)
     return float((to_rest - to_given).mean())

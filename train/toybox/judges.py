@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine import presets
-from engine.identity.crops import CROP, cut_out, to_unit
+from engine.identity.crops import CROP, crop_subjects, to_unit
 from engine.identity.toybox import FROZEN, MOMENTS, STILL, Judges
 from engine.job import Sampling
 from engine.loading.pool import ModelPool
@@ -125,7 +125,7 @@ class Stills:
     def __init__(self, split: str, count: int, seed: int, wear: Wear) -> None:
         rng = np.random.default_rng((74, seed))
         frames, instance_ids, places, pictures, where = [], [], [], [], []
-        meter = metrics.Meter(f"stills of {split}", count, STATE / "judges")
+        meter = metrics.MetricsLog(f"stills of {split}", count, STATE / "judges")
         for number in range(count):
             clip = world.render(draw_scene(rng, split), num_frames=1)
             frames.append(clip.frames[0])
@@ -210,8 +210,8 @@ def embedder_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Ten
     masks = torch.from_numpy(pool.instance_ids[pool.scene[chosen]] == pool.slot[chosen, None, None]).float()
     seen = masks.sum((1, 2)) >= LEAST
     chosen, masks = chosen[seen.numpy()], masks[seen]
-    cuts = cut_out(pool.frame(pool.scene[chosen], rng), fray_masks(masks, rng))
-    pages = coarsen(cut_out(to_unit(torch.from_numpy(pool.pictures[chosen]))), rng)
+    cuts = crop_subjects(pool.frame(pool.scene[chosen], rng), fray_masks(masks, rng))
+    pages = coarsen(crop_subjects(to_unit(torch.from_numpy(pool.pictures[chosen]))), rng)
     both = torch.cat([cuts, pages])
     if rng.random() < 0.5:
         both = both.flip(-1)
@@ -261,7 +261,7 @@ def place_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tensor
 def draw_actions(rng: np.random.Generator, split: str, count: int) -> tuple[Tensor, ...]:
     """Clips with one of their actions each: frames (B, T, 3, H, W), two masks (B, T, H, W), verb, direction or -1."""
     frames, actors, others, verbs, ways = [], [], [], [], []
-    meter = metrics.Meter(f"clips of {split}", count, STATE / "judges")
+    meter = metrics.MetricsLog(f"clips of {split}", count, STATE / "judges")
     while len(frames) < count:
         verb = str(rng.choice(world.VERBS))
         scene = draw_scene(rng, split, verb=verb)
@@ -329,7 +329,7 @@ class CriticFrames:
 
     def __init__(self, split: str, count: int, seed: int, wear: Wear) -> None:
         rng, pool = np.random.default_rng((76, seed)), ModelPool(torch.device("cpu"))
-        meter = metrics.Meter(f"clips made of {split}", count, STATE / "judges")
+        meter = metrics.MetricsLog(f"clips made of {split}", count, STATE / "judges")
         drawn, generated = [], []
         with tempfile.TemporaryDirectory() as folder:
             for number in range(count):
@@ -396,7 +396,7 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
         return True
     pool = pool_of(part, name)
     loss_of: Callable[..., Tensor] = LOSSES[part]
-    meter = metrics.Meter(f"{name} {part}", total, folder, start=step)
+    meter = metrics.MetricsLog(f"{name} {part}", total, folder, start=step)
     began = kept = time.monotonic()
 
     def keep() -> None:
@@ -495,13 +495,13 @@ def measure_own_pictures(judges: Judges, wear: Wear, rng: np.random.Generator, r
         seeds = [world.subject_seed(int(i), "heldout") for i in rng.integers(0, world.IDENTITIES, CANDIDATES)]
         subjects = [world.make_subject(seed, kind) for seed in seeds]
         pictures = to_unit(torch.from_numpy(np.stack([draw_reference(subject, rng) for subject in subjects])))
-        known = judges.embedder(cut_out(pictures))
+        known = judges.embedder(crop_subjects(pictures))
         for number in range(0, CANDIDATES, 4):
             pair = (subjects[number], subjects[number + 1])
             clip = world.render(draw_scene(rng, "heldout", subjects=pair), num_frames=1)
             masks = torch.from_numpy(np.stack([clip.instance_ids[0] == slot for slot in (1, 2)])).float()
             frame = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
-            likest = (judges.embedder(cut_out(frame.expand(2, -1, -1, -1), masks)) @ known.T).argmax(1)
+            likest = (judges.embedder(crop_subjects(frame.expand(2, -1, -1, -1), masks)) @ known.T).argmax(1)
             right += [int(likest[slot]) == number + slot for slot in range(2) if float(masks[slot].sum()) >= LEAST]
     return float(np.mean(right))
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 from engine.models.encoders import text_states, vlm_states
 from engine.models.vae import clip_latents, picture_latents
 from train.distributed import ProcessGroup
-from train.runs.metrics import Meter
+from train.runs.metrics import MetricsLog
 from train.toybox import world
 from train.toybox.text import load_tokenizer, slots_of_words
 from train.toybox.vae import stills
@@ -168,7 +168,7 @@ def write_cache(folder: Path, encoders: Encoders, *, shards: int, seconds: float
     folder.mkdir(parents=True, exist_ok=True)
     mine = range(team.rank, shards, team.size)
     have = sum(any(folder.glob(f"*-{number:05d}.safetensors")) for number in mine)
-    meter, until = Meter("cache", len(mine), folder, start=have), time.monotonic() + seconds
+    meter, until = MetricsLog("cache", len(mine), folder, start=have), time.monotonic() + seconds
     for number in mine:
         kind = shape_of_shard(number)[0]
         path = folder / f"{kind}-{number:05d}.safetensors"

@@ -295,7 +295,7 @@ def _teach(name: str, module: nn.Module, loss_at: Any, state: Path, total: int, 
         step, groups, _ = saved
         module.load_state_dict(groups["model"])
         checkpoint.restore_optimizer(optimizer, groups["optimizer"])
-    meter, began = metrics.Meter(name, total, state, start=step), time.monotonic()
+    meter, began = metrics.MetricsLog(name, total, state, start=step), time.monotonic()
     last = began
 
     def keep() -> None:

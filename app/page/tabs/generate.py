@@ -17,7 +17,7 @@ import gradio as gr
 
 from app import estimate, wording
 from app.page import clip_view, markup
-from app.page.context import SANITY, Studio, first_example
+from app.page.context import SANITY_JOB, Studio, first_example
 from app.page.generate_form import PRECISIONS, SEEDS, Cast, Form, Slot
 from app.page.tabs import cast as cast_panel
 from app.page.tabs import loras as lora_panel
@@ -28,7 +28,7 @@ from app.page.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from app.queue import Row
 from engine import presets
 from engine.job import read_job
-from engine.messages import StudioError
+from engine.messages import StudioError, duration
 from engine.presets import Preset
 
 GUIDANCE = [("None", "none"), ("CFG", "cfg"), ("Dual", "dual"), ("APG", "apg"), ("Chained", "chained")]
@@ -216,7 +216,7 @@ def _go(form: dict[str, Any], refused: dict[str, gr.HTML]) -> tuple[gr.HTML, gr.
             )
             go = gr.Button("Make clip", variant="primary", elem_id="go", min_width=120, scale=1)
         stop_editing = gr.Button("Leave the job as it is", size="sm", visible=False)
-        sanity = gr.Button("Test my setup", size="sm", visible=SANITY.is_file(), elem_id="sanity")
+        sanity = gr.Button("Test my setup", size="sm", visible=SANITY_JOB.is_file(), elem_id="sanity")
     return cost, go, stop_editing, sanity
 
 
@@ -279,7 +279,7 @@ def cost_line(studio: Studio, form: Form, cast: Cast) -> str:
     basis = escape("from your own clips" if costs.learnt else f"first guess, on {preset.cost.on}")
     low = " low" if costs.disk_is_low else ""
     return (
-        f'<p class="cost"><span title="{basis}"><b>{wording.duration(costs.seconds * form.count)}</b>{many}</span>'
+        f'<p class="cost"><span title="{basis}"><b>{duration(costs.seconds * form.count)}</b>{many}</span>'
         f'<span class="{"" if costs.fits else "low"}" title="{escape(costs.memory)}">'
         f"<b>{wording.size(costs.memory_mb * 1e6)}</b> memory</span>"
         f'<span class="disk{low}"><b>{wording.size(costs.clip_bytes * form.count)}</b> disk, '
@@ -442,7 +442,7 @@ def _wire_go(tab: GenerateTab, studio: Studio) -> list[Any]:
         return [0, *_button(0)]
 
     def check_sanity() -> None:
-        studio.queue.add(read_job(SANITY.read_text(encoding="utf-8")), group=clip_view.SANITY)
+        studio.queue.add(read_job(SANITY_JOB.read_text(encoding="utf-8")), group=clip_view.SANITY_GROUP)
 
     inputs = [tab.editing, tab.panel.cast, *tab.panel.fields, *tab.loras.fields, *tab.values]
     buttons = [tab.editing, tab.go, tab.stop_editing]

@@ -25,7 +25,7 @@ from app.page.context import Studio
 from app.page.tabs.wiring import CLICKS, quiet
 from engine import presets
 from engine.hub.cache import Hub
-from engine.messages import StudioError
+from engine.messages import StudioError, duration
 from engine.paths import models_dir
 
 SELF = "as its own files tell"
@@ -209,7 +209,7 @@ def _progress(pull: Pull | None) -> str:
     if pull.stage == "fetching" and pull.bytes_per_s:
         figures.append(f"{wording.size(pull.bytes_per_s)}/s")
     if pull.stage == "fetching" and pull.seconds_left is not None:
-        figures.append(f"{wording.duration(pull.seconds_left)} left")
+        figures.append(f"{duration(pull.seconds_left)} left")
     figures.append(escape(pull.file))
     alone = f" · {escape(', '.join(pull.by_library))}: fetched by the library, begins anew after a pause"
     return (

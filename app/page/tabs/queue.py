@@ -15,7 +15,6 @@ from typing import Any
 
 import gradio as gr
 
-from app import wording
 from app.page import markup
 from app.page.clip_view import STAGES, thumb
 from app.page.context import Studio
@@ -23,7 +22,7 @@ from app.page.tabs.wiring import CLICKS, Ticket, quiet, select, sending
 from app.queue import Row
 from engine import presets
 from engine.job import GenerateJob, Subject
-from engine.messages import StudioError
+from engine.messages import StudioError, duration
 
 WORDS = {
     "waiting": "Waiting",
@@ -143,7 +142,7 @@ def _when(row: Row) -> str:
         ago = time.time() - row.finished
         if ago < 60:
             return "just now"
-        return f"{wording.duration(ago)} ago"
+        return f"{duration(ago)} ago"
     return ""
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.diffusion import guidance
-from engine.diffusion.guidance import apg, branches, cfg, chain, guided
+from engine.diffusion.guidance import apg, apply_guidance, branches, cfg, chain
 from engine.job import Sampling
 
 SHAPE = (1, 4, 2, 3, 3)
@@ -24,30 +24,30 @@ def _settings(kind: str, joint_scale: float = 2.5, subjects: float = 5.0, text: 
 
 @pytest.mark.parametrize("kind", ["none", "cfg", "dual", "chained"])
 def test_scales_of_one_give_back_the_full_prediction(velocities, kind):
-    merged = guided(_settings(kind, 1, 1, 1), velocities.__getitem__)
+    merged = apply_guidance(_settings(kind, 1, 1, 1), velocities.__getitem__)
     torch.testing.assert_close(merged, velocities["full"])
 
 
 @pytest.mark.parametrize("kind", ["cfg", "dual", "chained"])
 def test_scales_of_zero_give_back_the_prediction_without_conditions(velocities, kind):
-    assert torch.equal(guided(_settings(kind, 0, 0, 0), velocities.__getitem__), velocities["none"])
+    assert torch.equal(apply_guidance(_settings(kind, 0, 0, 0), velocities.__getitem__), velocities["none"])
 
 
 def test_the_first_link_of_a_chain_stands_alone(velocities):
-    dual = guided(_settings("dual", subjects=1, text=0), velocities.__getitem__)
-    chained = guided(_settings("chained", subjects=0, text=1), velocities.__getitem__)
+    dual = apply_guidance(_settings("dual", subjects=1, text=0), velocities.__getitem__)
+    chained = apply_guidance(_settings("chained", subjects=0, text=1), velocities.__getitem__)
     torch.testing.assert_close(dual, velocities["subjects"])
     torch.testing.assert_close(chained, velocities["text"])
 
 
 @pytest.mark.parametrize("kind", ["dual", "chained"])
 def test_equal_scales_make_every_chain_the_joint_way(velocities, kind):
-    merged = guided(_settings(kind, subjects=2.5, text=2.5), velocities.__getitem__)
+    merged = apply_guidance(_settings(kind, subjects=2.5, text=2.5), velocities.__getitem__)
     torch.testing.assert_close(merged, cfg(velocities["none"], velocities["full"], 2.5))
 
 
 def test_with_a_subject_scale_of_one_dual_guides_the_prompt_alone(velocities):
-    merged = guided(_settings("dual", subjects=1, text=4.0), velocities.__getitem__)
+    merged = apply_guidance(_settings("dual", subjects=1, text=4.0), velocities.__getitem__)
     whole = chain(velocities["none"], velocities["subjects"], velocities["full"], 1, 4.0)
     torch.testing.assert_close(merged, whole)
 
@@ -66,7 +66,7 @@ def test_with_a_subject_scale_of_one_dual_guides_the_prompt_alone(velocities):
 )
 def test_only_the_predictions_that_are_needed_are_made(velocities, settings, asked):
     made = []
-    guided(settings, lambda branch: made.append(branch) or velocities[branch], torch.randn(SHAPE), 0.5)
+    apply_guidance(settings, lambda branch: made.append(branch) or velocities[branch], torch.randn(SHAPE), 0.5)
     assert tuple(made) == asked == branches(settings)
 
 
@@ -92,9 +92,9 @@ def test_a_push_is_as_long_as_the_limit_in_each_frame_of_the_clean_clip_that_it_
 def test_projected_guidance_without_its_limits_is_dual(velocities, monkeypatch):
     monkeypatch.setattr(guidance, "ALONG", 1.0)
     whole = chain(velocities["none"], velocities["subjects"], velocities["full"], 5.0, 7.5)
-    merged = guided(_settings("apg"), velocities.__getitem__, torch.randn(SHAPE), 0.5)
+    merged = apply_guidance(_settings("apg"), velocities.__getitem__, torch.randn(SHAPE), 0.5)
     torch.testing.assert_close(merged, whole)
-    still = guided(_settings("apg", subjects=0, text=0), velocities.__getitem__, torch.randn(SHAPE), 0.5)
+    still = apply_guidance(_settings("apg", subjects=0, text=0), velocities.__getitem__, torch.randn(SHAPE), 0.5)
     assert torch.equal(still, velocities["none"])
 
 

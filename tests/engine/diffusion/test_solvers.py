@@ -35,7 +35,7 @@ def test_noise_levels_fall_from_one_to_zero_by_wans_rule(shift):
 def test_noising_and_the_velocity_lead_back_to_the_clip():
     x_0, noise = torch.randn(3, *SHAPE[1:]), torch.randn(3, *SHAPE[1:])
     sigma = torch.tensor([0.0, 0.4, 1.0])
-    noisy, velocity = solvers.noised(x_0, noise, sigma)
+    noisy, velocity = solvers.add_noise(x_0, noise, sigma)
     assert torch.equal(noisy[0], x_0[0]) and torch.equal(noisy[2], noise[2])
     torch.testing.assert_close(noisy - sigma.view(3, 1, 1, 1, 1) * velocity, x_0)
 

@@ -19,7 +19,7 @@ from engine import presets, run, tiny
 from engine.diffusion import conditioning, guidance, solvers
 from engine.diffusion.conditioning import Encoded
 from engine.job import GenerateJob, Sampling, make_job
-from engine.loading.offload import into_a_file, visiting
+from engine.loading.offload import move_into_file, offload_blocks
 from engine.loading.pool import ModelPool
 from engine.media import pictures, video
 from engine.paths import ROOT
@@ -150,8 +150,8 @@ def test_blocks_that_wait_outside_the_device_predict_the_same_bit_for_bit(
     noisy, encoded = seen
     expected = [conditioning.prepare("sources", transformer, encoded).predict(noisy, 0.7, b) for b in BRANCHES]
     for block in transformer.blocks if in_a_file else ():
-        into_a_file(block, tmp_path)
-    with visiting(transformer, ["blocks"], torch.device("cpu")):
+        move_into_file(block, tmp_path)
+    with offload_blocks(transformer, ["blocks"], torch.device("cpu")):
         conditions = conditioning.prepare("sources", transformer, encoded)
         assert all(torch.equal(conditions.predict(noisy, 0.7, b), e) for b, e in zip(BRANCHES, expected, strict=True))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine import tiny
 from engine.diffusion import solvers, step_cache
 from engine.diffusion.conditioning import Encoded, prepare
-from engine.diffusion.guidance import guided
+from engine.diffusion.guidance import apply_guidance
 from engine.job import Sampling
 from engine.messages import StudioError
 from engine.models.subject_tower import References
@@ -107,8 +107,8 @@ def test_the_line_through_merged_velocities_is_the_merged_lines_of_the_branches(
         branch: [conditions.predict(noisy, level, branch) for level in levels]
         for branch in ("none", "subjects", "text", "full")
     }
-    merged = [guided(settings, lambda branch, n=n: branches[branch][n]) for n in (0, 1)]
-    lines = guided(settings, lambda branch: 2 * branches[branch][1] - branches[branch][0])
+    merged = [apply_guidance(settings, lambda branch, n=n: branches[branch][n]) for n in (0, 1)]
+    lines = apply_guidance(settings, lambda branch: 2 * branches[branch][1] - branches[branch][0])
     torch.testing.assert_close(2 * merged[1] - merged[0], lines, rtol=1e-4, atol=1e-4)
 
 
@@ -138,7 +138,9 @@ def test_whatever_way_subjects_enter_steps_are_left_out_and_untold_nothing_chang
     settings, asked = Sampling(guidance="dual", subject_scale=3.0, text_scale=2.0), []
 
     def predict(latents: Tensor, time: float) -> Tensor:
-        return guided(settings, lambda branch: asked.append(branch) or conditions.predict(latents, time, branch))
+        return apply_guidance(
+            settings, lambda branch: asked.append(branch) or conditions.predict(latents, time, branch)
+        )
 
     def clip(tolerance: float | None) -> tuple[Tensor, int]:
         asked.clear()

@@ -208,7 +208,7 @@ def test_any_other_fault_passes_through_unchanged(error: Exception) -> None:
 @pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])
 def test_quantized_weights_are_predicted_within_a_hundredth_of_what_the_layers_hold(name: str, precision: Any) -> None:
     shape = SHAPES[name]
-    expected = quantize.predicted_bytes(lambda: wan(shape), precision)
+    expected = quantize.predict_bytes(lambda: wan(shape), precision)
     assert costs.transformer_weights(shape).num_bytes(precision) == pytest.approx(expected, rel=0.01)
 
 

@@ -22,7 +22,7 @@ def test_a_pth_gives_the_same_model_and_the_hash_of_what_was_written(tmp_path: P
     made, target = plain(), tmp_path / "new" / "wan.safetensors"
     torch.save(in_wans_names(made), tmp_path / "wan.pth")
     digest = pickles.convert_pth(tmp_path / "wan.pth", target)
-    again = build.transformer(target, torch.float32, head_dim=HEAD)
+    again = build.build_transformer(target, torch.float32, head_dim=HEAD)
     assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in made.state_dict().items())
     assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
     assert [path.name for path in target.parent.iterdir()] == ["wan.safetensors"]

@@ -170,7 +170,7 @@ def things_files(tmp_path_factory) -> Path:
 
 
 def preset_with(folder: Path, **parts: Path | str) -> presets.Preset:
-    """The tiny preset without judges of drawings, with these witnesses."""
+    """The tiny preset without judges of drawings, with these evaluators."""
     plain = tiny.preset_of(folder)
     named = {"judges": "", **{part: str(path) for part, path in parts.items()}}
     return plain.model_copy(update={"components": plain.components.model_copy(update=named), "frames_per_latent": 4})

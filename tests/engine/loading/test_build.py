@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from engine import tiny
 from engine.loading import build, parts, quantize
-from engine.loading.tensor_files import opened
+from engine.loading.tensor_files import open_tensors
 from engine.messages import StudioError
 from engine.models.identity_wan import IdentityWanTransformer3DModel, is_identity_key
 from engine.models.subject_tower import References
@@ -37,7 +37,7 @@ def original() -> dict[str, Tensor]:
 
 
 def load(source: Path) -> torch.nn.Module:
-    return build.transformer(source, torch.float32, head_dim=24).eval()
+    return build.build_transformer(source, torch.float32, head_dim=24).eval()
 
 
 def asked(model: torch.nn.Module) -> Tensor:
@@ -92,7 +92,7 @@ def test_a_side_branch_is_recognised_and_its_layers_counted(tmp_path: Path) -> N
 def test_a_side_branch_in_wans_own_names_is_the_same(tmp_path: Path) -> None:
     made = side()
     save_file(in_wans_names(made), tmp_path / "vace.safetensors")
-    again = build.transformer(tmp_path / "vace.safetensors", torch.float32, head_dim=HEAD)
+    again = build.build_transformer(tmp_path / "vace.safetensors", torch.float32, head_dim=HEAD)
     assert isinstance(again, WanVACETransformer3DModel) and same(again, made)
 
 
@@ -100,7 +100,7 @@ def test_a_side_branch_in_wans_own_names_is_the_same(tmp_path: Path) -> None:
 def test_a_folder_of_diffusers_gives_what_diffusers_loads(tmp_path: Path, dtype: torch.dtype) -> None:
     for name, made in (("plain", plain()), ("side", side()), ("subjects", tiny.stir(tiny.transformer()))):
         made.save_pretrained(tmp_path / name)
-        ours = build.transformer(tmp_path / name, dtype)
+        ours = build.build_transformer(tmp_path / name, dtype)
         theirs = type(made).from_pretrained(tmp_path / name, torch_dtype=dtype)
         assert type(ours) is type(theirs)
         assert {**theirs.config, **ours.config} == dict(theirs.config)
@@ -132,7 +132,7 @@ def test_what_is_loaded_no_longer_hangs_on_the_file(original: dict[str, Tensor],
 def test_scaled_fp8_is_its_weights_times_their_scales(tmp_path: Path, new: bool) -> None:
     packed = scaled_fp8(in_wans_names(plain()), new=new)
     save_file({f"model.diffusion_model.{key}": t for key, t in packed.items()}, tmp_path / "fp8.safetensors")
-    made = build.transformer(tmp_path / "fp8.safetensors", torch.float32, head_dim=HEAD)
+    made = build.build_transformer(tmp_path / "fp8.safetensors", torch.float32, head_dim=HEAD)
     theirs = convert_wan_transformer_to_diffusers(unscaled(packed))
     assert set(theirs) == set(made.state_dict())
     assert all(torch.equal(made.state_dict()[key], tensor) for key, tensor in theirs.items())
@@ -141,7 +141,7 @@ def test_scaled_fp8_is_its_weights_times_their_scales(tmp_path: Path, new: bool)
 def test_plain_fp8_is_read_as_it_stands(tmp_path: Path) -> None:
     told = {key: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for key, t in in_wans_names(plain()).items()}
     save_file(told, tmp_path / "fp8.safetensors")
-    made = build.transformer(tmp_path / "fp8.safetensors", torch.float32, head_dim=HEAD)
+    made = build.build_transformer(tmp_path / "fp8.safetensors", torch.float32, head_dim=HEAD)
     theirs = convert_wan_transformer_to_diffusers({key: tensor.float() for key, tensor in told.items()})
     assert all(torch.equal(made.state_dict()[key], tensor) for key, tensor in theirs.items())
 
@@ -152,11 +152,11 @@ def test_gguf_is_what_its_own_library_reads(tmp_path: Path, kind: str, monkeypat
 
     monkeypatch.setattr(tensor_files, "UNPACKED_AT_ONCE", 10 * 256)  # several pieces, the last one shorter
     theirs = write_gguf(tmp_path / "wan.gguf", in_wans_names(plain()), kind)
-    made = build.transformer(tmp_path / "wan.gguf", torch.float32, head_dim=HEAD)
+    made = build.build_transformer(tmp_path / "wan.gguf", torch.float32, head_dim=HEAD)
     for key, tensor in convert_wan_transformer_to_diffusers(theirs).items():
         assert torch.equal(made.state_dict()[key], tensor)
     (tmp_path / "wan.gguf").rename(tmp_path / "wan.safetensors")  # what it is, its bytes tell
-    assert same(build.transformer(tmp_path / "wan.safetensors", torch.float32, head_dim=HEAD), made)
+    assert same(build.build_transformer(tmp_path / "wan.safetensors", torch.float32, head_dim=HEAD), made)
 
 
 def test_plain_wan_goes_into_identity_blocks_that_add_nothing_yet(tmp_path: Path) -> None:
@@ -165,10 +165,12 @@ def test_plain_wan_goes_into_identity_blocks_that_add_nothing_yet(tmp_path: Path
     inputs = torch.randn(1, 4, 3, 8, 8), torch.tensor([500]), torch.randn(1, 12, 256)
     told = {"identity_layers": 2, "vlm_dim": 48, "slot_keys": True}
     for precision in (None, "int8"):
-        made = build.transformer(
+        made = build.build_transformer(
             tmp_path / "wan.safetensors", torch.float32, precision=precision, head_dim=HEAD, identity=told
         )
-        beside = build.transformer(tmp_path / "wan.safetensors", torch.float32, precision=precision, head_dim=HEAD)
+        beside = build.build_transformer(
+            tmp_path / "wan.safetensors", torch.float32, precision=precision, head_dim=HEAD
+        )
         assert isinstance(made, IdentityWanTransformer3DModel)
         assert not any(t.is_meta for t in (*made.parameters(), *made.buffers()))
         references = tiny_references()
@@ -184,9 +186,9 @@ def test_plain_wan_goes_into_identity_blocks_that_add_nothing_yet(tmp_path: Path
 
 def test_a_size_that_was_not_expected_is_refused(tmp_path: Path) -> None:
     plain().save_pretrained(tmp_path / "small")
-    assert build.transformer(tmp_path / "small", torch.float32, expect={"dim": 256, "layers": 2})
+    assert build.build_transformer(tmp_path / "small", torch.float32, expect={"dim": 256, "layers": 2})
     with pytest.raises(StudioError, match=r"small cannot be loaded\. .* dim 256, not 5,120 and layers 2, not 40"):
-        build.transformer(tmp_path / "small", torch.float32, expect={"dim": 5120, "layers": 40})
+        build.build_transformer(tmp_path / "small", torch.float32, expect={"dim": 5120, "layers": 40})
 
 
 @pytest.mark.parametrize("precision", [None, "int8", "nf4"])
@@ -196,7 +198,7 @@ def test_the_model_and_one_tensor_are_all_that_is_in_memory(
     wan = plain()
     wan.save_pretrained(tmp_path / "wan", max_shard_size="2MB")
     largest = max(tensor.numel() for tensor in wan.parameters()) * 4
-    size = quantize.num_bytes(build.transformer(tmp_path / "wan", torch.float32, precision=precision))
+    size = quantize.num_bytes(build.build_transformer(tmp_path / "wan", torch.float32, precision=precision))
     del wan
     alive: list[int] = []
     put = quantize.put
@@ -209,7 +211,7 @@ def test_the_model_and_one_tensor_are_all_that_is_in_memory(
     monkeypatch.setattr(quantize, "put", watched)
     gc.collect()
     before = tensor_bytes()
-    made = build.transformer(tmp_path / "wan", torch.float32, precision=precision)
+    made = build.build_transformer(tmp_path / "wan", torch.float32, precision=precision)
     assert tensor_bytes() - before == pytest.approx(quantize.num_bytes(made), rel=0.02)
     assert len(alive) == 5 and max(alive) <= size + largest + 4096
 
@@ -300,7 +302,7 @@ def test_a_safetensors_file_is_one_whatever_its_length_looks_like(tmp_path: Path
     path, tensor = tmp_path / "wan.safetensors", torch.arange(6, dtype=torch.float32).view(2, 3)
     told = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
     path.write_bytes(length.to_bytes(8, "little") + told.ljust(length) + tensor.numpy().tobytes())
-    with opened(path) as held:
+    with open_tensors(path) as held:
         assert torch.equal(held.read("w"), tensor)
 
 
@@ -338,17 +340,17 @@ def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path) -> No
     told["weight_map"]["patch_embedding.weight"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(told), encoding="utf-8")
     with pytest.raises(StudioError, match="is no index of shards"):
-        build.transformer(tmp_path / "wan", torch.float32)
+        build.build_transformer(tmp_path / "wan", torch.float32)
 
 
 def test_a_variant_beside_the_weights_is_left_alone_and_a_second_copy_refused(tmp_path: Path) -> None:
     made = plain()
     made.save_pretrained(tmp_path / "wan")
     made.to(torch.float16).save_pretrained(tmp_path / "wan", variant="fp16")
-    assert same(build.transformer(tmp_path / "wan", torch.float32), plain())
+    assert same(build.build_transformer(tmp_path / "wan", torch.float32), plain())
     (tmp_path / "wan" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "wan" / "other.safetensors")
     with pytest.raises(StudioError, match="in another file beside it"):
-        build.transformer(tmp_path / "wan", torch.float32)
+        build.build_transformer(tmp_path / "wan", torch.float32)
 
 
 def test_a_part_may_be_a_single_file_or_a_folder_and_tells_how_far_it_is(tmp_path: Path) -> None:

@@ -99,11 +99,11 @@ def lycoris(changes: Changes) -> dict[str, Tensor]:
 
 def differences(changes: Changes) -> dict[str, Tensor]:
     """Kijai's full differences: the product itself."""
-    return {f"diffusion_model.{lora.original(n)}.diff": b @ a * (ALPHA / RANK) for n, (a, b) in changes.items()}
+    return {f"diffusion_model.{lora.to_wan_name(n)}.diff": b @ a * (ALPHA / RANK) for n, (a, b) in changes.items()}
 
 
 def own(changes: Changes, down: str, up: str, *, alpha: bool = False, flat: bool = False) -> dict[str, Tensor]:
-    spelled = {lora.original(name): change for name, change in changes.items()}
+    spelled = {lora.to_wan_name(name): change for name, change in changes.items()}
     if flat:
         spelled = {name.replace(".", "_"): change for name, change in spelled.items()}
     written = products(spelled, down, up, folded=not alpha)
@@ -155,7 +155,7 @@ def summed(plain: WanTransformer3DModel, changes: Changes, weight: float = 1.0) 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.__name__)
 def test_every_dialect_predicts_what_the_summed_weights_predict(plain, changes, tmp_path, dialect):
     file = write_dialect(tmp_path, dialect, changes)
-    with lora.added(plain, [file]) as (matched,):
+    with lora.use_loras(plain, [file]) as (matched,):
         assert matched.left == () and matched.total == len(dialect(changes))
         assert matched.sentence == f"{matched.total} of {matched.total} weights of {Path(file.path).name}."
         seen = prediction(plain)
@@ -180,7 +180,7 @@ def test_where_the_librarys_converter_reads_a_file_peft_predicts_the_same(plain,
     copied = {key: tensor.clone() for key, tensor in dialect(changes).items()}  # the converter scales in place
     model.load_lora_adapter(convert(copied), prefix="transformer")
     theirs = prediction(model)
-    with lora.added(plain, [write_dialect(tmp_path, dialect, changes)]):
+    with lora.use_loras(plain, [write_dialect(tmp_path, dialect, changes)]):
         assert (prediction(plain) - theirs).abs().max() < 1e-6
 
 
@@ -189,9 +189,9 @@ def test_our_spelling_of_wans_own_names_is_the_inverse_of_the_librarys():
     side = {**PLAIN, "vace_layers": [0, 2], "vace_in_channels": 96}
     for model in (WanTransformer3DModel(**picture), WanVACETransformer3DModel(**side)):
         names = list(model.state_dict())
-        theirs = convert_wan_transformer_to_diffusers({lora.original(name): name for name in names})
+        theirs = convert_wan_transformer_to_diffusers({lora.to_wan_name(name): name for name in names})
         assert {new: name for new, name in theirs.items() if new != name} == {}
-        assert len({lora.original(name) for name in names}) == len(names)
+        assert len({lora.to_wan_name(name) for name in names}) == len(names)
 
 
 def test_a_file_that_trains_a_part_of_some_blocks_is_read_where_the_librarys_converter_stops(plain, changes, tmp_path):
@@ -200,7 +200,7 @@ def test_a_file_that_trains_a_part_of_some_blocks_is_read_where_the_librarys_con
     }
     with pytest.raises(KeyError):
         _convert_musubi_wan_lora_to_diffusers(musubi(some))
-    with lora.added(plain, [write_dialect(tmp_path, musubi, some)]) as (matched,):
+    with lora.use_loras(plain, [write_dialect(tmp_path, musubi, some)]) as (matched,):
         assert (matched.total, matched.left) == (3 * len(some), ())
         assert (prediction(plain) - prediction(summed(plain, some))).abs().max() < 1e-6
 
@@ -227,7 +227,7 @@ def test_differences_of_norms_biases_tables_and_the_patch_embedding_are_added(pl
     for name in DISTILLED:
         change = torch.randn_like(state[name]) * 0.1
         state[name] += 0.5 * change
-        stem, _, leaf = lora.original(name).rpartition(".")
+        stem, _, leaf = lora.to_wan_name(name).rpartition(".")
         tensors[
             "diffusion_model." + {"weight": f"{stem}.diff", "bias": f"{stem}.diff_b"}.get(leaf, f"{stem}.diff_m")
         ] = change
@@ -238,7 +238,7 @@ def test_differences_of_norms_biases_tables_and_the_patch_embedding_are_added(pl
     model.load_state_dict(state)
     file = write(tmp_path / "distilled.safetensors", tensors).model_copy(update={"weight": 0.5})
     before = {name: (parameter, parameter.clone()) for name, parameter in plain.named_parameters()}
-    with lora.added(plain, [file]) as (matched,):
+    with lora.use_loras(plain, [file]) as (matched,):
         assert matched.left == ()
         assert (prediction(plain) - prediction(model)).abs().max() < 1e-6
     for name, parameter in plain.named_parameters():
@@ -251,13 +251,15 @@ def test_differences_of_norms_biases_tables_and_the_patch_embedding_are_added(pl
 def test_weight_nought_equals_no_lora_bit_for_bit_and_opens_no_file(plain, changes, tmp_path):
     before = prediction(plain)
     nowhere = Lora(path=str(tmp_path / "nowhere.safetensors"), weight=0)
-    with lora.added(plain, [nowhere, write_dialect(tmp_path, wan, changes).model_copy(update={"weight": 0})]) as found:
+    with lora.use_loras(
+        plain, [nowhere, write_dialect(tmp_path, wan, changes).model_copy(update={"weight": 0})]
+    ) as found:
         assert found == () and torch.equal(prediction(plain), before)
 
 
 def test_taken_away_even_by_an_error_nothing_is_left_bit_for_bit(plain, changes, tmp_path):
     before, state = prediction(plain), {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    with pytest.raises(RuntimeError, match="stopped"), lora.added(plain, [write_dialect(tmp_path, wan, changes)]):
+    with pytest.raises(RuntimeError, match="stopped"), lora.use_loras(plain, [write_dialect(tmp_path, wan, changes)]):
         assert not torch.equal(prediction(plain), before)
         raise RuntimeError("stopped")
     assert torch.equal(prediction(plain), before)
@@ -281,7 +283,7 @@ def test_compiled_blocks_hear_of_a_lora_that_comes_and_goes(plain, changes, tmp_
     model = summed(plain, {})
     model.blocks[1].compile(backend="eager")
     before = prediction(model)
-    with lora.added(model, [write_dialect(tmp_path, wan, changes)]):
+    with lora.use_loras(model, [write_dialect(tmp_path, wan, changes)]):
         assert (prediction(model) - prediction(summed(plain, changes))).abs().max() < 1e-5
     assert torch.equal(prediction(model), before)
 
@@ -300,7 +302,7 @@ def test_beside_quantized_weights_a_lora_adds_what_it_adds_to_full_ones(plain, c
     layer = model.blocks[0].attn1.to_q
     x, (a, b) = torch.randn(5, 48), changes["blocks.0.attn1.to_q"]
     alone = layer(x)
-    with lora.added(model, [file]) as (matched,):
+    with lora.use_loras(model, [file]) as (matched,):
         assert matched.left == ()
         assert (layer(x) - alone - x @ (b @ a).T * (ALPHA / RANK)).abs().max() < 1e-5
     assert torch.equal(layer(x), alone)
@@ -320,7 +322,7 @@ def test_beside_four_bit_weights_too(tmp_path):
     x, (a, b) = torch.randn(5, 64), change["blocks.0.attn1.to_q"]
     alone = small(x)
     assert small.weight.dtype == torch.uint8 and not torch.equal(alone, full(x))
-    with lora.added(model, [write_dialect(tmp_path, wan, change)]):
+    with lora.use_loras(model, [write_dialect(tmp_path, wan, change)]):
         assert (small(x) - alone - x @ (b @ a).T * (ALPHA / RANK)).abs().max() < 1e-4
     assert torch.equal(small(x), alone)
 
@@ -331,7 +333,7 @@ def test_a_model_that_is_filled_tensor_by_tensor_takes_the_same_sums(plain, chan
     norms = {"diffusion_model.blocks.1.norm3.diff_b": torch.ones(48), "diffusion_model.modulation.diff": torch.ones(3)}
     norms |= {"diffusion_model.head.modulation.diff": torch.ones(1, 2, 48)}
     file = write(tmp_path / "few.safetensors", wan(changes) | norms).model_copy(update={"weight": 0.5})
-    add, (matched,) = lora.merging(empty, [file])
+    add, (matched,) = lora.prepare_merge(empty, [file])
     assert matched.left == ("diffusion_model.modulation.diff",)
     model = summed(plain, {})
     lora.apply(model, [file], merge=True)
@@ -355,7 +357,7 @@ def test_a_lora_of_the_identity_blocks_changes_what_they_read_of_the_subjects(tm
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     trained.save_pretrained(tmp_path)
-    with lora.added(model, [Lora(path=str(tmp_path / "adapter_model.safetensors"))]) as (matched,):
+    with lora.use_loras(model, [Lora(path=str(tmp_path / "adapter_model.safetensors"))]) as (matched,):
         assert matched.left == () and any("subject_blocks" in key for key in keys_of(tmp_path))
         inside = model.encode_identity(references)
         merged = IdentityWanTransformer3DModel(
@@ -422,7 +424,7 @@ def test_what_finds_no_place_is_counted_and_named_and_the_rest_is_used(plain, ch
         "lora_te_text.lora_down.weight": torch.zeros(2, 48),
         "diffusion_model.patch_embedding.diff": torch.zeros(48, 36, 1, 2, 2),  # of a model with more channels
     }
-    with lora.added(plain, [write(tmp_path / "part.safetensors", wan(changes) | strangers)]) as (matched,):
+    with lora.use_loras(plain, [write(tmp_path / "part.safetensors", wan(changes) | strangers)]) as (matched,):
         assert set(matched.left) == set(strangers)
         assert matched.sentence.startswith(f"{matched.total - 4} of {matched.total} weights of part.safetensors; ")
         assert "and 3 more" in matched.sentence

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine import tiny
 from engine.loading import offload
-from engine.loading.offload import PLACES, into_a_file, visiting, weights_of
+from engine.loading.offload import PLACES, move_into_file, offload_blocks, weights_of
 from engine.models.subject_tower import References
 
 CPU = torch.device("cpu")
@@ -57,9 +57,9 @@ def test_a_model_whose_blocks_wait_outside_predicts_the_same_bit_for_bit(
         quantized(model, kind)
     expected = predict(model)
     for block in (*model.blocks, *model.subject_blocks) if in_a_file else ():
-        into_a_file(block, tmp_path)
+        move_into_file(block, tmp_path)
     for _ in range(2):
-        with visiting(model, ["blocks"], CPU, once=["subject_blocks"]):
+        with offload_blocks(model, ["blocks"], CPU, once=["subject_blocks"]):
             assert torch.equal(predict(model), expected)
             assert torch.equal(predict(model), expected), "the second step"
     assert torch.equal(predict(model), expected), "afterwards, without visits"
@@ -71,7 +71,7 @@ def test_what_a_lora_adds_by_hooks_is_another_in_every_block() -> None:
     for number, block in enumerate(model.blocks):
         block.attn1.to_q.register_forward_hook(lambda _, __, out, number=number: out + number)
     expected = predict(model)
-    with visiting(model, ["blocks"], CPU):
+    with offload_blocks(model, ["blocks"], CPU):
         assert torch.equal(predict(model), expected)
 
 
@@ -79,14 +79,14 @@ def test_what_was_added_to_the_layers_before_visits_the_device_with_them() -> No
     model = tiny.transformer()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     expected = predict(model)
-    with visiting(model, ["blocks"], CPU, once=["subject_blocks"]):
+    with offload_blocks(model, ["blocks"], CPU, once=["subject_blocks"]):
         assert torch.equal(predict(model), expected)
 
 
 def test_only_two_blocks_are_on_the_device_at_once_and_none_of_those_that_run_once() -> None:
     model = tiny.transformer()
     before = {id(m) for m in model.modules()}
-    with visiting(model, ["blocks"], CPU, once=["subject_blocks"]):
+    with offload_blocks(model, ["blocks"], CPU, once=["subject_blocks"]):
         predict(model)
         lines = [model.blocks[0].forward.func.__self__, model.subject_blocks[0].forward.func.__self__]
         assert all(len(places) <= PLACES for places in lines[0]._places.values())
@@ -108,9 +108,9 @@ def test_every_weight_of_a_quantized_block_is_among_those_that_travel() -> None:
 def test_what_a_block_raises_comes_through_and_the_next_clip_is_whole() -> None:
     model = tiny.transformer()
     expected = predict(model)
-    with pytest.raises(TypeError), visiting(model, ["blocks"], CPU, once=["subject_blocks"]):
+    with pytest.raises(TypeError), offload_blocks(model, ["blocks"], CPU, once=["subject_blocks"]):
         model.blocks[1]()
-    with visiting(model, ["blocks"], CPU):
+    with offload_blocks(model, ["blocks"], CPU):
         assert torch.equal(predict(model), expected)
 
 
@@ -120,7 +120,7 @@ def test_a_forward_that_was_wrapped_before_is_there_again_afterwards() -> None:
     plain = model.blocks[0].forward
     model.blocks[0].forward = lambda *given, **more: 1.5 * plain(*given, **more)
     expected = predict(model)
-    with visiting(model, ["blocks"], CPU):
+    with offload_blocks(model, ["blocks"], CPU):
         pass
     assert torch.equal(predict(model), expected)
 
@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_is_an_error_and_the_model_stays_whole(tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
         with pytest.raises(OSError, match=r"large"):
-            into_a_file(model.blocks[0], tmp_path)
+            move_into_file(model.blocks[0], tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert torch.equal(predict(model), expected)
@@ -147,7 +147,7 @@ def test_a_copy_of_a_block_in_a_file_holds_its_weights_and_not_the_file_for_each
 ) -> None:
     model = tiny.transformer()
     block = (model if kind == "full" else quantized(model, kind)).blocks[0]
-    into_a_file(block, tmp_path)
+    move_into_file(block, tmp_path)
     copied = offload._copied(block, CPU)
     tensors = [getattr(*spot) for spot in weights_of(copied)]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
@@ -158,12 +158,12 @@ def test_a_copy_of_a_block_in_a_file_holds_its_weights_and_not_the_file_for_each
 def test_one_block_of_each_kind_is_copied_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     made, copied = [], offload._copied
     monkeypatch.setattr(offload, "_copied", lambda *given: made.append(1) or copied(*given))
-    with visiting(tiny.transformer(num_layers=6), ["blocks"], CPU):
+    with offload_blocks(tiny.transformer(num_layers=6), ["blocks"], CPU):
         assert len(made) == 2, "with identity blocks and without"
 
 
 def test_a_list_that_the_model_lacks_is_passed_over() -> None:
     model = tiny.transformer()
     expected = predict(model)
-    with visiting(model, ["vace_blocks", "subject.blocks"], CPU):
+    with offload_blocks(model, ["vace_blocks", "subject.blocks"], CPU):
         assert torch.equal(predict(model), expected)

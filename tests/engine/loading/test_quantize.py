@@ -172,13 +172,13 @@ def test_the_size_is_known_beforehand(tmp_path: Path, precision: quantize.Precis
     for number, model in enumerate(models):
         model.save_pretrained(tmp_path / str(number))
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-        told = quantize.predicted_bytes(partial(type(model), **config), precision, usual)
-        made = build.transformer(tmp_path / str(number), usual, precision=precision)
+        told = quantize.predict_bytes(partial(type(model), **config), precision, usual)
+        made = build.build_transformer(tmp_path / str(number), usual, precision=precision)
         assert quantize.num_bytes(made) == told
     text = tiny.text_encoder(300)
     text.save_pretrained(tmp_path / "text")
-    made = build.encoder(UMT5EncoderModel, tmp_path / "text", usual, precision=precision)
-    assert quantize.num_bytes(made) == quantize.predicted_bytes(lambda: UMT5EncoderModel(text.config), precision, usual)
+    made = build.build_encoder(UMT5EncoderModel, tmp_path / "text", usual, precision=precision)
+    assert quantize.num_bytes(made) == quantize.predict_bytes(lambda: UMT5EncoderModel(text.config), precision, usual)
 
 
 def test_full_sizes_are_a_few_gigabytes_and_take_no_memory() -> None:
@@ -188,13 +188,13 @@ def test_full_sizes_are_a_few_gigabytes_and_take_no_memory() -> None:
         )
 
     small, large = wan(12, 8960, 30), wan(40, 13824, 40)
-    told = [quantize.predicted_bytes(small, p) / 1e9 for p in ("fp32", "bf16", "int8", "nf4")]
+    told = [quantize.predict_bytes(small, p) / 1e9 for p in ("fp32", "bf16", "int8", "nf4")]
     assert told == sorted(told, reverse=True) and told[0] == pytest.approx(5.68, abs=0.1)
     assert told[2] == pytest.approx(1.5, abs=0.1) and told[3] < 1.0
-    assert quantize.predicted_bytes(large, "nf4") < 9e9
+    assert quantize.predict_bytes(large, "nf4") < 9e9
     text = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     text.is_gated_act, text.dense_act_fn = True, "gelu_new"
-    assert quantize.predicted_bytes(lambda: UMT5EncoderModel(text), "int8") == pytest.approx(6.8e9, rel=0.02)
+    assert quantize.predict_bytes(lambda: UMT5EncoderModel(text), "int8") == pytest.approx(6.8e9, rel=0.02)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vlm"])

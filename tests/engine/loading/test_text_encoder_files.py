@@ -72,7 +72,7 @@ def as_llama(held: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: Path, precision: Precision | None = None, usual: torch.dtype = torch.float32) -> UMT5EncoderModel:
-    made: Any = build.encoder(UMT5EncoderModel, path, usual, precision=precision)
+    made: Any = build.build_encoder(UMT5EncoderModel, path, usual, precision=precision)
     return made.eval()
 
 
@@ -252,7 +252,7 @@ def test_a_vlm_in_a_single_file_is_refused(held: dict[str, Tensor], tmp_path: Pa
     with pytest.raises(StudioError, match="The folder is not there"):
         load_part("vlm", tmp_path / "vlm.safetensors", CPU)
     with pytest.raises(StudioError, match=r"The config\.json that belongs to its weights is not there"):
-        build.encoder(Qwen2_5_VLForConditionalGeneration, tmp_path / "vlm.safetensors", torch.float32)
+        build.build_encoder(Qwen2_5_VLForConditionalGeneration, tmp_path / "vlm.safetensors", torch.float32)
 
 
 # --- counted beforehand ----------------------------------------------------------------------------------------------

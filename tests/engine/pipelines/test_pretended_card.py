@@ -22,7 +22,7 @@ from engine.hardware.plan import Plan, make_plan
 from engine.hardware.probe import GB, Hardware
 from engine.job import make_job
 from engine.loading import build, quantize
-from engine.loading.offload import visiting
+from engine.loading.offload import offload_blocks
 from engine.loading.parts import load_part
 from engine.loading.pool import ModelPool
 from engine.media import video
@@ -121,7 +121,7 @@ def predict(model: Any, device: torch.device) -> torch.Tensor:
 def test_blocks_come_and_go_without_a_race_and_leave_nothing_on_its_way() -> None:
     model = tiny.stir(tiny.transformer(num_layers=8, identity_layers=4))
     expected = predict(model, CPU)
-    with pretended(watched=True), visiting(model, ["blocks"], CARD, once=["subject_blocks"]):
+    with pretended(watched=True), offload_blocks(model, ["blocks"], CARD, once=["subject_blocks"]):
         assert torch.equal(predict(model, CARD), expected)
         assert torch.equal(predict(model, CARD), expected), "the second step"
     assert not any(on_card(tensor) for tensor in (*model.parameters(), *model.buffers()))
@@ -130,7 +130,7 @@ def test_blocks_come_and_go_without_a_race_and_leave_nothing_on_its_way() -> Non
 def test_without_pinned_memory_blocks_still_visit(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     model = tiny.transformer()
     expected = predict(model, CPU)
-    with pretended(watched=True) as card, visiting(model, ["blocks"], CARD, once=["subject_blocks"]):
+    with pretended(watched=True) as card, offload_blocks(model, ["blocks"], CARD, once=["subject_blocks"]):
         card.pinnable = False
         assert torch.equal(predict(model, CARD), expected)
     assert "no pinned memory (CUDA error: out of memory)" in caplog.text
@@ -139,20 +139,20 @@ def test_without_pinned_memory_blocks_still_visit(monkeypatch: pytest.MonkeyPatc
 def test_eight_bits_visit_the_card_without_a_kernel_that_is_compiled_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model: Any = build.transformer(folder / "transformer", torch.bfloat16, precision="fp8")
+    model: Any = build.build_transformer(folder / "transformer", torch.bfloat16, precision="fp8")
 
     def compiles(*_: object, **__: object) -> None:
         raise AssertionError("optimum-quanto chooses a kernel")
 
     monkeypatch.setattr(WeightQBytesTensor, "create", compiles)
-    with pretended(), visiting(model, ["blocks"], CARD, once=["subject_blocks"]):
+    with pretended(), offload_blocks(model, ["blocks"], CARD, once=["subject_blocks"]):
         predict(model, CARD)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "nf4"])
 def test_weights_rounded_on_the_card_are_all_there_and_no_others(folder: Path, precision: Any) -> None:
     with pretended():
-        model = build.transformer(folder / "transformer", torch.bfloat16, precision=precision, where=CARD)
+        model = build.build_transformer(folder / "transformer", torch.bfloat16, precision=precision, where=CARD)
         held = [part for tensor in (*model.parameters(), *model.buffers()) for part in quantize._held(tensor)]
         assert held and all(on_card(tensor) for tensor in held)
         assert predict(model, CARD).isfinite().all()

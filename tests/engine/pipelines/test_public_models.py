@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine import run, tiny
 from engine.diffusion import conditioning, solvers
-from engine.diffusion.guidance import guided
+from engine.diffusion.guidance import apply_guidance
 from engine.job import GenerateJob, Sampling, make_job
 from engine.loading.pool import ModelPool
 from engine.media import pictures
@@ -94,7 +94,10 @@ def ours(made: GenerateJob, kind: Preset, pool: ModelPool, noise: Tensor) -> Ten
     conditions = conditioning.prepare(kind.conditioning, pool.part("transformer", kind), encoded)
     steps = solvers.UniPC(4, 5.0)
     return solvers.denoise(
-        noise, lambda x, t: guided(made.sampling, lambda b: conditions.predict(x, t, b)), steps, lambda step: None
+        noise,
+        lambda x, t: apply_guidance(made.sampling, lambda b: conditions.predict(x, t, b)),
+        steps,
+        lambda step: None,
     )
 
 
@@ -260,7 +263,7 @@ def test_pictures_behind_the_clip_are_phantoms_published_sampler(phantom, count:
     clip = of["latents"].shape[1]
     mine = solvers.denoise(
         of["noise"][None, :, :clip],
-        lambda x, t: guided(settings, lambda b: conditions.predict(x, t, b)),
+        lambda x, t: apply_guidance(settings, lambda b: conditions.predict(x, t, b)),
         solvers.wan_unipc(6, 5.0),
         lambda step: None,
     )

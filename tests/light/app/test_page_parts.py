@@ -186,7 +186,7 @@ def test_variants_stand_as_they_were_asked_for_until_all_have_ended_then_the_lik
 def test_a_second_sanity_check_shows_its_own_clip_and_not_the_first_ones(job: GenerateJob, tmp_path: Path) -> None:
     queue = Queue(tmp_path / "queue.db")
     for weakest in (0.9, 0.1):
-        latest = queue.add(job, group=clip_view.SANITY)
+        latest = queue.add(job, group=clip_view.SANITY_GROUP)
         queue.take("w")
         queue.finish(latest, Saved(tmp_path / "a.mp4", tmp_path / "a.json", tmp_path / "a.webp", 2, 9, None, weakest))
         assert [row.id for row in clip_view.on_stage(queue.rows())] == [latest]

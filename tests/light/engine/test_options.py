@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app import settings
-from engine.hardware.options import MachineOptions, alone_with, machine_options
+from engine.hardware.options import MachineOptions, machine_options, restrict_to_device
 from engine.messages import StudioError
 
 
@@ -40,6 +40,6 @@ def test_devices_are_listed_with_commas() -> None:
 )
 def test_a_process_sees_its_own_card_among_those_its_parent_sees(seen: str | None, device: str, wanted: str) -> None:
     before = {} if seen is None else {"CUDA_VISIBLE_DEVICES": seen}
-    after = alone_with(device, before)
+    after = restrict_to_device(device, before)
     assert after["CUDA_VISIBLE_DEVICES"] == wanted and after["IDCRAFTER_DEVICE"] == device.partition(":")[0]
-    assert alone_with("", before) == before
+    assert restrict_to_device("", before) == before

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from train.toybox.world.drawing import SUPERSAMPLE, Brush, Colour, Picture, cv, frame_size, mix, shrink, smooth
+from train.toybox.world.drawing import SUPERSAMPLE, Brush, Colour, Pixels, cv, frame_size, mix, shrink, smooth
 
 MARGIN = 0.2  # how far, in frame widths, a camera may move to either side
 HORIZON = 0.46
@@ -320,7 +320,7 @@ _PAINTERS: dict[str, Callable[[Brush, Rng], None]] = {
 BACKGROUNDS: tuple[str, ...] = tuple(_PAINTERS)
 
 
-def draw_board(name: str, seed: int, size: tuple[int, int]) -> Picture:
+def draw_board(name: str, seed: int, size: tuple[int, int]) -> Pixels:
     """The whole board of a background, supersampled: uint8 (2H, 2W * (1 + 2 * MARGIN), 3) for a (width, height) frame.
 
     Raises:
@@ -336,7 +336,7 @@ def draw_board(name: str, seed: int, size: tuple[int, int]) -> Picture:
     return canvas
 
 
-def view(whole: Picture, size: tuple[int, int], offset: float, zoom: float) -> Picture:
+def view(whole: Pixels, size: tuple[int, int], offset: float, zoom: float) -> Pixels:
     """What the camera sees of a board: supersampled frame, uint8 (2H, 2W, 3).
 
     Args:
@@ -353,7 +353,7 @@ def view(whole: Picture, size: tuple[int, int], offset: float, zoom: float) -> P
     return np.asarray(c.warpAffine(whole, m, (width, height), flags=c.INTER_LINEAR, borderMode=c.BORDER_REPLICATE))
 
 
-def background_picture(name: str, seed: int, size: int | tuple[int, int] = 64, camera_offset: float = 0.0) -> Picture:
+def background_picture(name: str, seed: int, size: int | tuple[int, int] = 64, camera_offset: float = 0.0) -> Pixels:
     """A background without subjects, uint8 (H, W, 3); the camera may be moved by up to +-MARGIN frame widths.
 
     The seed is a board's seed; a scene's own board is `scene.background_seed`.

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
 SUPERSAMPLE = 2
@@ -119,7 +119,7 @@ _TEXTURE_REACH = 0.6  # the texture covers local units from -0.6 to 0.6
 
 
 @lru_cache(maxsize=256)
-def texture(pattern: str, first: Colour, second: Colour, angle: float, period: float, side: int = 96) -> Picture:
+def texture(pattern: str, first: Colour, second: Colour, angle: float, period: float, side: int = 96) -> Pixels:
     """A pattern of two colours around the local origin, uint8 (side, side, 3); `period` in local units.
 
     Raises:
@@ -158,14 +158,14 @@ class Brush:
 
     def __init__(
         self,
-        canvas: Picture | None,
-        instance_ids: Picture | None,
+        canvas: Pixels | None,
+        instance_ids: Pixels | None,
         matrix: Points,
         *,
         label: int = 1,
         line: int = 2,
         light: tuple[float, float, float] = (1.0, 1.0, 1.0),
-        texture: Picture | None = None,
+        texture: Pixels | None = None,
     ) -> None:
         """Canvas (H, W, 3) and instance_ids (H, W) are drawn in place; matrix (2, 3): local units -> canvas pixels."""
         self.canvas, self.instance_ids, self.matrix = canvas, instance_ids, matrix
@@ -297,13 +297,13 @@ def frame_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return size
 
 
-def shrink(canvas: Picture, size: tuple[int, int]) -> Picture:
+def shrink(canvas: Pixels, size: tuple[int, int]) -> Pixels:
     """Average a supersampled canvas down to (width, height)."""
     c = cv()
     return c.resize(canvas, size, interpolation=c.INTER_AREA)
 
 
-def shrink_instance_ids(instance_ids: Picture, size: tuple[int, int]) -> Picture:
+def shrink_instance_ids(instance_ids: Pixels, size: tuple[int, int]) -> Pixels:
     """Owner of each final pixel: the label with most supersampled pixels in it; at a tie a subject, the lower first.
 
     Ties go to subjects because strings and whiskers are half a pixel wide and would otherwise belong to nobody.

@@ -27,7 +27,7 @@ from train.toybox.world.captions import (
     Facts,
     write_caption,
 )
-from train.toybox.world.drawing import SUPERSAMPLE, Picture, Pose, cv, frame_size, shrink, shrink_instance_ids
+from train.toybox.world.drawing import SUPERSAMPLE, Pixels, Pose, cv, frame_size, shrink, shrink_instance_ids
 from train.toybox.world.layout import arrange_places, pick, plan_actions
 from train.toybox.world.motion import FPS, ZOOM, Place, camera_at, pose_pair, pose_single
 from train.toybox.world.subjects import KINDS, PATCHWORK_SHARE, draw, extents, make_subject
@@ -81,8 +81,8 @@ class Clip:
     whatever has no face (boxes may reach past the frame, and tell nothing about occlusion: ask `instance_ids`).
     """
 
-    frames: Picture
-    instance_ids: Picture
+    frames: Pixels
+    instance_ids: Pixels
     poses: tuple[tuple[Pose, ...], ...]
     face_boxes: NDArray[np.float32]
     caption: str
@@ -330,7 +330,7 @@ def caption(scene: Scene, attributes: bool | None = None, rng: Rng | None = None
 
 def reference_picture(
     subject: ToySubject, seed: int, size: int = 64, background: str = "white"
-) -> tuple[Picture, NDArray[np.bool_]]:
+) -> tuple[Pixels, NDArray[np.bool_]]:
     """A picture of a subject in another pose, size and light than any clip: (rgb uint8 (S, S, 3), mask bool (S, S)).
 
     Args:
@@ -372,7 +372,7 @@ def reference_picture(
     return shrink(canvas, (size, size)), shrink_instance_ids(instance_ids, (size, size)) > 0
 
 
-def cut_from_clip(clip: Clip, slot: int, frame: int, size: int = 64) -> tuple[Picture, NDArray[np.bool_]]:
+def cut_from_clip(clip: Clip, slot: int, frame: int, size: int = 64) -> tuple[Pixels, NDArray[np.bool_]]:
     """A reference picture taken from the clip itself: a slot cut out by its mask, on white, filling 80 % of (S, S).
 
     Raises:
@@ -412,7 +412,7 @@ SAMPLES: dict[str, tuple[str, int, int]] = {
 }
 
 
-def sample_pictures(size: int = 256) -> dict[str, Picture]:
+def sample_pictures(size: int = 256) -> dict[str, Pixels]:
     """The sample subjects shipped with the studio, on white: name -> uint8 (size, size, 3)."""
     pictures = {}
     for name, (kind, index, seed) in SAMPLES.items():

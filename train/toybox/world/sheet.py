@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from train.toybox import world
-from train.toybox.world.drawing import Picture, cv
+from train.toybox.world.drawing import Pixels, cv
 
 
-def _save(path: Path, picture: Picture, enlarge: int = 1) -> None:
+def _save(path: Path, picture: Pixels, enlarge: int = 1) -> None:
     c = cv()
     height, width = picture.shape[:2]
     big = c.resize(picture, (width * enlarge, height * enlarge), interpolation=c.INTER_NEAREST)
@@ -25,7 +25,7 @@ def _save(path: Path, picture: Picture, enlarge: int = 1) -> None:
         raise OSError(f"{path} could not be written.")
 
 
-def draw_subjects_sheet(seed: int = 0, columns: int = 12, size: int = 64) -> Picture:
+def draw_subjects_sheet(seed: int = 0, columns: int = 12, size: int = 64) -> Pixels:
     """One row of references per kind; neighbours share an identity, uint8 (rows * size, columns * size, 3)."""
     rows = []
     for kind in world.KINDS:
@@ -34,7 +34,7 @@ def draw_subjects_sheet(seed: int = 0, columns: int = 12, size: int = 64) -> Pic
     return np.concatenate(rows, 0)
 
 
-def draw_clips_sheet(scenes: list[world.Scene], columns: int = 9, size: int = 64, overlay: bool = False) -> Picture:
+def draw_clips_sheet(scenes: list[world.Scene], columns: int = 9, size: int = 64, overlay: bool = False) -> Pixels:
     """One row of frames per scene, spread over 17 frames; with `overlay` the instance map is laid over them."""
     tints = np.array([(0, 0, 0), (255, 60, 60), (60, 200, 60), (60, 90, 255), (250, 210, 40)], np.float64)
     rows = []

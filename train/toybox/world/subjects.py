@@ -21,7 +21,7 @@ from train.toybox.world.drawing import (
     PALETTE,
     PATTERNS,
     Brush,
-    Picture,
+    Pixels,
     Points,
     Pose,
     apply_light,
@@ -144,12 +144,12 @@ def extents(subject: ToySubject, pose: Pose) -> tuple[float, float, float, float
 
 
 def draw(
-    canvas: Picture,
+    canvas: Pixels,
     subject: ToySubject,
     pose: Pose,
     light: tuple[float, float, float] = (1.0, 1.0, 1.0),
     *,
-    instance_ids: Picture | None = None,
+    instance_ids: Pixels | None = None,
     label: int = 1,
 ) -> NDArray[np.float64] | None:
     """Draw a posed subject on a (supersampled) canvas, in place.
