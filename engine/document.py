@@ -19,6 +19,7 @@ FIELD_LABELS = {
     "seed": "The seed",
     "sampling.num_inference_steps": "The number of steps",
     "sampling.shift": "The shift",
+    "sampling.final_sigma": "The last noise level",
     "sampling.guidance_scale": "The guidance scale",
     "sampling.subject_scale": "The subject scale",
     "sampling.text_scale": "The text scale",

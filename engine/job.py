@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from engine.document import Document, explain_validation_error
 from engine.messages import StudioError
 
-VERSION = 4
+VERSION = 5
 MAX_SUBJECTS = 8  # what a document can say; every preset has its own, lower limit
 NAME = re.compile(r"[a-z][a-z0-9_]{0,23}")
 MENTION = re.compile(r"@([A-Za-z][A-Za-z0-9_]*)")
@@ -77,6 +77,9 @@ class Sampling(Document):
     """Solver of the flow: Euler, or UniPC for presets trained with it."""
     shift: float | None = Field(default=None, ge=0.1, le=20.0)
     """Shift of the noise schedule; larger spends more steps on layout."""
+    final_sigma: float | None = Field(default=None, ge=0.0, le=0.9)
+    """Noise level of the last evaluation, whose clean estimate is the clip; 0: the steps go on evenly down to no noise.
+    Above 0 only for models whose estimates are clean by then; their presets say so."""
     guidance: Literal["none", "cfg", "dual", "apg", "chained"] | None = None
     """How predictions with and without conditions are merged: CFG by one weight; dual, APG and chained by two."""
     guidance_scale: float | None = Field(default=None, ge=0.0, le=20.0)
@@ -103,7 +106,7 @@ class Lora(Document):
 class GenerateJob(Document):
     """One clip to make from a prompt and its subjects."""
 
-    version: Literal[4] = VERSION
+    version: Literal[5] = VERSION
     """Version of this document's format."""
     kind: Literal["generate"] = "generate"
     """What this document asks for."""
@@ -219,11 +222,21 @@ def _sampling_got_field_words(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _sampling_went_down_to_no_noise(values: dict[str, Any]) -> dict[str, Any]:
+    """Up to version 4 all steps led evenly down to no noise. A job that names its steps keeps meaning that; one that
+    leaves them to the preset takes the preset's last noise level together with them."""
+    sampling = values.get("sampling")
+    if isinstance(sampling, dict) and sampling.get("num_inference_steps") is not None:
+        values["sampling"] = {"final_sigma": 0.0, **sampling}
+    return values
+
+
 GUIDANCE_BEFORE_4 = {"joint": "cfg", "projected": "apg"}
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _pictures_became_objects,
     2: _as_it_is,
     3: _sampling_got_field_words,
+    4: _sampling_went_down_to_no_noise,
 }
 
 

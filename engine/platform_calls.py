@@ -1,7 +1,8 @@
 """The one place for calls that differ between systems.
 
 In:  paths, and a pipe.
-Out: a lock that ends with its process, whatever ends the process; a wait for the pipe's end; freed memory given back.
+Out: a lock that ends with its process, whatever ends the process; a wait for the pipe's end; freed memory given back;
+     what the processor can do.
 Knows nothing of queues, workers, pages or models.
 """
 
@@ -51,6 +52,26 @@ def give_memory_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
+
+
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies matrices in bfloat16 by itself (AVX512-BF16, AMX, or Arm's BF16).
+
+    Linux and macOS say so; on Windows nothing does without a library, and the answer is no.
+    """
+    if sys.platform == "linux":
+        try:
+            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+        return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    if sys.platform == "darwin":
+        library, there, size = ctypes.CDLL(None), ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+        name = b"hw.optional.arm.FEAT_BF16"
+        found = library.sysctlbyname(name, ctypes.byref(there), ctypes.byref(size), None, ctypes.c_size_t(0))
+        return found == 0 and there.value == 1
+    return False
 
 
 LOOK_S = 0.25  # between two looks at a pipe

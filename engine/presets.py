@@ -410,7 +410,7 @@ def resolve(job: GenerateJob) -> tuple[GenerateJob, Preset]:
             field="subjects",
         )
     given = job.sampling.model_dump(exclude_none=True)
-    sampling = Sampling(**{**preset.sampling.model_dump(exclude_none=True), **given})
+    sampling = Sampling(**{"final_sigma": 0.0, **preset.sampling.model_dump(exclude_none=True), **given})
     filled = job.model_copy(
         update={
             "negative_prompt": preset.negative_prompt if job.negative_prompt is None else job.negative_prompt,

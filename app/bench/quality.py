@@ -31,7 +31,7 @@ def json_of(module: str, *arguments: str) -> dict[str, Any]:
 
 def measure_judges(preset: str) -> Iterator[Figure]:
     """What both sets of judges are worth on held-out drawings, and which planted faults they notice."""
-    promised = {"own of 16": 0.92, "locator IoU": 0.8, "verb": 0.95, "place": 0.98}
+    promised = {"own of 16": 0.92, "locator IoU": 0.8, "verb": 0.95, "place": 0.98, "kind": 0.9}
     for name in ("test", "reward"):
         found = json_of("train.toybox.judges", "measure", name)
         for question, least in promised.items():
@@ -39,10 +39,14 @@ def measure_judges(preset: str) -> Iterator[Figure]:
             value = found[question]
             yield Figure(key, f"{name} judges, drawings: {question}", f"{value:.3f}", f"≥ {least:g}", value >= least)
         yield Figure(f"judges-{name}-critic", f"{name} critic: drawn or generated", f"{found['critic']:.3f}")
-        noticed = json_of("train.toybox.judge_sanity", name)
+        planted = json_of("train.toybox.judge_sanity", name)
+        noticed, likeness = planted["noticed"], planted["likeness"]
         told = ", ".join(f"{fault} {share:.2f}" for fault, share in noticed.items())
         least = min(noticed.values())
         yield Figure(f"judges-{name}-faults", f"{name} judges, planted faults noticed", told, "≥ .95", least >= 0.95)
+        for question, share in likeness.items():
+            key = f"judges-{name}-{question.replace(' ', '-')}"
+            yield Figure(key, f"{name} judges, likeness: {question}", f"{share:.3f}", "≥ .95", share >= 0.95)
 
 
 def measure_step_cache(preset: str) -> Iterator[Figure]:
@@ -66,7 +70,18 @@ def measure_step_cache(preset: str) -> Iterator[Figure]:
             )
 
 
-ASKED = ("own picture first of 16", "everyone there", "verb", "direction", "place", "pose copied", "taken for drawn")
+ASKED = (
+    "own picture first of 16",
+    "kind",
+    "everyone there",
+    "verb",
+    "direction",
+    "place",
+    "pose copied",
+    "grain",
+    "flicker",
+    "taken for drawn",
+)
 
 CHANCE = 1 / 16
 
@@ -74,11 +89,14 @@ CHANCE = 1 / 16
 def measure_identity(preset: str) -> Iterator[Figure]:
     """The benchmark, its controls on every sixth job, by the test judges: mean and 95 % interval over jobs."""
     promised = {
-        ("made, 2 subjects", "own picture first of 16"): 0.8,
-        ("made, 3 subjects", "own picture first of 16"): 0.7,
-        ("made", "direction"): 0.8,
-        ("made", "place"): 0.9,
-        ("made", "everyone there"): 0.85,
+        ("made, 2 subjects", "own picture first of 16"): 0.9,
+        ("made, 3 subjects", "own picture first of 16"): 0.8,
+        ("made, 4 subjects", "own picture first of 16"): 0.65,
+        ("made", "verb"): 0.82,
+        ("made", "direction"): 0.97,
+        ("made", "place"): 0.99,
+        ("made", "everyone there"): 0.97,
+        ("made", "taken for drawn"): 0.4,
         ("references swapped", "own picture first of 16"): 0.8,
     }
     with tempfile.TemporaryDirectory() as folder:

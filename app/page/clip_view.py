@@ -316,8 +316,9 @@ def finished(job: GenerateJob) -> GenerateJob:
     Raises:
         StudioError: its preset is not here.
     """
-    steps = presets.load(job.preset).sampling.num_inference_steps
-    return job.model_copy(update={"sampling": job.sampling.model_copy(update={"num_inference_steps": steps})})
+    own = presets.load(job.preset).sampling
+    whole = {"num_inference_steps": own.num_inference_steps, "final_sigma": own.final_sigma or 0.0}
+    return job.model_copy(update={"sampling": job.sampling.model_copy(update=whole)})
 
 
 def _preset(job: GenerateJob) -> Preset | None:

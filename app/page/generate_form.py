@@ -144,6 +144,7 @@ class Form:
     text_scale: float | None = None
     step_cache: str | None = None
     shift: float | None = None
+    final_sigma: float | None = None
     negative_prompt: str | None = None
     until: float | None = None
     tries: int | None = 5

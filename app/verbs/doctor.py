@@ -30,6 +30,7 @@ from engine.hardware.plan import make_plan
 from engine.hardware.probe import Hardware, probe_hardware
 from engine.messages import StudioError
 from engine.paths import ROOT
+from engine.platform_calls import has_bf16_products
 
 GB = 1e9
 NEEDS_MEMORY, NEEDS_DISK = 3 * GB, 1 * GB  # toybox on the processor, and room for clips
@@ -207,7 +208,11 @@ def torch_and_device() -> Iterator[Finding]:
         cure = f"Update the driver. {FRESH} For a card older than the 20 series set TORCH_INDEX_URL to PyTorch's cu126."
         yield Finding("warn", "device", "There is an NVIDIA driver, but torch sees no card", cure)
     else:
-        yield Finding("ok", "device", "the processor; enough for toybox, large models want a graphics card")
+        products = "it multiplies in fp32"
+        if has_bf16_products():
+            products = "it multiplies in bf16, and large models use that"
+        about = f"the processor ({products}); enough for toybox, large models want a graphics card"
+        yield Finding("ok", "device", about)
 
 
 def ask_probe() -> dict[str, Any] | str:

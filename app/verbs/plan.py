@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -75,7 +76,7 @@ def _machine(given: argparse.Namespace) -> Hardware:
     if given.vram is None:
         ram = round(given.ram * GB) if given.ram else here.ram
         vram = ram if here.shared else here.vram
-        return Hardware(here.device, here.name, vram, ram, here.disk)
+        return replace(here, vram=vram, ram=ram)
     ram = psutil.virtual_memory().total
     if given.ram:
         ram = round(given.ram * GB)

@@ -23,22 +23,33 @@ from engine.messages import StudioError
 Predict = Callable[[Tensor, float], Tensor]
 
 
-def sigmas(num_inference_steps: int, shift: float) -> Tensor:
+def sigmas(num_inference_steps: int, shift: float, final_sigma: float = 0.0) -> Tensor:
     """Noise levels of a clip: (steps + 1,) fp32, from 1 down to 0.
 
     Args:
-        num_inference_steps: how many steps, >= 1.
+        num_inference_steps: how many steps, so evaluations of the model, >= 1.
         shift: > 0; above 1 more steps fall where there is much noise, and layout is decided there.
+        final_sigma: level of the last evaluation, after the shift, in [0, 1). Its step leads to 0 at once, so the clip
+            is the clean estimate there. 0: the levels go on evenly to the end.
 
     Source: Wan's rule, s -> shift * s / (1 + (shift - 1) * s) on evenly spaced s (shift 3 at 480p, 5 at 720p).
     """
-    even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+    if final_sigma == 0:
+        even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+    else:
+        evaluated = torch.linspace(1, unshifted(final_sigma, shift), num_inference_steps, dtype=torch.float64)
+        even = torch.cat([evaluated, evaluated.new_zeros(1)])
     return shifted(even, shift).float()
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
     """Wan's shift of noise levels in [0, 1]; 0 and 1 stay where they are."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def unshifted(sigma: float, shift: float) -> float:
+    """The level in [0, 1] that `shifted` moves to `sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
 
 
 def starting_noise(shape: tuple[int, ...], generator: torch.Generator, shared: float = 0.0) -> Tensor:
@@ -91,8 +102,8 @@ class Solver(Protocol):
 class Euler:
     """A straight line from one level to the next."""
 
-    def __init__(self, num_inference_steps: int, shift: float) -> None:
-        self.sigmas = sigmas(num_inference_steps, shift)
+    def __init__(self, num_inference_steps: int, shift: float, final_sigma: float = 0.0) -> None:
+        self.sigmas = sigmas(num_inference_steps, shift, final_sigma)
         self.times = self.sigmas[:-1]
 
     def step(self, velocity: Tensor, latents: Tensor, index: int) -> Tensor:
@@ -104,15 +115,26 @@ class UniPC:
     """diffusers' second-order multistep solver, as presets use it that were trained with it.
 
     Args:
-        num_inference_steps, shift: as in `sigmas`.
+        num_inference_steps, shift, final_sigma: as in `sigmas`.
         first, last: noise levels before the shift; of diffusers' own Wan pipelines where left out.
     """
 
-    def __init__(self, num_inference_steps: int, shift: float, first: float = 1.0, last: float = 1 / 1000) -> None:
+    def __init__(
+        self,
+        num_inference_steps: int,
+        shift: float,
+        final_sigma: float = 0.0,
+        *,
+        first: float = 1.0,
+        last: float = 1 / 1000,
+    ) -> None:
         self._scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
         )
-        levels: Any = np.linspace(first, last, num_inference_steps + 1)[:-1]  # called a list there, used as an array
+        # Called a list there, used as an array.
+        levels: Any = np.linspace(first, last, num_inference_steps + 1)[:-1]
+        if final_sigma > 0:
+            levels = np.linspace(first, unshifted(final_sigma, shift), num_inference_steps)
         self._scheduler.set_timesteps(sigmas=levels)
         self.sigmas = self._scheduler.sigmas.clone()
         self.times = self._scheduler.timesteps.float() / 1000
@@ -123,15 +145,15 @@ class UniPC:
         return self._scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
 
-def wan_unipc(num_inference_steps: int, shift: float) -> UniPC:
+def wan_unipc(num_inference_steps: int, shift: float, final_sigma: float = 0.0) -> UniPC:
     """UniPC at the levels of Wan's own code, and so of Phantom's and of Bernini's (by diffusers 0.35.2).
 
     The first is .999, the last before 0 a step lower.
     """
-    return UniPC(num_inference_steps, shift, first=0.999, last=0.0)
+    return UniPC(num_inference_steps, shift, final_sigma, first=0.999, last=0.0)
 
 
-SOLVERS: dict[str, Callable[[int, float], Solver]] = {"euler": Euler, "unipc": UniPC, "wan_unipc": wan_unipc}
+SOLVERS: dict[str, Callable[..., Solver]] = {"euler": Euler, "unipc": UniPC, "wan_unipc": wan_unipc}
 
 
 def level(solver: Solver, time: float) -> float:

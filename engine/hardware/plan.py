@@ -34,6 +34,7 @@ CONTEXT = 600 * MB  # CUDA's own, on every card that computes
 SLACK = 1.05  # the card's allocator cannot use every hole
 READING = 200 * MB  # of an encoder beside its weights, for each byte of a number: one prompt and its pictures
 BASE_RAM = 500 * MB  # the worker with its libraries
+SMALL = 200 * MB  # of a transformer in bf16; below it a processor's time is not spent in products
 DRIVER_RAM = 1_100 * MB  # of the machine's own memory, what a card's driver and its libraries take
 
 
@@ -71,6 +72,7 @@ class Plan:
     tiled: bool  # the VAE decodes in tiles
     disk: int  # bytes that have to be free, fetched files not among them
     petaflop: float
+    plain: int = 4  # bytes of a number that is not quantized: 2 where models compute in bf16
 
     @property
     def vram(self) -> int:
@@ -141,9 +143,7 @@ def make_plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
         here: with a profile already taken into account (`Hardware.limited`).
     """
     load = costs.load_of(job, preset)
-    plain = 4
-    if here.device in ("cuda", "xpu"):
-        plain = 2
+    plain = _plain_bytes(preset, here)
     vae = _fit(costs.part_weights(preset, "vae"), "fp32", "device", plain)
     judges = _judge_bytes(job, preset)
     plans: list[Plan] = []
@@ -156,6 +156,14 @@ def make_plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
             return plan
         plans.append(plan)
     return min(plans, key=lambda plan: plan.binding[1])
+
+
+def _plain_bytes(preset: Preset, here: Hardware) -> int:
+    """Bytes of a number that is not quantized: 2 on a card, and for a large model on a processor with bf16 products."""
+    large = costs.part_weights(preset, "transformer").num_bytes("bf16") >= SMALL
+    if here.device in ("cuda", "xpu") or (here.fast_bf16 and large):
+        return 2
+    return 4
 
 
 def _tiling_choices(preset: Preset, load: Load) -> tuple[bool, ...]:
@@ -258,7 +266,7 @@ def _plan(
     phases = tuple(Phase(name, round(device * slack) + fixed, memory + base) for name, device, memory in needs)
     disk = sum(fit.disk for fit in parts.values()) + frames_held + 300 * MB
     work = costs.clip_flops(shape, load) / 1e15
-    return Plan(here, {**parts, "vae": vae}, phases, tiled, disk, work)
+    return Plan(here, {**parts, "vae": vae}, phases, tiled, disk, work, plain)
 
 
 def _encode_bytes(preset: Preset, load: Load) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import psutil
 
 from engine.paths import models_dir
-from engine.platform_calls import NO_WINDOW
+from engine.platform_calls import NO_WINDOW, has_bf16_products
 
 GB = 10**9
 
@@ -32,6 +32,7 @@ class Hardware:
     vram: int  # of the card; where card and machine share memory, and on a processor, the same as `ram`
     ram: int
     disk: int
+    fast_bf16: bool = False  # a processor that has products in bfloat16; every card has
 
     @property
     def shared(self) -> bool:
@@ -63,7 +64,8 @@ def probe_hardware(profile: str) -> Hardware:
     device, name = "cpu", "the processor alone"
     if apple:
         device, name = "mps", "Apple silicon"
-    return Hardware(device, name, here.available, here.available, disk).limited(profile)
+    fast = device == "cpu" and has_bf16_products()
+    return Hardware(device, name, here.available, here.available, disk, fast).limited(profile)
 
 
 def _nvidia(*, whole: bool) -> tuple[str, int] | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -218,6 +218,8 @@ class Judges(nn.Module):
         name: "reward" or "test".
         width: of the networks' first layers.
         verbs, directions, places: the names their scores stand for, in order.
+        kinds: the same of the kind judge, which has one more score for "none of them"; empty: there is no such judge.
+        knots: (cosine, likeness) pairs, rising, between which likeness is interpolated; empty: it is the cosine.
         critic: whether it has one; a set gets it after there is a model whose clips it can be taught on.
     """
 
@@ -228,16 +230,33 @@ class Judges(nn.Module):
         verbs: list[str],
         directions: list[str],
         places: list[str],
+        kinds: Sequence[str] = (),
+        knots: Sequence[Sequence[float]] = (),
         critic: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.width = name, width
+        self.kinds, self.knots = list(kinds), [(float(cosine), float(likeness)) for cosine, likeness in knots]
         self.verbs, self.directions, self.places = verbs, directions, places
         self.locator = Locator(width)
         self.embedder = Embedder(width)
         self.action = ActionJudge(width // 2, len(verbs), len(directions))
         self.place = PictureJudge(width // 2, len(places))
+        self.kind = PictureJudge(width // 2, len(kinds) + 1) if kinds else None
         self.critic = PictureJudge(width // 2, 1) if critic else None
+
+    def likeness(self, cosine: Tensor) -> Tensor:
+        """Cosines of two embeddings on the scale of likenesses, -1 to 1; the order stays.
+
+        Two sets give other cosines to the same pair. On this scale drawn clips stand near .95 and subjects that have
+        lost their shape below .4, by either.
+        """
+        if not self.knots:
+            return cosine
+        at, value = (cosine.new_tensor(each) for each in zip((-1.0, -1.0), *self.knots, (1.0, 1.0), strict=True))
+        place = torch.searchsorted(at, cosine.contiguous(), right=True).clamp(1, len(at) - 1)
+        share = (cosine - at[place - 1]) / (at[place] - at[place - 1])
+        return value[place - 1] + share.clamp(0, 1) * (value[place] - value[place - 1])
 
     def drawn_probability(self, frames: Tensor) -> Tensor:
         """(P, 3, H, W) -> how sure the critic is that each frame was drawn and not generated, (P,) from 0 to 1.
@@ -260,7 +279,11 @@ class Judges(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the set into a folder: config.json and model.safetensors, half precision."""
         names = {"verbs": self.verbs, "directions": self.directions, "places": self.places}
-        about = {"name": self.name, "width": self.width, **names, "critic": self.critic is not None}
+        about: dict[str, Any] = {"name": self.name, "width": self.width, **names, "critic": self.critic is not None}
+        if self.kind is not None:
+            about["kinds"] = self.kinds
+        if self.knots:
+            about["knots"] = self.knots
         tensors = self.state_dict()
         for key, tensor in tensors.items():
             if tensor.is_floating_point():
@@ -341,8 +364,8 @@ def make_finder(judges: Judges, frames: Tensor) -> Callable[[Sequence[Tensor]], 
 
 
 def compute_likenesses(judges: Judges, frames: Tensor, masks: Tensor, known: Sequence[Tensor]) -> Tensor:
-    """Cosine of every cut-out with each subject's most similar picture: (P, 3, H, W), (P, H, W) -> (P, N)."""
+    """Likeness of every cut-out to each subject's most similar picture: (P, 3, H, W), (P, H, W) -> (P, N)."""
     if len(masks) == 0:
         return frames.new_zeros(0, len(known))
     seen = judges.embedder(crop_subjects(frames, masks))
-    return torch.stack([(seen @ own.T).amax(1) for own in known], 1)
+    return judges.likeness(torch.stack([(seen @ own.T).amax(1) for own in known], 1))

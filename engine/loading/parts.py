@@ -85,6 +85,7 @@ def load_part(
     merge: Path | None = None,
     build: Callable[[Path], Any] | None = None,
     tell: Callable[[float], None] = lambda share: None,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """One part of a model.
 
@@ -102,6 +103,7 @@ def load_part(
         merge: a LoRA that becomes a part of the transformer's weights.
         build: makes the part from its place, where it is of a class that this module does not know (an evaluator's).
         tell: hears the share of a transformer or an encoder that is loaded, up to 1.
+        dtype: what the transformer or an encoder computes in; None takes what is usual on the device.
 
     Raises:
         StudioError: a file is missing, cut short, or of another model; or the device has no such precision.
@@ -111,7 +113,7 @@ def load_part(
         if part.endswith("tokenizer"):
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         where = CPU if part in JUDGES else where
-        dtype, lies = usual_dtype(part, where), CPU if isinstance(keep, Path) else keep or where
+        dtype, lies = dtype or usual_dtype(part, where), CPU if isinstance(keep, Path) else keep or where
         asked: Any = {"precision": precision, "where": lies, "expect": expect, "tell": tell}
         if isinstance(keep, Path):
             asked["settle"] = partial(offload.move_into_file, folder=keep)

@@ -131,10 +131,11 @@ class ModelPool:
         place = preset.place(part)
         merge = preset.place("distill") if part == "transformer" and preset.components.distill else None
         fit = self._fit(part)
-        exact = "bf16" if usual_dtype(part, self.device) == torch.bfloat16 else "fp32"
+        dtype = self._dtype(part)
+        exact = "bf16" if dtype == torch.bfloat16 else "fp32"
         precision = None if fit is None or fit.precision == exact else fit.precision
         keep = None if fit is None else {"device": None, "memory": CPU, "disk": _spill_folder(part)}[fit.where]
-        mark = (precision, str(keep), fingerprint(place), fingerprint(merge) if merge is not None else ())
+        mark = (precision, dtype, str(keep), fingerprint(place), fingerprint(merge) if merge is not None else ())
         kept = self._parts.pop(part, None)
         if kept is not None and kept[0] == mark:
             self._parts[part] = kept
@@ -143,7 +144,7 @@ class ModelPool:
             del kept  # the old one leaves before the new one comes: two large models may not fit
             _release_memory(self.device, [part])
         self._give_way(part)
-        asked: Any = {"expect": _expected(part, place, preset), "merge": merge, "build": build}
+        asked: Any = {"expect": _expected(part, place, preset), "merge": merge, "build": build, "dtype": dtype}
         loaded = load_part(part, place, self.device, precision, keep=keep, tell=partial(self._tell, part), **asked)
         self._parts[part] = (mark, loaded)
         return loaded
@@ -185,6 +186,12 @@ class ModelPool:
         in_the_way = plan is not None and plan.peak + total > plan.machine.vram
         if total > KEEP_ENCODERS_BYTES or in_the_way:
             self._drop(loaded)
+
+    def _dtype(self, part: Part) -> torch.dtype:
+        """What a part computes in: bf16 where the plan has that for models, else what is usual on the device."""
+        if self._plan is not None and self._plan.plain == 2 and part in VISITING:
+            return torch.bfloat16
+        return usual_dtype(part, self.device)
 
     def _fit(self, part: Part) -> Fit | None:
         return None if self._plan is None else self._plan.parts.get(part)

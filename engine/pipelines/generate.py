@@ -151,7 +151,8 @@ def decode_and_write(
 def new_solver(job: GenerateJob) -> solvers.Solver:
     settings = job.sampling
     assert settings.scheduler and settings.num_inference_steps and settings.shift, "presets.resolve fills these in"
-    return solvers.SOLVERS[settings.scheduler](settings.num_inference_steps, settings.shift)
+    make = solvers.SOLVERS[settings.scheduler]
+    return make(settings.num_inference_steps, settings.shift, settings.final_sigma or 0.0)
 
 
 def guided_prediction(

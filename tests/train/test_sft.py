@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttention
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch import Tensor
 from engine import presets
 from engine.models.identity_wan import IdentityAttention, IdentityWanTransformer3DModel
 from engine.models.subject_tower import LayerIdentity, References
-from engine.paths import ROOT
 from train import cpu_attention
 from train.data.batch import Batch, NullConditioning, cut_from_clip
 from train.data.cache import Cache
@@ -26,7 +24,7 @@ from train.runs import checkpoint
 from train.sft import attention_losses, loss, models, trainer
 from train.sft.config import SftConfig, read_run
 from train.sft.loss import COARSE, at_moments, conditions, kind_at, loss_at, weighted_error
-from train.toybox import recipe, scenes, vae, world
+from train.toybox import recipe, scenes, world
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
@@ -73,44 +71,6 @@ def weights(run: Path) -> dict[str, Tensor]:
     saved = checkpoint.load(run)
     assert saved is not None
     return saved[1]["model"] | {f"ema/{key}": t for key, t in saved[1]["ema"].items()}
-
-
-def test_a_still_runs_through_flat_convolutions_with_the_same_result() -> None:
-    model = vae.new_vae().eval().double()  # the loud offset before the last SiLU costs fp32 four digits
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.001 * torch.randn_like(parameter))  # the older taps too
-        pixels = torch.rand(2, 3, 1, 32, 32).double() * 2 - 1
-        latents = model.encode(pixels).latent_dist.mean
-        frames = model.decode(latents).sample
-        with vae.stills(model):
-            assert torch.allclose(model.encode(pixels).latent_dist.mean, latents, atol=1e-8)
-            assert torch.allclose(model.decode(latents).sample, frames, atol=1e-8)
-        assert frames.abs().median() < 1  # or clamping would make everything equal
-        assert "forward" not in vars(model.encoder.conv_in)
-
-
-def test_a_new_vae_is_a_linear_codec_that_keeps_a_picture_recognisable() -> None:
-    model = vae.new_vae().eval()
-    pixels = vae.batch_at(2)
-    with torch.no_grad(), vae.stills(model):
-        latents = model.encode(pixels).latent_dist.mean
-        halved = model.encode(0.5 * pixels).latent_dist.mean
-        black = model.encode(torch.zeros_like(pixels)).latent_dist.mean
-        error = (model.decode(latents).sample - pixels).square().mean()
-    assert -10 * torch.log10(error / 4) > 25  # dB, before any training
-    assert (halved - (latents + black) / 2).square().mean() < 1e-3 * latents.square().mean()
-    assert model.config.scale_factor_temporal == 1 and latents.shape[-2:] == (16, 16)
-
-
-def test_the_shipped_codec_draws_even_colour_without_a_hatch() -> None:
-    folder = ROOT / "assets" / "toybox" / "vae"
-    model = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    colours = torch.rand(32, 3, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad(), vae.stills(model):
-        decoded = model.decode(model.encode(colours.expand(-1, -1, -1, 32, 32)).latent_dist.mean).sample
-    within = decoded[..., 8:-8, 8:-8].std((-1, -2)).mean() * 127.5
-    assert within < 4  # levels of 255; 7.8 where rounding is not taken back
 
 
 def test_a_run_that_is_cut_and_goes_on_ends_with_the_same_weights(tmp_path: Path, cache: Path) -> None:
@@ -447,6 +407,18 @@ def test_noise_levels_that_share_their_subjects_cost_what_they_cost_apart(cache:
     assert torch.allclose(shared, apart, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [2.5, 12.0])
+def test_few_noise_levels_lie_below_the_last_one_of_the_preset_and_the_others_follow_as_before(shift: float) -> None:
+    plain = loss.noise_levels(40_000, shift, torch.Generator().manual_seed(0))
+    levels = loss.noise_levels(40_000, shift, torch.Generator().manual_seed(0), final_sigma=0.5, below=0.1)
+    under, before = (float((each < 0.5).float().mean()) for each in (levels, plain))
+    assert under == pytest.approx(min(0.1, before), abs=0.01)
+    for share in (0.25, 0.5, 0.75):
+        above = [each[each >= 0.5].quantile(share).item() for each in (levels, plain)]
+        assert above[0] == pytest.approx(above[1], abs=0.01)
+    assert float(levels.min()) > 0 and float(levels.max()) < 1
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_quick_attention_is_attention(masked: bool) -> None:
     query, key, value = (torch.randn(2, 3, length, 8) for length in (5, 7, 7))
@@ -590,5 +562,5 @@ def test_a_cache_holds_clips_of_the_size_that_was_asked_for(monkeypatch: pytest.
     assert large["latents"].shape == (2, 16, 17, 32, 32)
     assert large["references"].shape == (2, 2, 1, 16, 32, 32) and large["instance_ids"].shape == (2, 17, 32, 32)
     small = scenes.make_shard(number, encoders)
-    assert small["latents"].shape == (2, 16, 9, 16, 16)
+    assert small["latents"].shape == (2, 16, 17, 16, 16)
     assert torch.equal(small["text"], large["text"])  # the same scenes

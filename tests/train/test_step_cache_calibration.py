@@ -63,6 +63,6 @@ def test_the_bench_holds_the_words_to_what_they_promise(monkeypatch: pytest.Monk
     found = {"off": told(30, 30, 99, 0), "careful": told(30, 25, 24, -0.02), "fast": told(30, 10, 30, -0.1)}
     monkeypatch.setattr(quality, "json_of", lambda *_: found)
     rows = {figure.key: figure.holds for figure in quality.measure_step_cache("toybox")}
-    assert rows["cache-off-30"] and rows["cache-off-30-loss"] and rows["cache-fast-30"]
-    assert not rows["cache-careful-30"] and not rows["cache-careful-30-loss"]
+    assert rows["cache-off-12"] and rows["cache-off-12-loss"] and rows["cache-fast-12"]
+    assert not rows["cache-careful-12"] and not rows["cache-careful-12-loss"]
     assert rows["cache-fast-50-loss"] is None

@@ -79,6 +79,10 @@ class SftConfig(Document):
     """Shift of the noise levels of stills; above 1 more are near noise, where pictures have most to say."""
     clip_shift: float = Field(3.0, gt=0)
     """The same for clips: what nine frames share shows through noise that hides it in one."""
+    final_sigma: float = Field(0.0, ge=0, lt=1)
+    """The preset's last noise level: below it a clip is never evaluated, so little is to be learnt there."""
+    below_final: float = Field(0.1, ge=0, le=1)
+    """Share of the noise levels at most that fall below `final_sigma`, where that is not 0."""
     shared_noise: float = Field(0.0, ge=0, le=1)
     """Share of a clip's noise that all of its frames have in common; the preset samples with the same."""
     seed: int = 0

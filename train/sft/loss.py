@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.diffusion.solvers import add_noise, shifted, starting_noise
+from engine.diffusion.solvers import add_noise, shifted, starting_noise, unshifted
 from engine.models.subject_tower import References
 from train.data.batch import Batch, NullConditioning, cut_from_clip
 from train.sft.attention_losses import (
@@ -35,9 +35,25 @@ from train.sft.config import Kind, SftConfig
 COARSE = 4  # latent pixels; two video tokens
 
 
-def noise_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Logit-normal noise levels, shifted, (B,) in (0, 1)."""
-    return shifted(torch.sigmoid(torch.randn(count, generator=generator, device=generator.device)), shift)
+def noise_levels(
+    count: int, shift: float, generator: torch.Generator, final_sigma: float = 0.0, below: float = 0.1
+) -> Tensor:
+    """Logit-normal noise levels, shifted, (B,) in (0, 1).
+
+    Args:
+        final_sigma: where above 0, at most the share `below` of the levels lies under it; the others follow the same
+            distribution above it.
+    """
+    drawn = torch.randn(count, generator=generator, device=generator.device)
+    if final_sigma > 0:
+        normal = torch.distributions.Normal(0.0, 1.0)
+        start = unshifted(final_sigma, shift)
+        under = normal.cdf(torch.tensor(start / (1 - start)).log()).item()  # share of the levels below final_sigma
+        kept = min(below, under)
+        share = normal.cdf(drawn)  # uniform; its first part is narrowed, the rest stretched
+        low, high = share * (under / kept if kept else 0.0), 1 - (1 - share) * (1 - under) / (1 - kept)
+        drawn = normal.icdf(torch.where(share < kept, low, high).clamp(1e-6, 1 - 1e-6))
+    return shifted(torch.sigmoid(drawn), shift)
 
 
 def surroundings(instance_ids: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
@@ -136,7 +152,7 @@ def loss_at(
     clean, instance_ids, text = (
         each.repeat_interleave(repeats, 0) for each in (batch.latents, batch.instance_ids, text)
     )
-    t = noise_levels(len(clean), shift, generator)
+    t = noise_levels(len(clean), shift, generator, config.final_sigma, config.below_final)
     noise = starting_noise(tuple(clean.shape), generator, shared_noise)
     noisy, target = add_noise(clean, noise, t)
     weight = 1 + config.subject_weight * (instance_ids > 0).float().unsqueeze(1)

@@ -35,7 +35,7 @@ def new_model(config: SftConfig) -> WanTransformer3DModel:
         if isinstance(model, IdentityWanTransformer3DModel):
             _randomise_positions(model)
         return model
-    source = _load_start(Path(config.start))
+    source = load_start(Path(config.start))
     if isinstance(source, kind):
         return _add_missing_parts(source, config.architecture)
     extra = {key: value for key, value in config.architecture.items() if key not in source.config}
@@ -78,7 +78,7 @@ def _is_new_part(key: str) -> bool:
     return "video_position_embedding." in key or ".slot_key." in key
 
 
-def _load_start(start: Path) -> WanTransformer3DModel:
+def load_start(start: Path) -> WanTransformer3DModel:
     """The model of a folder, or a run's model with its averaged weights."""
     if (start / "config.json").exists():
         name = json.loads((start / "config.json").read_text(encoding="utf-8"))["_class_name"]

@@ -1,4 +1,4 @@
-"""The toybox benchmark: a hundred and eighty held-out jobs, made and judged, and one table with intervals.
+"""The toybox benchmark: two hundred and seventy held-out jobs, made and judged, and one table with intervals.
 
 In:  a preset, a number of jobs, a set of judges.
 Out: a table; with a folder, the jobs in OpenS2V's layout, clips named by id, and every figure as JSON.
@@ -18,6 +18,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from engine import presets
 from engine.identity.crops import crop_subjects, to_unit
@@ -43,6 +45,7 @@ from engine.models.vae import clip_latents, decode_frames
 from engine.paths import ROOT
 from engine.pipelines.prompt import render_prompt
 from train.evaluation.clips import make_frames
+from train.evaluation.grain import measure_grain
 from train.evaluation.statistics import Interval, as_text, interval, spearman
 from train.toybox import world
 from train.toybox.contact_sheet import job_of, verbs_for
@@ -58,8 +61,8 @@ CATEGORIES = {
     "twocreatures": (30, 2),
     "creaturething": (15, 2),
     "samekind": (15, 2),
-    "three": (15, 3),
-    "four": (15, 4),
+    "three": (60, 3),
+    "four": (60, 4),
 }
 REDUCED = 3  # without --full, every third job
 
@@ -90,6 +93,12 @@ class Verdict:
     copied: float
     acted: float
     """How sure the judge is of the right verb."""
+    kind: tuple[bool, ...] = ()
+    """Whether each subject that has a kind shows it, where the set has a judge of kinds."""
+    grain: float = math.nan
+    """How uneven even background is, in levels of 255; NaN where none is seen."""
+    flicker: float = math.nan
+    """How much even background changes from frame to frame, in levels of 255."""
     drawn: float | None = None
     """How sure the critic is that the frames were drawn; None where the set has none."""
 
@@ -190,11 +199,15 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     instance_ids = find(pictures).argmax(1)
     masks = torch.stack([instance_ids == slot for slot in range(1, len(pictures) + 1)], 1).float()  # (F, N, H, W)
     there = masks.mean((2, 3)) >= SEEN
-    recognised, likeness, copied = [], [], []
+    recognised, likeness, copied, kinds = [], [], [], []
     for slot, subject in enumerate(scene.subjects):
         shown = there[:, slot]
+        cuts = None
         if bool(shown.any()):
-            copied.append(_measure_copying(crop_subjects(seen[shown], masks[shown, slot]), subject, pictures[slot]))
+            cuts = crop_subjects(seen[shown], masks[shown, slot])
+            copied.append(_measure_copying(cuts, subject, pictures[slot]))
+        if judges.kind is not None and subject.kind in judges.kinds:
+            kinds.append(_shows_kind(judges, cuts, subject.kind))
         candidates = torch.cat([pictures[slot], _draw_others(case.id, slot, subject)])
         found = _measure_likeness(judges, seen, find, pictures, slot, candidates)
         recognised.append(found[0] > max(found[1:]))
@@ -222,8 +235,24 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         place,
         mean_copied,
         acted,
+        tuple(kinds),
+        *measure_grain(frames, _widen(masks.any(1))),
         drawn_probability,
     )
+
+
+def _widen(masks: Tensor) -> np.ndarray:
+    """(F, H, W), three pixels wider on every side: outlines and what a decoder smears of them are no background."""
+    return functional.max_pool2d(masks.float().unsqueeze(1), 7, 1, 3)[:, 0].bool().numpy()
+
+
+def _shows_kind(judges: Judges, cuts: Tensor | None, kind: str) -> bool:
+    """Whether the cut-outs of a clip, taken together, show this kind more than any other and than none of them."""
+    if cuts is None:
+        return False
+    assert judges.kind is not None
+    shares = judges.kind(cuts).softmax(1).mean(0)
+    return int(shares.argmax()) == judges.kinds.index(kind)
 
 
 def _measure_likeness(
@@ -248,7 +277,7 @@ def _measure_likeness(
             found.append(0.0)
             continue
         cuts = judges.embedder(crop_subjects(frames[there], mask[there]))
-        found.append(float((cuts @ vector).clamp(min=0).sum()) / len(frames))
+        found.append(float(judges.likeness(cuts @ vector).clamp(min=0).sum()) / len(frames))
     return found
 
 
@@ -335,13 +364,14 @@ def judge_ground_truth(cases: Sequence[Case], judges: Judges, preset: presets.Pr
 
 def _as_list(answer: float | None) -> list[float]:
     """The answer to a question as figures: none where the question does not apply."""
-    if answer is None:
+    if answer is None or math.isnan(answer):
         return []
     return [float(answer)]
 
 
 QUESTIONS: dict[str, Callable[[Verdict], list[float]]] = {
     "own picture first of 16": lambda v: [float(x) for x in v.recognised],
+    "kind": lambda v: [float(x) for x in v.kind],
     "likeness": lambda v: list(v.likeness),
     "weakest likeness": lambda v: [min(v.likeness)],
     "seen": lambda v: list(v.presence),
@@ -350,6 +380,8 @@ QUESTIONS: dict[str, Callable[[Verdict], list[float]]] = {
     "direction": lambda v: _as_list(v.direction),
     "place": lambda v: [float(v.place)],
     "pose copied": lambda v: [v.copied],
+    "grain": lambda v: _as_list(v.grain),
+    "flicker": lambda v: _as_list(v.flicker),
     "taken for drawn": lambda v: _as_list(v.drawn),
 }
 
@@ -392,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
     """Make, judge, print the table; 1 with a sentence when that cannot be done."""
     parser = argparse.ArgumentParser(prog="python launch.py evaluate", description="Measure identity on held-out jobs.")
     parser.add_argument("preset", nargs="?", default="toybox")
-    parser.add_argument("--full", action="store_true", help="all 180 jobs, and withheld and swapped references")
+    parser.add_argument("--full", action="store_true", help="all 270 jobs, and withheld and swapped references")
     parser.add_argument("--out", type=Path, help="folder for jobs, clips, reports and the table; kept")
     parser.add_argument("--judges", default="test", choices=["test", "reward"], help="which set judges")
     parser.add_argument("--every", type=int, help="each n-th job of every category; 3, with --full 1")

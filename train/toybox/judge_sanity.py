@@ -23,10 +23,13 @@ from PIL import Image
 from engine.identity.toybox import Judges
 from train.toybox import world
 from train.toybox.benchmark import Case, draw_case, judge, load_judges, round_trip
+from train.toybox.judges import lost_shapes
 from train.toybox.recipe import ASSETS
 
 Frames = NDArray[np.uint8]
 FRAMES = 9
+GRAIN = 25.0  # standard deviation of planted noise, in levels of 255
+UNLIKE, ALIKE = 0.4, 0.85  # likenesses below which a lost shape stays, and above which a drawn clip lies
 
 
 def swap_subjects(of: Case, clean: world.Clip) -> Frames:
@@ -63,6 +66,30 @@ def flicker(of: Case, clean: world.Clip) -> Frames:
     return np.where((np.arange(FRAMES) % 2 == 1).reshape(-1, 1, 1, 1), other, clean.frames)
 
 
+def lose_shape(of: Case, clean: world.Clip) -> Frames:
+    """The second subject has the right colours and no shape: a blob, a scribble or a box on legs."""
+    return lose_shape_as(of, clean, None)
+
+
+def lose_shape_as(of: Case, clean: world.Clip, shape: str | None) -> Frames:
+    """The clip with the second subject drawn as a shape of `lost_shapes.SHAPES`; None: one of those that suit it."""
+    seed = of.scene.seed
+    if shape is None:
+        suited = [name for name, near in lost_shapes.NEAR.items() if of.scene.subjects[1].kind not in near]
+        shape = suited[seed % len(suited)]
+    without = world.render(of.scene, num_frames=FRAMES, hide=(2,)).frames
+    frames = []
+    for bare, whole, ids in zip(without, clean.frames, clean.instance_ids, strict=True):
+        frames.append(lost_shapes.lose_shape(bare, whole, ids == 2, shape, seed)[0])
+    return np.stack(frames)
+
+
+def add_grain(of: Case, clean: world.Clip) -> Frames:
+    """Noise on every pixel of every frame, as a decoder shows that draws each error of its latents."""
+    noise = np.random.default_rng(of.scene.seed).normal(0, GRAIN, clean.frames.shape)
+    return (clean.frames + noise).clip(0, 255).round().astype(np.uint8)
+
+
 FAULTS: dict[str, Callable[[Case, world.Clip], Frames]] = {
     "swapped": swap_subjects,
     "missing": hide_second,
@@ -70,6 +97,8 @@ FAULTS: dict[str, Callable[[Case, world.Clip], Frames]] = {
     "recoloured": recolour_second,
     "frozen": freeze,
     "flickering": flicker,
+    "shape lost": lose_shape,
+    "grain": add_grain,
 }
 
 
@@ -103,8 +132,28 @@ def measure_noticed_faults(judges: Judges, vae: AutoencoderKLWan, count: int) ->
         clean = world.render(of.scene, num_frames=FRAMES)
         best = judge(of, round_trip(clean.frames, vae), judges).score
         for name, plant in FAULTS.items():
-            lower[name].append(judge(of, round_trip(plant(of, clean), vae), judges).score < best)
+            frames = plant(of, clean)
+            if plant is not add_grain:  # the VAE takes grain away
+                frames = round_trip(frames, vae)
+            lower[name].append(judge(of, frames, judges).score < best)
     return {name: float(np.mean(found)) for name, found in lower.items()}
+
+
+def measure_likenesses(judges: Judges, vae: AutoencoderKLWan, count: int) -> dict[str, float]:
+    """Whether likeness is on its scale: shares of drawn subjects above ALIKE, and of lost shapes below UNLIKE."""
+    drawn: list[bool] = []
+    lost: dict[str, list[bool]] = {name: [] for name in lost_shapes.SHAPES}
+    for number in range(count):
+        of = draw_fault_case(number)
+        clean = world.render(of.scene, num_frames=FRAMES)
+        drawn += [likeness > ALIKE for likeness in judge(of, round_trip(clean.frames, vae), judges).likeness]
+        for name, near in lost_shapes.NEAR.items():
+            if of.scene.subjects[1].kind not in near:
+                frames = round_trip(lose_shape_as(of, clean, name), vae)
+                lost[name].append(judge(of, frames, judges).likeness[1] < UNLIKE)
+    shares = {f"{name} below {UNLIKE}": float(np.mean(found)) for name, found in lost.items()}
+    everyone = [each for found in lost.values() for each in found]
+    return {f"drawn above {ALIKE}": float(np.mean(drawn)), f"lost below {UNLIKE}": float(np.mean(everyone)), **shares}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,7 +165,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=60, help="scenes, each with every fault")
     options = parser.parse_args(argv)
     vae = AutoencoderKLWan.from_pretrained(ASSETS / "vae").float().eval()
-    print(json.dumps(measure_noticed_faults(load_judges(options.name), vae, options.count), indent=1))  # noqa: T201
+    judges = load_judges(options.name)
+    found = {
+        "noticed": measure_noticed_faults(judges, vae, options.count),
+        "likeness": measure_likenesses(judges, vae, options.count),
+    }
+    print(json.dumps(found, indent=1))  # noqa: T201
     return 0
 
 

@@ -63,27 +63,29 @@ class Size:
 
 
 SIZES = {
-    "xs": Size("toybox", Format(64, 9), heads=5, ffn_dim=640, layers=6),  # 4M parameters, for two processor cores
+    "xs": Size("toybox", Format(64, 17), heads=5, ffn_dim=640, layers=6),  # 4M parameters, for two processor cores
     "s": Size("toybox-s", Format(128, 17), heads=7, ffn_dim=896, layers=8),  # 10M, for one large card
 }
 # What SftConfig's defaults have not; clips share as much noise as their preset says. The shipped checkpoint got its
 # positions, slots, sparse clips and losses one after the other (docs/log.md); these are the last ones.
 IDENTITY = {"steps": 9600, "clip_share": 0.4, "in_pair": 0.0, "ema": 0.999}
 MOTION = {
-    "steps": 9000,
-    "clip_share": 0.8,
-    "sparse_share": 0.5,
+    "steps": 30_000,
+    "learning_rate": 4e-4,
+    "clip_share": 0.6,
+    "sparse_share": 0.4,
     "sparse_shift": 12.0,
     "clip_shift": 3.5,
     "motion_weight": 1.0,
     "subject_alignment": 0.25,
     "caption_alignment": 0.3,
-    "decay_fraction": 0.4,
+    "decay_fraction": 0.3,
     "in_pair": 0.0,
     "ema": 0.999,
 }
 SHARDS = 300
 BASE_STEPS = 4000
+ESTIMATED_CLIPS = 600  # that the decoder learns from
 
 
 def vae(state: Path, seconds: float, size: Size) -> bool:
@@ -164,6 +166,7 @@ def prepare_run(state: Path, name: str, size: Size, start: Path | None, **values
             "start": str(start or ""),
             "architecture": architecture,
             "shared_noise": presets.load(ASSETS.name).shared_noise,
+            "final_sigma": presets.load(ASSETS.name).sampling.final_sigma or 0.0,
         }
         fresh = run / f"run.{os.getpid()}.new"  # every process of a team writes the same
         fresh.write_text(SftConfig(**own, **values).model_dump_json(indent=2), encoding="utf-8")
@@ -210,6 +213,36 @@ def adopt(state: Path, seconds: float, size: Size) -> bool:
     return True
 
 
+def decoder(state: Path, seconds: float, size: Size) -> bool:
+    """Teach the VAE's decoder to take away what the transformer leaves; the encoder stays."""
+    from engine import presets
+    from train.sft import models
+    from train.toybox import decoder as stage
+    from train.toybox.estimates import Estimates, estimate_clips
+
+    preset = presets.load(ASSETS.name)
+
+    def estimate() -> Estimates:
+        return estimate_clips(
+            state / "cache",
+            models.load_start(_latest_transformer(state)).eval(),
+            clips=ESTIMATED_CLIPS,
+            guidance_scale=preset.sampling.guidance_scale or 1.0,
+            shared_noise=preset.shared_noise,
+            form=size.form,
+        )
+
+    return stage.train(state, state / "parts" / "vae", estimate, preset.shared_noise, seconds)
+
+
+def _latest_transformer(state: Path) -> Path:
+    """The run that has trained longest, or the shipped checkpoint where `adopt` brought one."""
+    for name in ("motion", "identity"):
+        if (state / name / "state.safetensors").is_file():
+            return state / name
+    return state / "adopted"
+
+
 def export(state: Path, seconds: float, size: Size) -> bool:
     """Write assets/toybox: frozen parts and averaged transformer; of another size its transformer and its preset."""
     import shutil
@@ -224,6 +257,17 @@ def export(state: Path, seconds: float, size: Size) -> bool:
         path = presets.PRESETS / f"{size.preset}.json"
         path.write_text(preset_of(size).model_dump_json(indent=2) + "\n", encoding="utf-8")
     models.export(state / "motion", ASSETS.with_name(size.preset) / "transformer")
+    return True
+
+
+def sanity(state: Path, seconds: float, size: Size) -> bool:
+    """Make the clip of "Test my setup" with the checkpoint that ships now."""
+    import torch
+
+    from engine.loading.pool import ModelPool
+    from train.evaluation.clips import remake_clip
+
+    remake_clip(ASSETS.parent / "sanity.json", ModelPool(torch.device("cpu")))
     return True
 
 
@@ -255,7 +299,9 @@ STAGES: dict[str, Callable[[Path, float, Size], bool]] = {
     "base": base,
     "identity": identity,
     "motion": motion,
+    "decoder": decoder,
     "export": export,
+    "sanity": sanity,
 }
 OF_ANY_SIZE = ("cache", "base", "identity", "motion", "export")  # the stages before them are size xs's, for all
 

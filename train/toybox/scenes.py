@@ -32,9 +32,7 @@ from train.toybox.vae import stills
 
 SHARD = {"still": 256, "clip": 96}
 
-CLIP_SHARE = 4  # every fourth shard holds clips
-
-MIXED = 240  # later ones all do
+CLIP_SHARE = 2  # every second shard holds clips
 
 FIRST_SCENE = 2_000_000  # earlier ones taught the readers of words
 
@@ -66,20 +64,26 @@ class Format:
     """What clips a cache holds: square frames of so many pixels, so many of them."""
 
     pixels: int = 64
-    num_frames: int = 9
+    num_frames: int = 17
 
 
 def shape_of_shard(number: int) -> tuple[str, int, int]:
-    """Kind, subjects and pictures of each: cut so that two subjects with one picture are most common."""
+    """Kind, subjects and pictures of each. Half of the samples have three or four subjects, which are the hardest."""
     rng = np.random.default_rng((41, number))
     kind = "still"
-    if number >= MIXED or number % CLIP_SHARE == CLIP_SHARE - 1:
+    if number % CLIP_SHARE == CLIP_SHARE - 1:
         kind = "clip"
-    subjects = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.42, 0.18, 0.1]))
+    subjects = int(rng.choice([1, 2, 3, 4], p=[0.2, 0.3, 0.25, 0.25]))
     pictures = 1
     if subjects < 3 and rng.random() < 0.2:
         pictures = 2
     return kind, subjects, pictures
+
+
+def scene_of(number: int, row: int) -> world.Scene:
+    """The scene of one row of a shard."""
+    _, subjects, _ = shape_of_shard(number)
+    return world.make_scene(FIRST_SCENE + number * 1000 + row, num_subjects=subjects)
 
 
 def _references(scene: world.Scene, pictures: int, rng: np.random.Generator, pixels: int) -> list[list[np.ndarray]]:
@@ -122,7 +126,7 @@ def make_shard(number: int, encoders: Encoders, form: Format = Format()) -> dict
         num_frames, clips_at_once = form.num_frames, 4
     clips, captions, references = [], [], []
     for i in range(SHARD[kind]):
-        scene = world.make_scene(FIRST_SCENE + number * 1000 + i, num_subjects=subjects)
+        scene = scene_of(number, i)
         clips.append(world.render(scene, form.pixels, num_frames=num_frames))
         captions.append(clips[-1].caption)
         references.append(_references(scene, pictures, rng, form.pixels))

@@ -1,7 +1,8 @@
-"""The toybox's video VAE: a linear codec in AutoencoderKLWan's clothes, fitted in seconds.
+"""The toybox's video VAE: a linear encoder in AutoencoderKLWan's clothes, fitted in seconds, and a fresh decoder.
 
 In:  frames drawn by `train.toybox.world`, in [-1, 1].
-Out: an `AutoencoderKLWan` folder: latents 4x smaller in space, with latents_mean and latents_std.
+Out: an `AutoencoderKLWan` folder: latents 4x smaller in space, with latents_mean and latents_std. Its decoder has
+     random weights until `train.toybox.decoder` has taught it.
 Knows nothing of prompts, subjects or transformers.
 
 Shapes: B clips, C channels, F frames, H x W pixels.
@@ -37,43 +38,75 @@ CONFIG: dict[str, Any] = {
     "in_channels": 48,
     "out_channels": 48,
     "base_dim": 64,
-    "decoder_base_dim": 64,
+    "decoder_base_dim": 96,
     "z_dim": 16,
     "dim_mult": [1],
-    "num_res_blocks": 1,
+    "num_res_blocks": 2,
     "temperal_downsample": [],
     "scale_factor_spatial": 4,
     "scale_factor_temporal": 1,
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
-STILL_BATCH, CLIP_BATCH, CLIP_FRAMES, CLIP_CROP = 14, 1, 9, 48
-LOUD = 6.0  # offset before the last SiLU of each half: there it is almost a straight line
+STILL_BATCH = 14
+LOUD = 6.0  # offset before the encoder's last SiLU: there it is almost a straight line
 
 
 def new_vae() -> AutoencoderKLWan:
-    """A VAE that starts as a linear codec: principal components of 4x4 patches, its residual branches at zero.
+    """A VAE whose encoder gives the principal components of 4x4 patches, and whose decoder knows nothing yet.
 
-    The two last convolutions are fitted by least squares to undo the norm and SiLU before them.
+    The encoder's residual branches are at zero, its last convolution is fitted by least squares to undo the norm and
+    SiLU before it. The decoder starts from random weights: behind such a loud offset nothing would train.
     """
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**CONFIG)
     rng = np.random.default_rng(10)
-    pixels = to_model(np.stack([_draw_still(rng)[None] for _ in range(400)]))
+    pixels = to_model(np.stack([draw_still(rng)[None] for _ in range(400)]))
     with torch.no_grad(), stills(vae):
-        for module in vae.modules():
+        for module in vae.encoder.modules():
             ends = {WanResidualBlock: "conv2", WanAttentionBlock: "proj"}
             if type(module) in ends:
                 for parameter in module.get_submodule(ends[type(module)]).parameters():
                     nn.init.zeros_(parameter)
         wanted = principal_components(patchify(pixels, CONFIG["patch_size"]))
         padded = torch.cat([wanted, torch.zeros_like(wanted)], 1)  # the second half: log variance
-        _fit_half(vae.encoder, patchify(pixels, CONFIG["patch_size"]), padded)
+        _fit_encoder(vae.encoder, patchify(pixels, CONFIG["patch_size"]), padded)
         _set_to_identity(vae.quant_conv)
         vae.quant_conv.get_parameter("bias")[CONFIG["z_dim"] :] = -8.0
         _set_to_identity(vae.post_quant_conv)
-        _fit_half(vae.decoder, wanted, patchify(pixels, CONFIG["patch_size"]))
+        start_decoder(vae)
     return vae
+
+
+def grow_decoder(shipped: AutoencoderKLWan) -> AutoencoderKLWan:
+    """The VAE with the same encoder, bit for bit in its latents, and a decoder of today's size that knows nothing yet.
+
+    For checkpoints of before the decoder was taught: they have one residual block where CONFIG has two. The encoder's
+    new block adds nothing.
+    """
+    torch.manual_seed(0)
+    config: Any = shipped.config
+    measured = {"latents_mean": config.latents_mean, "latents_std": config.latents_std}
+    vae = AutoencoderKLWan(**{**CONFIG, **measured})
+    held = {key: value for key, value in shipped.state_dict().items() if not key.startswith("decoder.")}
+    missing, unexpected = vae.load_state_dict(held, strict=False)
+    strangers = [key for key in missing if not key.startswith(("decoder.", "encoder.down_blocks.1."))] + unexpected
+    if strangers:
+        raise ValueError(f"the VAE to start from has another encoder, the first key is {strangers[0]}")
+    with torch.no_grad():
+        if any(key.startswith("encoder.down_blocks.1.") for key in missing):
+            for parameter in vae.encoder.down_blocks[1].get_submodule("conv2").parameters():
+                nn.init.zeros_(parameter)
+        start_decoder(vae)
+    return vae
+
+
+@torch.no_grad()
+def start_decoder(vae: AutoencoderKLWan) -> None:
+    """The decoder's older temporal taps at zero: until it is taught on clips, each frame is decoded as a still."""
+    for module in vae.decoder.modules():
+        if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
+            module.weight[:, :, :-1].zero_()
 
 
 def principal_components(patches: Tensor) -> Tensor:
@@ -98,8 +131,8 @@ def _set_to_identity(conv: Any) -> None:
     conv.bias.zero_()
 
 
-def _fit_half(half: Any, inputs: Tensor, outputs: Tensor) -> None:
-    """Encoder or decoder: spread the input over all channels, then least squares from what the last SiLU gives."""
+def _fit_encoder(half: Any, inputs: Tensor, outputs: Tensor) -> None:
+    """Spread the input over all channels, then least squares from what the last SiLU gives."""
     first, last = half.conv_in, half.conv_out
     for conv in (first, last):
         conv.weight.zero_()
@@ -150,7 +183,7 @@ def to_model(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.moveaxis(frames, -1, -4).copy()).float().div_(127.5).sub_(1)
 
 
-def _draw_still(rng: np.random.Generator) -> np.ndarray:
+def draw_still(rng: np.random.Generator) -> np.ndarray:
     """One picture of the world: a scene, a reference, a background, or loose shapes a user's picture may hold."""
     seed, pick = int(rng.integers(2**28)), rng.random()
     if pick < 0.6:
@@ -170,19 +203,10 @@ def _draw_crop(rng: np.random.Generator, seed: int) -> np.ndarray:
     return whole[y : y + 64, x : x + 64]
 
 
-def _draw_clip(rng: np.random.Generator) -> np.ndarray:
-    """A random window of a clip: convolutions do not care where it was cut."""
-    frames = world.render(world.make_scene(int(rng.integers(2**28))), num_frames=CLIP_FRAMES).frames
-    y, x = rng.integers(0, 64 - CLIP_CROP + 1, 2)
-    return frames[:, y : y + CLIP_CROP, x : x + CLIP_CROP]
-
-
 def batch_at(step: int) -> Tensor:
-    """The pictures of one step, the same whenever it is asked: (B, 3, F, H, W) in [-1, 1]; stills and clips in turn."""
+    """The stills of one step, the same whenever it is asked: (B, 3, 1, H, W) in [-1, 1]."""
     rng = np.random.default_rng((11, step, 0))
-    if step % 2 == 0:
-        return to_model(np.stack([_draw_still(rng)[None] for _ in range(STILL_BATCH)]))
-    return to_model(np.stack([_draw_clip(rng) for _ in range(CLIP_BATCH)]))
+    return to_model(np.stack([draw_still(rng)[None] for _ in range(STILL_BATCH)]))
 
 
 def encode_posterior(vae: AutoencoderKLWan, pixels: Tensor) -> Any:
@@ -192,22 +216,14 @@ def encode_posterior(vae: AutoencoderKLWan, pixels: Tensor) -> Any:
 
 @torch.no_grad()
 def write(folder: Path) -> AutoencoderKLWan:
-    """Write the codec in half precision, with the latents' means and their one scale measured on stills and clips.
-
-    Rounding the loud weights moves every pixel of a 4x4 cell by a constant of its own, which is seen as a hatch on
-    even colour; the last bias takes it back.
-    """
+    """Write the fitted encoder in half precision, with the latents' means and their one scale, measured on stills."""
     vae = new_vae().eval()
-    pixels = [batch_at(step) for step in range(40)]
     with stills(vae):
-        flat = torch.cat([encode_posterior(vae, p).mean.transpose(0, 1).flatten(1) for p in pixels], 1)
+        flat = torch.cat(
+            [encode_posterior(vae, batch_at(step)).mean.transpose(0, 1).flatten(1) for step in range(40)], 1
+        )
         # One scale for all channels: coarse ones stay louder than fine ones.
         scale = float(flat.std(1).square().mean().sqrt())
         vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=[scale] * CONFIG["z_dim"])
-        vae.half().float()
-        drawn = torch.cat(pixels[::2])
-        decoded: Any = vae.decode(encode_posterior(vae, drawn).mean, return_dict=False)[0]
-        off = patchify(decoded - drawn, CONFIG["patch_size"]).mean((0, 2, 3, 4))
-        vae.decoder.conv_out.get_parameter("bias").sub_(off)
     vae.half().save_pretrained(folder, safe_serialization=True)
     return vae.float()

@@ -186,11 +186,14 @@ def _table(job: GenerateJob | None) -> str:
     guidance = (
         f"{sampling.guidance}, {' and '.join(str(w) for w in weights)}" if sampling.guidance != "none" else "none"
     )
+    steps = f"{sampling.num_inference_steps}, {sampling.scheduler}, shift {sampling.shift}"
+    if sampling.final_sigma:
+        steps += f", last noise {sampling.final_sigma:g}"
     facts: dict[str, Any] = {
         "Seed": job.seed,
         "Model": title,
         "Size": f"{job.width} x {job.height}, {job.num_frames} frames",
-        "Steps": f"{sampling.num_inference_steps}, {sampling.scheduler}, shift {sampling.shift}",
+        "Steps": steps,
         "Guidance": guidance,
     }
     if job.precision:

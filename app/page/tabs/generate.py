@@ -176,6 +176,7 @@ def _advanced(
                 min_width=90,
             )
             form["shift"] = gr.Number(start.shift, label="Shift", step=0.1, min_width=70)
+            form["final_sigma"] = gr.Number(start.final_sigma or 0, label="Last noise", step=0.05, min_width=70)
         form["step_cache"] = gr.Dropdown(
             [("Off", "off"), ("Careful", "careful"), ("Fast", "fast")],
             value=start.step_cache or "off",

@@ -32,6 +32,31 @@ def test_noise_levels_fall_from_one_to_zero_by_wans_rule(shift):
     torch.testing.assert_close(theirs.sigmas.float(), levels)
 
 
+@pytest.mark.parametrize("name", ["euler", "unipc", "wan_unipc"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_last_noise_level_is_the_last_one_evaluated_and_its_estimate_is_the_clip(name, shift):
+    solver = solvers.SOLVERS[name](8, shift, 0.5)
+    levels = solver.sigmas
+    assert len(levels) == 9 and len(solver.times) == 8 and bool((levels.diff() < 0).all())
+    assert levels[-2].item() == pytest.approx(0.5, abs=1e-3) and levels[-1] == 0
+    if name == "euler":  # evenly spaced before the shift
+        even = [solvers.unshifted(level, shift) for level in levels[:-1].tolist()]
+        assert torch.tensor(even).diff().diff().abs().max() < 1e-5
+
+    told = []
+    final = solvers.denoise(torch.randn(SHAPE), lambda x, s: x.sin(), solver, told.append)
+    assert len(told) == 8 and torch.isfinite(final).all()
+    if name == "euler":
+        torch.testing.assert_close(final, told[-1].x_0)
+
+
+def test_without_a_last_noise_level_the_ladder_is_the_one_before():
+    for shift in (1.0, 3.0):
+        assert torch.equal(solvers.sigmas(30, shift, 0.0), solvers.sigmas(30, shift))
+        assert solvers.shifted(torch.tensor(solvers.unshifted(0.4, shift)), shift).item() == pytest.approx(0.4)
+    assert solvers.sigmas(1, 3.0, 0.5).tolist() == [1.0, 0.0]
+
+
 def test_noising_and_the_velocity_lead_back_to_the_clip():
     x_0, noise = torch.randn(3, *SHAPE[1:]), torch.randn(3, *SHAPE[1:])
     sigma = torch.tensor([0.0, 0.4, 1.0])

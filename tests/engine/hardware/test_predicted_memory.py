@@ -219,3 +219,16 @@ def test_a_plan_counts_in_what_each_device_computes_in(kind: str) -> None:
     bits = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     for part in ("transformer", "text_encoder", "vae"):
         assert made.parts[part].precision == bits[usual_dtype(part, torch.device(kind))]
+
+
+def test_a_processor_with_bf16_products_computes_large_models_in_them_and_small_ones_exactly() -> None:
+    here = Hardware("cpu", "a machine", 10**12, 10**12, 10**12, fast_bf16=True)
+    job, preset = presets.resolve(make_job(preset="wan-1.3b", prompt="a beach"))
+    large = make_plan(job, preset, here)
+    assert large.parts["transformer"].precision == large.parts["text_encoder"].precision == "bf16"
+    assert large.parts["vae"].precision == "fp32" and large.plain == 2
+    exact = make_plan(job.model_copy(update={"precision": "fp32"}), preset, here)
+    assert exact.parts["transformer"].precision == "fp32", "what a document names is kept"
+    job, preset = presets.resolve(make_job(preset="toybox", prompt="a beach"))
+    small = make_plan(job, preset, here)
+    assert (small.parts["transformer"].precision, small.plain) == ("fp32", 4)

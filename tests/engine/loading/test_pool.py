@@ -46,7 +46,18 @@ def plan_of(preset: Preset, here: Hardware = ROOMY, **fits: dict[str, Any]) -> P
     """The plan for a roomy machine, then with this one in its place and parts changed."""
     made = make_plan(presets.resolve(JOB)[0], preset, ROOMY)
     parts = {part: replace(fit, **{"precision": "fp32", **fits.get(part, {})}) for part, fit in made.parts.items()}
-    return replace(made, machine=here, parts=parts)
+    return replace(made, machine=here, parts=parts, plain=4)
+
+
+def test_models_compute_in_what_their_plan_says_and_are_loaded_anew_for_another(preset: Preset) -> None:
+    pool, exact = ModelPool(CPU), plan_of(preset)
+    fast = replace(exact, plain=2, parts={part: replace(fit, precision="bf16") for part, fit in exact.parts.items()})
+    fast = replace(fast, parts={**fast.parts, "vae": exact.parts["vae"]})
+    for plan, dtype in ((exact, torch.float32), (fast, torch.bfloat16), (exact, torch.float32)):
+        pool.follow(plan)
+        for part in ("transformer", "text_encoder", "vlm"):
+            assert pool.part(part, preset).dtype == dtype
+        assert pool.part("vae", preset).dtype == torch.float32
 
 
 def test_two_large_encoders_are_never_in_memory_together(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:

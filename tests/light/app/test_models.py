@@ -171,7 +171,8 @@ def test_the_shape_that_toybox_names_is_its_configs() -> None:
 def test_an_open_checkpoint_names_its_files_licences_shape_and_every_default(name: str) -> None:
     preset = presets.load(name)
     assert preset.shape is not None and preset.shape.dim == 128 * preset.shape.num_heads
-    assert all(value is not None for value in preset.sampling.model_dump().values())
+    own = preset.sampling.model_dump(exclude={"final_sigma"})  # left out: the steps lead down to no noise
+    assert all(value is not None for value in own.values())
     assert all(files.licence and files.num_bytes for own in preset.downloads().values() for files in own)
     text = preset.downloads()["text_encoder"][0]
     assert text == presets.load("wan-1.3b").downloads()["text_encoder"][0]  # fetched once for all of them

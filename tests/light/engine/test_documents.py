@@ -42,6 +42,17 @@ def test_version_3_had_its_own_words_for_the_step_cache_and_guidance() -> None:
     assert read_job(write_job(job)) == job
 
 
+def test_a_job_of_version_4_that_names_its_steps_still_goes_down_to_no_noise() -> None:
+    preset = presets.load("toybox")
+    assert preset.sampling.final_sigma, "or this test says nothing"
+    old = read_job({"version": 4, "prompt": "x", "sampling": {"num_inference_steps": 30}})
+    assert old.sampling.final_sigma == 0.0 and presets.resolve(old)[0].sampling.final_sigma == 0.0
+    left_to_the_preset = presets.resolve(read_job({"version": 4, "prompt": "x"}))[0].sampling
+    assert left_to_the_preset.final_sigma == preset.sampling.final_sigma
+    assert left_to_the_preset.num_inference_steps == preset.sampling.num_inference_steps
+    assert presets.resolve(make_job(prompt="x", preset="wan-1.3b"))[0].sampling.final_sigma == 0.0
+
+
 def test_a_preset_written_before_version_4_still_opens() -> None:
     preset = presets.load("toybox")
     old = json.loads(preset.model_dump_json())
