@@ -57,7 +57,7 @@ def give_memory_back() -> None:
 def has_bf16_products() -> bool:
     """Whether this processor multiplies matrices in bfloat16 by itself (AVX512-BF16, AMX, or Arm's BF16).
 
-    Linux and macOS say so; on Windows nothing does without a library, and the answer is no.
+    Linux says so. Elsewhere nothing does without a library, and the answer is no; Apple silicon counts as a device.
     """
     if sys.platform == "linux":
         try:
@@ -66,11 +66,6 @@ def has_bf16_products() -> bool:
             return False
         flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
         return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    if sys.platform == "darwin":
-        library, there, size = ctypes.CDLL(None), ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
-        name = b"hw.optional.arm.FEAT_BF16"
-        found = library.sysctlbyname(name, ctypes.byref(there), ctypes.byref(size), None, ctypes.c_size_t(0))
-        return found == 0 and there.value == 1
     return False
 
 

@@ -36,6 +36,9 @@ def measure_judges(preset: str) -> Iterator[Figure]:
         found = json_of("train.toybox.judges", "measure", name)
         for question, least in promised.items():
             key = f"judges-{name}-{question.replace(' ', '-').lower()}"
+            if question not in found:
+                yield Figure(key, f"{name} judges, drawings: {question}", "no such judge yet", f"≥ {least:g}", False)
+                continue
             value = found[question]
             yield Figure(key, f"{name} judges, drawings: {question}", f"{value:.3f}", f"≥ {least:g}", value >= least)
         yield Figure(f"judges-{name}-critic", f"{name} critic: drawn or generated", f"{found['critic']:.3f}")

@@ -1,7 +1,7 @@
 """What torch finds on this machine, in a process of its own: one line of JSON on stdout.
 
 In:  nothing.
-Out: {"torch", "device", "name", "memory_gb", "bf16", "forward_ms"}; a crash here takes nothing with it.
+Out: {"torch", "device", "name", "memory_gb", "forward_ms"}; a crash here takes nothing with it.
 Knows nothing of the studio; the doctor reads it.
 """
 

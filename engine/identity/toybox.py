@@ -248,8 +248,8 @@ class Judges(nn.Module):
     def likeness(self, cosine: Tensor) -> Tensor:
         """Cosines of two embeddings on the scale of likenesses, -1 to 1; the order stays.
 
-        Two sets give other cosines to the same pair. On this scale drawn clips stand near .95 and subjects that have
-        lost their shape below .4, by either.
+        Two sets give other cosines to the same pair. The knots are fitted so that drawn clips stand near .95, and
+        subjects that have lost their shape below .4, by either; a set without knots gives the cosines.
         """
         if not self.knots:
             return cosine

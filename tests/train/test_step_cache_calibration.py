@@ -49,6 +49,16 @@ def test_equal_clips_are_99_db_alike_and_one_level_apart_48():
     assert step_cache.psnr(clip, clip + 1) == pytest.approx(48.13, abs=0.01)
 
 
+def test_the_bench_says_that_a_set_has_no_kind_judge_yet(monkeypatch: pytest.MonkeyPatch):
+    figures = {"own of 16": 0.95, "locator IoU": 0.9, "verb": 0.97, "place": 1.0, "critic": 0.8}
+    planted = {"noticed": {"swapped": 1.0, "grain": 0.0}, "likeness": {"drawn above 0.85": 0.9}}
+    monkeypatch.setattr(quality, "json_of", lambda module, *_: planted if "sanity" in module else figures)
+    rows = {figure.key: figure for figure in quality.measure_judges("toybox")}
+    assert rows["judges-test-own-of-16"].holds and not rows["judges-test-kind"].holds
+    assert rows["judges-test-kind"].value == "no such judge yet"
+    assert not rows["judges-reward-faults"].holds and not rows["judges-reward-drawn-above-0.85"].holds
+
+
 def test_the_bench_holds_the_words_to_what_they_promise(monkeypatch: pytest.MonkeyPatch):
     def told(steps: float, computed: float, psnr: float, change: float) -> dict[str, float]:
         return {

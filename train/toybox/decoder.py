@@ -26,9 +26,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, p
 from torch import Tensor
 
 from engine.diffusion.solvers import starting_noise
-from engine.models.vae import clip_latents, latent_statistics, normalize
+from engine.models.vae import clip_latents, latent_statistics, normalize, to_levels
 from train.cpu_attention import fast_training
-from train.runs import checkpoint, metrics
+from train.evaluation.step_cache import psnr
+from train.runs import checkpoint
+from train.runs.updates import descend, run_updates
 from train.toybox import world
 from train.toybox.estimates import Estimates
 from train.toybox.vae import CONFIG, draw_still, encode_posterior, grow_decoder, stills, to_model
@@ -126,33 +128,22 @@ def teach(
         step, groups, _ = saved
         vae.decoder.load_state_dict(groups["model"])
         checkpoint.restore_optimizer(optimizer, groups.get("optimizer", {}))  # none yet: cut before the first update
-    meter = metrics.MetricsLog(f"decoder {name}", phase.updates, folder, start=step)
-    began = kept = time.monotonic()
 
-    def keep() -> None:
-        groups = {"model": dict(vae.decoder.named_parameters())}
-        checkpoint.save(folder, step, {**groups, "optimizer": checkpoint.optimizer_tensors(optimizer)})
-
-    vae.decoder.train()
-    while step < phase.updates and time.monotonic() - began < seconds:
+    def update(step: int) -> dict[str, float]:
         falling = (phase.updates - step) / (phase.fall * phase.updates)
         for group in optimizer.param_groups:
             group["lr"] = phase.rate * min(1.0, (step + 1) / 50, max(0.01, falling))
         pixels, latents = batch(vae, step)
         with fast_training(), stills(vae):
             loss = drawing_loss(decode(vae, latents), pixels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        meter.tick(step, {"loss": loss.item()})
-        if time.monotonic() - kept > 120:
-            keep()
-            kept = time.monotonic()
-    keep()
-    vae.eval()
-    return step >= phase.updates
+        descend(loss, parameters, optimizer)
+        return {"loss": loss.item()}
+
+    def keep(step: int) -> None:
+        groups = {"model": dict(vae.decoder.named_parameters())}
+        checkpoint.save(folder, step, {**groups, "optimizer": checkpoint.optimizer_tensors(optimizer)})
+
+    return run_updates(f"decoder {name}", folder, update, keep, start=step, total=phase.updates, seconds=seconds)
 
 
 def train(state: Path, vae_folder: Path, known: Callable[[], Estimates], shared_noise: float, seconds: float) -> bool:
@@ -195,11 +186,6 @@ def write(vae: AutoencoderKLWan, folder: Path) -> None:
     vae.float()
 
 
-def psnr(decoded: Tensor, pixels: Tensor) -> float:
-    """How alike two sets of frames in [-1, 1] are, in dB."""
-    return float(-10 * ((decoded.clamp(-1, 1) - pixels) / 2).square().mean().log10())
-
-
 @torch.no_grad()
 def measure(vae: AutoencoderKLWan, *, scenes: int = 120) -> dict[str, float]:
     """dB of held-out stills after the decoder, by the noise on their normalised latents."""
@@ -207,5 +193,8 @@ def measure(vae: AutoencoderKLWan, *, scenes: int = 120) -> dict[str, float]:
     with stills(vae):
         latents = clip_latents(torch.from_numpy(np.stack(frames)), vae)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        pixels = to_model(np.stack(frames))
-        return {f"noise {level}": psnr(decode(vae, latents + level * noise), pixels) for level in MEASURED}
+        figures = {}
+        for level in MEASURED:
+            decoded = decode(vae, latents + level * noise).unbind(0)
+            figures[f"noise {level}"] = psnr(np.stack(frames), np.stack([to_levels(each) for each in decoded]))
+    return figures

@@ -10,7 +10,6 @@ UMT5 learns by naming the facts behind a caption (who does what, where); Qwen2.5
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from transformers import (
 )
 
 from engine.models.encoders import vlm_inputs
-from train.runs import checkpoint, metrics
+from train.runs import checkpoint
+from train.runs.updates import descend, run_updates
 from train.toybox import world
 from train.toybox.world.captions import CAMERA_WORDS, describe, noun, with_article
 
@@ -295,29 +295,19 @@ def _teach(name: str, module: nn.Module, loss_at: Any, state: Path, total: int, 
         step, groups, _ = saved
         module.load_state_dict(groups["model"])
         checkpoint.restore_optimizer(optimizer, groups["optimizer"])
-    meter, began = metrics.MetricsLog(name, total, state, start=step), time.monotonic()
-    last = began
 
-    def keep() -> None:
-        checkpoint.save(
-            state, step, {"model": module.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
-        )
-
-    while step < total and time.monotonic() - began < seconds:
+    def update(step: int) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, total)
         loss, values = loss_at(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        meter.tick(step, {"loss": loss.item(), **values})
-        if time.monotonic() - last > 120:
-            keep()
-            last = time.monotonic()
-    keep()
-    return step == total
+        descend(loss, module.parameters(), optimizer)
+        return {"loss": loss.item(), **values}
+
+    def keep(step: int) -> None:
+        groups = {"model": module.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+        checkpoint.save(state, step, groups)
+
+    return run_updates(name, state, update, keep, start=step, total=total, seconds=seconds)
 
 
 def draw_vlm_batch(step: int, count: int, seed: int) -> tuple[list[str], list[list[list[np.ndarray]]], list[str]]:

@@ -131,9 +131,9 @@ def _set_to_identity(conv: Any) -> None:
     conv.bias.zero_()
 
 
-def _fit_encoder(half: Any, inputs: Tensor, outputs: Tensor) -> None:
+def _fit_encoder(encoder: Any, inputs: Tensor, outputs: Tensor) -> None:
     """Spread the input over all channels, then least squares from what the last SiLU gives."""
-    first, last = half.conv_in, half.conv_out
+    first, last = encoder.conv_in, encoder.conv_out
     for conv in (first, last):
         conv.weight.zero_()
     newest = first.weight[:, :, -1, 1, 1]
@@ -141,8 +141,8 @@ def _fit_encoder(half: Any, inputs: Tensor, outputs: Tensor) -> None:
     scale = inputs.std()
     newest.copy_(spread / scale)
     first.bias.copy_(LOUD - spread @ inputs.mean((0, 2, 3, 4)) / scale)
-    nn.init.constant_(half.norm_out.gamma, LOUD)
-    seen = half.nonlinearity(half.norm_out(first(inputs))).transpose(0, 1).flatten(1)
+    nn.init.constant_(encoder.norm_out.gamma, LOUD)
+    seen = encoder.nonlinearity(encoder.norm_out(first(inputs))).transpose(0, 1).flatten(1)
     # In fp32 the solver would take every direction quieter than a hundredth of the offset for noise.
     seen = torch.cat([seen, torch.ones_like(seen[:1])]).T.double()
     fit = torch.linalg.lstsq(seen, outputs.transpose(0, 1).flatten(1).T.double()).solution.T.float()

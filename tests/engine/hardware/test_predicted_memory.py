@@ -24,6 +24,7 @@ from engine.job import make_job
 from engine.loading import quantize
 from engine.loading.parts import usual_dtype
 from engine.models.subject_tower import References
+from engine.platform_calls import has_bf16_products
 from engine.presets import Shape
 from tests.support.live_bytes import LiveBytes, fused_attention
 
@@ -219,6 +220,11 @@ def test_a_plan_counts_in_what_each_device_computes_in(kind: str) -> None:
     bits = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     for part in ("transformer", "text_encoder", "vae"):
         assert made.parts[part].precision == bits[usual_dtype(part, torch.device(kind))]
+
+
+def test_where_torch_finds_bf16_products_on_linux_the_light_ring_finds_them_too() -> None:
+    found = has_bf16_products()
+    assert found or sys.platform != "linux" or not torch.cpu._is_avx512_bf16_supported()
 
 
 def test_a_processor_with_bf16_products_computes_large_models_in_them_and_small_ones_exactly() -> None:

@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.identity.toybox import FROZEN, Judges
 from train.cpu_attention import fast_training
-from train.runs import checkpoint, metrics
+from train.runs import checkpoint
+from train.runs.updates import descend, run_updates
 from train.toybox import world
 from train.toybox.judges.losses import LOSSES
 from train.toybox.judges.measure import fit_likeness, measure
@@ -88,32 +89,23 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
         return True
     pool = pool_of(part, name)
     loss_of: Callable[..., Tensor] = LOSSES[part]
-    meter = metrics.MetricsLog(f"{name} {part}", total, folder, start=step)
-    began = kept = time.monotonic()
 
-    def keep() -> None:
-        groups = {"model": dict(module.named_parameters()), "ema": {**dict(module.named_buffers()), **ema.tensors}}
-        checkpoint.save(folder, step, {**groups, "optimizer": checkpoint.optimizer_tensors(optimizer)})
-
-    while step < total and time.monotonic() - began < seconds:
+    def update(step: int) -> dict[str, float]:
         rng = np.random.default_rng((73, list(WIDTHS).index(name), list(STEPS).index(part), step))
         rate = 2e-3 * min(1.0, (step + 1) / 50, max(0.01, (total - step) / (0.4 * total)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         with fast_training():
             loss = loss_of(judges, pool, rng)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, module.parameters(), optimizer)
         ema.update(module)
-        step += 1
-        meter.tick(step, {"loss": loss.item()})
-        if time.monotonic() - kept > 120:
-            keep()
-            kept = time.monotonic()
-    keep()
-    return step >= total
+        return {"loss": loss.item()}
+
+    def keep(step: int) -> None:
+        groups = {"model": dict(module.named_parameters()), "ema": {**dict(module.named_buffers()), **ema.tensors}}
+        checkpoint.save(folder, step, {**groups, "optimizer": checkpoint.optimizer_tensors(optimizer)})
+
+    return run_updates(f"{name} {part}", folder, update, keep, start=step, total=total, seconds=seconds)
 
 
 def export(name: str, state: Path) -> Judges:
