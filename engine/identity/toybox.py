@@ -14,7 +14,7 @@ Shapes: F frames, N subjects, V pictures of each, P pictures, H x W pixels.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +121,10 @@ class Locator(nn.Module):
     @torch.no_grad()
     def forward(self, looked: FrameFeatures, pictures: Tensor) -> Tensor:
         """Pictures (N, V, 3, H, W) -> shares (F, N + 1, H, W) that add up to 1; 0: nobody of them."""
-        scores = self.match(looked, pictures)
+        return self.shares(looked, self.match(looked, pictures))
+
+    def shares(self, looked: FrameFeatures, scores: Tensor) -> Tensor:
+        """What `match` gives -> shares (F, N + 1, H, W) that add up to 1; 0: nobody of them."""
         who = functional.interpolate(scores, scale_factor=2.0, mode="bilinear", align_corners=False).softmax(1)
         mine = looked.figure.sigmoid().unsqueeze(1) * who[:, 1:]
         return torch.cat([1 - mine.sum(1, keepdim=True), mine], 1)
@@ -341,26 +344,39 @@ def _resize_pictures(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 def locate(judges: Judges, frames: Tensor, pictures: Sequence[Tensor]) -> Tensor:
     """Who is where: (F, 3, H, W) in [0, 1] and each subject's (V, 3, SIZE, SIZE) -> shares (F, N + 1, H, W)."""
-    return make_finder(judges, frames)(pictures)
+    finder = Finder(judges, frames)
+    return finder.shares([finder.match(own) for own in pictures])
 
 
-@torch.no_grad()
-def make_finder(judges: Judges, frames: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
-    """A function like `locate` for several casts: the features of the frames, most of the work, are computed once.
+class Finder:
+    """Finds several casts in the same frames: frames are read once, and each subject is matched once.
 
     Frames of another size are resized to the height the judges were trained at, and the shares are resized back.
+
+    Args:
+        judges: whose locator it uses.
+        frames: (F, 3, H, W) in [0, 1].
     """
-    H, W = frames.shape[-2:]
-    wide = max(8, round(W * SIZE / H / 8) * 8)
-    looked = judges.locator.look(functional.interpolate(frames, (SIZE, wide), mode="bilinear", antialias=True))
 
-    def find(pictures: Sequence[Tensor]) -> Tensor:
-        most = max(len(own) for own in pictures)
-        # A picture shown twice counts as often as another subject's two.
-        even = torch.stack([own[torch.arange(most) % len(own)] for own in pictures])
-        return functional.interpolate(judges.locator(looked, even), (H, W), mode="bilinear", align_corners=False)
+    @torch.no_grad()
+    def __init__(self, judges: Judges, frames: Tensor) -> None:
+        self._locator, self._size = judges.locator, frames.shape[-2:]
+        H, W = self._size
+        wide = max(8, round(W * SIZE / H / 8) * 8)
+        small = functional.interpolate(frames, (SIZE, wide), mode="bilinear", antialias=True)
+        self._looked = self._locator.look(small)
 
-    return find
+    @torch.no_grad()
+    def match(self, pictures: Tensor) -> Tensor:
+        """One subject's pictures (V, 3, SIZE, SIZE) -> logits (F, h, w) that a place shows it, whatever the cast."""
+        return self._locator.match(self._looked, pictures.unsqueeze(0))[:, 1]
+
+    @torch.no_grad()
+    def shares(self, matches: Sequence[Tensor]) -> Tensor:
+        """What `match` gave for each subject of a cast -> shares (F, N + 1, H, W) that add up to 1; 0: nobody."""
+        scores = torch.cat([self._looked.stranger, torch.stack(list(matches), 1)], 1)
+        found = self._locator.shares(self._looked, scores)
+        return functional.interpolate(found, self._size, mode="bilinear", align_corners=False)
 
 
 def compute_likenesses(judges: Judges, frames: Tensor, masks: Tensor, known: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from engine import presets
 from engine.identity import reporter as identity
 from engine.identity.crops import CROP, crop_subjects, to_unit
 from engine.identity.reporter import AT_ONCE, Assignment, Reporter, enlarge, match_regions
-from engine.identity.toybox import Judges, ToyboxEvaluator, geometry, locate, make_finder
+from engine.identity.toybox import Finder, Judges, ToyboxEvaluator, geometry, locate
 from engine.job import read_job
 from engine.loading.pool import ModelPool
 from engine.media import video
@@ -97,6 +97,17 @@ def test_shares_of_pixels_add_up_to_one_and_follow_the_order_of_the_references(r
     torch.testing.assert_close(shares.sum(1), torch.ones(2, 64, 64))
     turned = raw.locator(looked, pictures[[2, 0, 1]])
     torch.testing.assert_close(turned[:, 1:], shares[:, [3, 1, 2]])
+
+
+def test_a_subject_is_matched_alike_in_whatever_cast_and_however_many_pictures_others_have(raw: Judges) -> None:
+    frames, pictures = torch.rand(2, 3, 64, 64), torch.rand(3, 2, 3, 64, 64)
+    finder = Finder(raw, frames)
+    first, second, third = (finder.match(own) for own in pictures)
+    torch.testing.assert_close(finder.shares([first, second, third]), locate(raw, frames, list(pictures)))
+    with torch.no_grad():
+        torch.testing.assert_close(locate(raw, frames, list(pictures)), raw.locator(raw.locator.look(frames), pictures))
+    torch.testing.assert_close(finder.match(pictures[0, [0, 1, 0, 1]]), first)  # twice each counts as once each
+    torch.testing.assert_close(finder.shares([first, third]), locate(raw, frames, [pictures[0], pictures[2]]))
 
 
 def test_references_of_their_own_for_each_frame_are_read_as_one_frame_would(raw: Judges) -> None:
@@ -332,15 +343,16 @@ def test_every_candidate_is_looked_for_in_the_same_way(shipped: Judges) -> None:
     frames = to_unit(torch.from_numpy(world.render(case.scene, num_frames=5).frames))
     pictures = [to_unit(torch.from_numpy(benchmark._decode_picture(subject)[None])) for subject in case.job.subjects]
     candidates = torch.cat([pictures[1], benchmark._draw_others(case.id, 1, case.scene.subjects[1])[:4]])
-    find = make_finder(shipped, frames)
-    found = benchmark._measure_likeness(shipped, frames, find, pictures, 1, candidates)
+    finder = Finder(shipped, frames)
+    matches = [finder.match(own) for own in pictures]
+    found = benchmark._measure_likeness(shipped, frames, finder, matches, 1, candidates)
     assert found[0] == max(found) > 0.5
-    turned = benchmark._measure_likeness(shipped, frames, find, [pictures[0], candidates[3:4]], 1, candidates.flip(0))
+    elsewhere = [matches[0], finder.match(candidates[3:4])]
+    turned = benchmark._measure_likeness(shipped, frames, finder, elsewhere, 1, candidates.flip(0))
     assert turned[::-1] == pytest.approx(found, abs=1e-5)
-    white = torch.ones_like(frames)
-    assert (
-        benchmark._measure_likeness(shipped, white, make_finder(shipped, white), pictures, 1, candidates) == [0.0] * 5
-    )
+    white = Finder(shipped, torch.ones_like(frames))
+    matches = [white.match(own) for own in pictures]
+    assert benchmark._measure_likeness(shipped, torch.ones_like(frames), white, matches, 1, candidates) == [0.0] * 5
 
 
 def test_withheld_references_leave_words_alone_and_swapped_ones_keep_them() -> None:

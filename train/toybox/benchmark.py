@@ -36,7 +36,7 @@ from torch.nn import functional
 
 from engine import presets
 from engine.identity.crops import crop_subjects, to_unit
-from engine.identity.toybox import MOMENTS, SEEN, Judges, make_finder
+from engine.identity.toybox import MOMENTS, SEEN, Finder, Judges
 from engine.job import GenerateJob, Subject, make_job
 from engine.loading.pool import ModelPool
 from engine.media import video
@@ -195,8 +195,9 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
     scene = case.scene
     pictures = [to_unit(torch.from_numpy(_decode_picture(subject)[None])) for subject in case.job.subjects]
     seen = to_unit(torch.from_numpy(frames))
-    find = make_finder(judges, seen)
-    instance_ids = find(pictures).argmax(1)
+    finder = Finder(judges, seen)
+    matches = [finder.match(own) for own in pictures]
+    instance_ids = finder.shares(matches).argmax(1)
     masks = torch.stack([instance_ids == slot for slot in range(1, len(pictures) + 1)], 1).float()  # (F, N, H, W)
     there = masks.mean((2, 3)) >= SEEN
     recognised, likeness, copied, kinds = [], [], [], []
@@ -209,7 +210,7 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         if judges.kind is not None and subject.kind in judges.kinds:
             kinds.append(_shows_kind(judges, cuts, subject.kind))
         candidates = torch.cat([pictures[slot], _draw_others(case.id, slot, subject)])
-        found = _measure_likeness(judges, seen, find, pictures, slot, candidates)
+        found = _measure_likeness(judges, seen, finder, matches, slot, candidates)
         recognised.append(found[0] > max(found[1:]))
         likeness.append(found[0])
     presence = there.float().mean(0).tolist()
@@ -256,22 +257,20 @@ def _shows_kind(judges: Judges, cuts: Tensor | None, kind: str) -> bool:
 
 
 def _measure_likeness(
-    judges: Judges,
-    frames: Tensor,
-    find: Callable[[Sequence[Tensor]], Tensor],
-    pictures: Sequence[Tensor],
-    slot: int,
-    candidates: Tensor,
+    judges: Judges, frames: Tensor, finder: Finder, matches: Sequence[Tensor], slot: int, candidates: Tensor
 ) -> list[float]:
-    """How much a clip shows of each candidate (P, 3, H, W) for one slot: cosine of its cut-outs, 0 where it is not.
+    """How much a clip shows of each candidate (P, 3, H, W) for one slot: likeness of its cut-outs, 0 where it is not.
 
-    Every candidate is looked for with its own picture, beside the other slots' pictures, so that none has the advantage
+    Every candidate is looked for with its own picture, beside the other slots' subjects, so that none has the advantage
     that what is cut out was chosen by it.
+
+    Args:
+        matches: what `finder` gave for each slot's own pictures.
     """
     known, found = judges.embedder(crop_subjects(candidates)), []
     for candidate, vector in zip(candidates, known, strict=True):
-        instead = [*pictures[:slot], candidate[None], *pictures[slot + 1 :]]
-        mask = (find(instead).argmax(1) == slot + 1).float()  # (F, H, W)
+        instead = [*matches[:slot], finder.match(candidate[None]), *matches[slot + 1 :]]
+        mask = (finder.shares(instead).argmax(1) == slot + 1).float()  # (F, H, W)
         there = mask.mean((1, 2)) >= SEEN
         if not bool(there.any()):
             found.append(0.0)
