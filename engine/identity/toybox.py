@@ -81,14 +81,14 @@ class Locator(nn.Module):
         return halves[1], halves[2]
 
     def reference_keys(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, V, 3, H, W) -> unit keys (N, V * h * w, 32) and how much each place counts, in logarithms."""
+        """(N, V, 3, H, W) -> unit keys (N, V * h * w, 32) and how much each place counts, (N, V * h * w)."""
         N, V = pictures.shape[:2]
         small = functional.avg_pool2d(pictures.flatten(0, 1), 2)
         keys = functional.normalize(self.key(self.features(small)[0]), dim=1)
         drawn = functional.max_pool2d((small.amin(1, keepdim=True) < WHITE).float(), 2)
         share = drawn.flatten(1) / drawn.flatten(1).sum(1, keepdim=True).clamp(min=1)
         joined = keys.flatten(2).transpose(1, 2).unflatten(0, (N, V)).flatten(1, 2)
-        return joined, (share.unflatten(0, (N, V)).flatten(1) / V).clamp(min=1e-6).log()
+        return joined, (share.unflatten(0, (N, V)).flatten(1) / V).clamp(min=1e-6)
 
     def look(self, frames: Tensor) -> FrameFeatures:
         """(F, 3, H, W) -> the features of the frames, which do not depend on the subjects."""
@@ -101,16 +101,14 @@ class Locator(nn.Module):
 
         (N, V, 3, H, W); with (F, N, V, 3, H, W) every frame has references of its own.
         """
+        keys, share = self.reference_keys(pictures.reshape(-1, *pictures.shape[-4:]))
         if pictures.ndim == 6:
-            keys, share = self.reference_keys(pictures.flatten(0, 1))
-            keys = keys.unflatten(0, pictures.shape[:2])
-            share = share.unflatten(0, pictures.shape[:2])
-            similarity = torch.einsum("fcp,fnkc->fnkp", looked.places, keys)
+            keys, share = (each.unflatten(0, pictures.shape[:2]) for each in (keys, share))
         else:
-            keys, share = self.reference_keys(pictures)
-            share = share.unsqueeze(0)
-            similarity = torch.einsum("fcp,nkc->fnkp", looked.places, keys)
-        match = (similarity * self.sharpness.exp() + share.unsqueeze(-1)).logsumexp(2)  # (F, N, h * w)
+            keys, share = keys.unsqueeze(0), share.unsqueeze(0)
+        places = looked.places.unsqueeze(1) * self.sharpness.exp()
+        alike = (keys @ places).exp()  # (F, N, V * h * w, h * w)
+        match = (share.unsqueeze(-2) @ alike).squeeze(-2).log()
         return torch.cat([looked.stranger, match.unflatten(2, looked.stranger.shape[2:])], 1)
 
     def scores(self, frames: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
