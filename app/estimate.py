@@ -20,13 +20,14 @@ from pathlib import Path
 from statistics import median
 
 from app.queue import Row
-from engine import presets
 from engine.hardware.costs import FORWARDS
 from engine.hardware.options import machine_options
 from engine.hardware.plan import make_plan
 from engine.hardware.probe import Hardware, probe_hardware
 from engine.job import GenerateJob
+from engine.messages import StudioError
 from engine.presets import Preset
+from engine.resolve import ResolvedJob, resolve
 
 HISTORY = 12  # latest finished clips of the preset that correct the prediction
 BYTES_PER_PIXEL = 0.12  # H.264 at our quality, written pixels, generous: flat art takes a third of it
@@ -52,13 +53,14 @@ class Estimate:
         return self.free_bytes < LITTLE_DISK + self.clip_bytes
 
 
-def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: Path) -> Estimate:
-    """Costs of a job that `presets.resolve` has filled in.
+def estimate(resolved: ResolvedJob, history: Iterable[Row], folder: Path) -> Estimate:
+    """Costs of a clip.
 
     Args:
         history: rows of any state; the finished ones of this preset correct the time.
         folder: where the clip will be written, for the free disk.
     """
+    preset = resolved.preset
     ratios = _compare_with_history(history, preset)
     correction = 1.0
     if ratios:
@@ -66,11 +68,11 @@ def estimate(job: GenerateJob, preset: Preset, history: Iterable[Row], folder: P
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     memory_mb, memory, fits = 0, "Nothing is known of what this preset needs.", True
     if preset.shape:
-        plan = make_plan(job, preset, _machine(time.monotonic() // MACHINE_S))
+        plan = make_plan(resolved, _machine(time.monotonic() // MACHINE_S))
         memory_mb, memory, fits = round(plan.peak / 1e6), plan.words(), plan.fits
-    written = _pixels(job) * (job.num_frames or 1) * preset.display_scale**2
+    written = resolved.width * resolved.height * resolved.num_frames * preset.display_scale**2
     return Estimate(
-        seconds=_predict_seconds(job, preset) * correction,
+        seconds=_predict_seconds(resolved) * correction,
         memory_mb=memory_mb,
         memory=memory,
         fits=fits,
@@ -85,8 +87,13 @@ def _compare_with_history(history: Iterable[Row], preset: Preset) -> list[float]
     ratios = []
     for row in history:
         measured = _measure_seconds(row, preset)
-        if measured and row.job:
-            ratios.append(measured / _predict_seconds(row.job, preset))
+        if not measured or row.job is None:
+            continue
+        try:
+            resolved = resolve(row.job, preset)
+        except StudioError:  # the preset has changed since, and takes no such clip any more
+            continue
+        ratios.append(measured / _predict_seconds(resolved))
     return ratios
 
 
@@ -105,34 +112,29 @@ def _measure_seconds(row: Row, preset: Preset) -> float | None:
     return row.finished - row.started
 
 
-def _predict_seconds(job: GenerateJob, preset: Preset) -> float:
+def _predict_seconds(resolved: ResolvedJob) -> float:
     """Seconds by the preset's own figures."""
-    cost = preset.cost
-    share = _tokens(job, preset)
-    usual = FORWARDS[preset.sampling.guidance or "cfg"]
-    forwards = FORWARDS[job.sampling.guidance or preset.sampling.guidance or "cfg"] / usual
-    return cost.start_s + _count_computed_steps(job, preset) * cost.step_s * share * forwards + cost.decode_s * share
+    cost, preset = resolved.preset.cost, resolved.preset
+    share = _tokens(resolved)
+    forwards = FORWARDS[resolved.sampling.guidance] / FORWARDS[preset.sampling.guidance or "none"]
+    return cost.start_s + _count_computed_steps(resolved) * cost.step_s * share * forwards + cost.decode_s * share
 
 
-def _count_computed_steps(job: GenerateJob, preset: Preset) -> float:
+def _count_computed_steps(resolved: ResolvedJob) -> float:
     """Steps that run the model; the others are extrapolated by the step cache and cost next to nothing."""
-    own = preset.sampling.num_inference_steps or 1
-    steps = job.sampling.num_inference_steps or own
-    word = job.sampling.step_cache or "off"
+    preset, steps, word = resolved.preset, resolved.sampling.num_inference_steps, resolved.sampling.step_cache
     if word == "off":
         return steps
+    own = preset.sampling.num_inference_steps or steps
     # The error of a row of r left-out steps grows with r³ / steps², so rows grow with the 2/3rd power of the steps.
     return min(steps, getattr(preset.step_cache, word).share * own * (steps / own) ** (1 / 3))
 
 
-def _tokens(job: GenerateJob, preset: Preset) -> float:
+def _tokens(resolved: ResolvedJob) -> float:
     """Latent tokens of the job as a share of the preset's own clip."""
+    preset = resolved.preset
     own = preset.sizes[0].width * preset.sizes[0].height * _groups(preset.num_frames, preset)
-    return _pixels(job) * _groups(job.num_frames or preset.num_frames, preset) / own
-
-
-def _pixels(job: GenerateJob) -> int:
-    return (job.width or 1) * (job.height or 1)
+    return resolved.width * resolved.height * _groups(resolved.num_frames, preset) / own
 
 
 def _groups(frames: int, preset: Preset) -> int:
@@ -146,5 +148,4 @@ def clip_costs(job: GenerateJob, history: Iterable[Row], folder: Path) -> Estima
     Raises:
         StudioError: the job does not fit its preset.
     """
-    filled, preset = presets.resolve(job)
-    return estimate(filled, preset, history, folder)
+    return estimate(resolve(job), history, folder)

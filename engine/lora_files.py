@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -104,16 +104,16 @@ def num_bytes(job: GenerateJob) -> int:
     return sum(path.stat().st_size for path in found if path is not None and path.is_file())
 
 
-def add_hashes(job: GenerateJob) -> GenerateJob:
-    """The job with the hash of every LoRA file that is used; a LoRA of weight 0 is never opened, and stays as it is.
+def locate(loras: Sequence[Lora]) -> tuple[Lora, ...]:
+    """The same with the absolute path and the hash of every file that is used; one of weight 0 is never opened.
 
     Raises:
-        StudioError: field "loras"; a file is missing, or another one than the job's hash says.
+        StudioError: field "loras"; a file is missing, or another one than its hash says.
     """
-    return job.model_copy(update={"loras": tuple(_add_hash(lora) for lora in job.loras)})
+    return tuple(_locate(lora) for lora in loras)
 
 
-def _add_hash(lora: Lora) -> Lora:
+def _locate(lora: Lora) -> Lora:
     if not lora.weight:
         return lora
     path = place(lora)
@@ -125,7 +125,7 @@ def _add_hash(lora: Lora) -> Lora:
             f"Put the earlier {path.name} back, or remove the LoRA and add it again to use the one that is here.",
             field="loras",
         )
-    return lora.model_copy(update={"sha256": found})
+    return lora.model_copy(update={"path": str(path.absolute()), "sha256": found})
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Presets: data that says which model, which files, which defaults, and what fits.
 
-In:  presets/<name>.json of the repository and of the creator's own models, and a job that may leave values out.
-Out: a frozen `Preset`; `resolve(job)` gives the job with every value filled in and checked against its preset.
+In:  presets/<name>.json of the repository and of the creator's own models.
+Out: a frozen `Preset`, and where its parts lie. `engine.resolve` fills jobs in from it.
 Knows nothing of torch; a preset is data, never code.
 """
 
@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from engine import paths
 from engine.document import Document, explain_validation_error
-from engine.job import GenerateJob, Sampling, rename_sampling_words
+from engine.job import Sampling, rename_sampling_words
 from engine.messages import StudioError
 
 OPTIONAL = ("faces", "detector", "detector_tokenizer", "segmenter", "embedder")  # a clip is made without them, too
@@ -393,73 +393,3 @@ def is_whole(place: Path, *, weights: bool = True) -> bool:
         suffixes = (".json", ".model", ".txt")
     found = any(path.suffix in suffixes for path in place.glob("*"))
     return found and all((place / str(shard)).is_file() for shard in shards)
-
-
-def resolve(job: GenerateJob) -> tuple[GenerateJob, Preset]:
-    """Fill in what the job left out and check it against its preset.
-
-    Raises:
-        StudioError: unknown preset, too many subjects, or a size or length the model does not take.
-    """
-    preset = load(job.preset)
-    if len(job.subjects) > preset.max_subjects:
-        raise StudioError(
-            what=f"The job has {len(job.subjects)} subjects.",
-            why=f"{preset.title} takes at most {preset.max_subjects}.",
-            next_step=f"Keep {preset.max_subjects} or fewer, or choose another preset.",
-            field="subjects",
-        )
-    given = job.sampling.model_dump(exclude_none=True)
-    sampling = Sampling(**{"final_sigma": 0.0, **preset.sampling.model_dump(exclude_none=True), **given})
-    filled = job.model_copy(
-        update={
-            "negative_prompt": preset.negative_prompt if job.negative_prompt is None else job.negative_prompt,
-            "num_frames": check_frames(job.num_frames or preset.num_frames, preset),
-            "width": check_side(job.width or preset.sizes[0].width, "width", preset),
-            "height": check_side(job.height or preset.sizes[0].height, "height", preset),
-            "sampling": sampling,
-        }
-    )
-    return filled, preset
-
-
-def check_frames(frames: int, preset: Preset) -> int:
-    """The number of frames, when the video VAE takes it and the preset is not out of its depth."""
-    low = max(1, (frames - 1) // 4 * 4 + 1)
-    if frames > preset.max_frames:
-        raise StudioError(
-            what=f"{frames} frames are too many for {preset.title}.",
-            why=f"It makes up to {preset.max_frames}.",
-            next_step=f"Use {preset.max_frames} or fewer.",
-            field="num_frames",
-        )
-    if (frames - 1) % 4:
-        raise StudioError(
-            what=f"{frames} frames do not fit the video VAE.",
-            why="It takes 4k + 1 frames: one, then groups of four.",
-            next_step=f"Use {low} or {low + 4}.",
-            field="num_frames",
-        )
-    return frames
-
-
-def check_side(pixels: int, field: str, preset: Preset) -> int:
-    """A width or height, when it is a multiple the model takes and not far from what it was trained at."""
-    multiple = preset.size_multiple
-    most = 2 * max(max(size.width, size.height) for size in preset.sizes)
-    if pixels % multiple:
-        low = max(multiple, pixels // multiple * multiple)
-        raise StudioError(
-            what=f"A {field} of {pixels} px does not fit.",
-            why=f"Width and height are multiples of {multiple} for {preset.title}.",
-            next_step=f"Use {low} or {low + multiple}.",
-            field=field,
-        )
-    if pixels > most:
-        raise StudioError(
-            what=f"A {field} of {pixels} px is too large for {preset.title}.",
-            why=f"It was trained at {preset.sizes[0].width} x {preset.sizes[0].height}.",
-            next_step=f"Use {most} px or less.",
-            field=field,
-        )
-    return pixels

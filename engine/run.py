@@ -18,13 +18,16 @@ from engine.hardware.oom import OutOfMemory
 from engine.hardware.plan import explain_oom, make_plan, plan_or_raise
 from engine.job import GenerateJob
 from engine.loading.pool import ModelPool
-from engine.media import pictures
+from engine.media.pictures import prepare_subjects
 from engine.messages import Message, Progress, Saved
-from engine.pipelines.files import PREVIEWS, Previews, check_writable, free_name
+from engine.pipelines.files import PREVIEWS, Previews, Target, check_writable, free_name
 from engine.pipelines.generate import make_clip
 from engine.pipelines.progress import LoadingProgress
+from engine.resolve import ResolvedJob, resolve
 
 log = logging.getLogger(__name__)
+
+PIPELINES = {"generate": make_clip}  # by the document's kind
 
 
 def run(
@@ -54,31 +57,38 @@ def run(
     began = time.monotonic()
     pool = pool or ModelPool()
     pool.telling(LoadingProgress(say))
-    job, preset = presets.resolve(job)
-    presets.check_files(preset)
-    job = lora_files.add_hashes(pictures.pack(job, preset))
-    target = clip or free_name(outputs, job)
-    check_writable(target.parent)
-    here = pool.hardware()
-    plan = None
-    if preset.shape is not None:
-        plan = plan_or_raise(job, preset, here)
-    with Previews(outputs / PREVIEWS / target.stem) as previews:
-        saved, exhausted = None, ""
-        try:
-            saved = make_clip(job, preset, plan, say, target, pool, previews)
-        except OutOfMemory as error:
-            exhausted = error.what
-        # Not inside the handler: the error holds its stack frames, and these hold the model that was too large.
-        if saved is None:
-            log.warning("out of memory (%s); once more, sparing", exhausted)
-            say(Progress("load", 0, 0, note=f"{exhausted} ran out; trying once more with less."))
-            pool.empty()
-            smaller_plan = None
-            if preset.shape is not None:
-                smaller_plan = make_plan(job, preset, here.shrunk())
-            try:
-                saved = make_clip(job, preset, smaller_plan, say, target, pool, previews)
-            except OutOfMemory as again:
-                raise explain_oom(again, job, preset, here) from again
+    resolved = resolve(job)
+    presets.check_files(resolved.preset)
+    resolved = prepare_subjects(resolved.changed(loras=lora_files.locate(job.loras)))
+    path = clip or free_name(outputs, resolved.document)
+    check_writable(path.parent)
+    with Previews(outputs / PREVIEWS / path.stem) as previews:
+        saved = _make_within_memory(resolved, pool, Target(path, previews), say)
     return replace(saved, seconds=time.monotonic() - began)
+
+
+def _make_within_memory(
+    resolved: ResolvedJob, pool: ModelPool, target: Target, say: Callable[[Message], None]
+) -> Saved:
+    """Make the clip as planned; where memory runs out all the same, once more with less."""
+    make = PIPELINES[resolved.document.kind]
+    here = pool.hardware()
+    planned = resolved.preset.shape is not None
+    plan = None
+    if planned:
+        plan = plan_or_raise(resolved, here)
+    exhausted = ""
+    try:
+        return make(resolved, plan, pool, target, say)
+    except OutOfMemory as error:
+        exhausted = error.what
+    # Not inside the handler: the error holds its stack frames, and these hold the model that was too large.
+    log.warning("out of memory (%s); once more, sparing", exhausted)
+    say(Progress("load", 0, 0, note=f"{exhausted} ran out; trying once more with less."))
+    pool.empty()
+    if planned:
+        plan = make_plan(resolved, here.shrunk())
+    try:
+        return make(resolved, plan, pool, target, say)
+    except OutOfMemory as again:
+        raise explain_oom(again, resolved, here) from again

@@ -29,6 +29,7 @@ from engine.job import GenerateJob, make_job, read_job
 from engine.media import video
 from engine.messages import StudioError
 from engine.presets import Preset
+from engine.resolve import check_side
 
 MAX_SETTINGS = 2**20  # characters; Wan2GP's own are a few thousand
 MAX_PROMPT = 4000  # of one of our documents
@@ -247,8 +248,8 @@ def _size(values: Mapping[str, Any], preset: Preset, left: list[str]) -> dict[st
     width, height = int(found[1]), int(found[2])
     try:
         return {
-            "width": presets.check_side(width, "width", preset),
-            "height": presets.check_side(height, "height", preset),
+            "width": check_side(width, "width", preset),
+            "height": check_side(height, "height", preset),
         }
     except StudioError:
         left.append(f"its size of {width} x {height}")

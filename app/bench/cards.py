@@ -33,7 +33,6 @@ from engine.hardware import costs
 from engine.hardware.options import Profile
 from engine.hardware.plan import CONTEXT, SLACK, make_plan
 from engine.hardware.probe import GB, Hardware, probe_hardware
-from engine.job import GenerateJob
 from engine.loading import attention_kernels, offload, quantize
 from engine.loading.pool import VISITING
 from engine.messages import StudioError
@@ -41,6 +40,7 @@ from engine.models.subject_tower import References
 from engine.models.vae import decode_frames
 from engine.paths import ROOT
 from engine.presets import Preset, Shape
+from engine.resolve import ResolvedJob, resolve
 
 WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2)}
 SHAPES = {
@@ -390,21 +390,21 @@ def measure_fits(card: Hardware) -> Iterator[Figure]:
     """What a plan says beside what is measured, while sampling, for every preset, size and profile of this card."""
     known: dict[tuple[Any, ...], dict[str, float] | str] = {}
     for name, preset, width, height in _full_size_presets():
-        job, _ = presets.resolve(sample_job(name, width=width, height=height))
+        resolved = resolve(sample_job(name, width=width, height=height))
         for profile in get_args(Profile):
             if profile == "auto" or (profile != "all" and float(profile) * GB > card.vram):
                 continue
-            plan = make_plan(job, preset, card.limited(profile))
+            plan = make_plan(resolved, card.limited(profile))
             if not plan.fits:
                 continue
             fit, vae = plan.parts["transformer"], plan.parts["vae"]
             where = "memory"
             if fit.where == "device":
                 where = "device"
-            lead = _lead_frames(job, preset, width, height)
-            setting = (preset.shape, lead, width, height, job.num_frames, fit.precision, where)
+            lead = _lead_frames(resolved)
+            setting = (preset.shape, lead, width, height, resolved.num_frames, fit.precision, where)
             if setting not in known:
-                size = ["--width", str(width), "--height", str(height), "--frames", str(job.num_frames)]
+                size = ["--width", str(width), "--height", str(height), "--frames", str(resolved.num_frames)]
                 kept = ["--preset", name, "--precision", fit.precision, "--where", where]
                 known[setting] = _run_child([*kept, *size, "--lead", str(lead), "--steps", "0"])
             key = f"fit-{name}-{width}x{height}-{profile}"
@@ -414,11 +414,11 @@ def measure_fits(card: Hardware) -> Iterator[Figure]:
             yield _compare_reserved(key, what, planned, known[setting])
 
 
-def _lead_frames(job: GenerateJob, preset: Preset, width: int, height: int) -> int:
+def _lead_frames(resolved: ResolvedJob) -> int:
     """Latent frames that the job samples beside the clip's; pictures of another size count by their tokens."""
-    tokens_per_frame = (width // 16) * (height // 16)
-    clip_frames = 1 + ((job.num_frames or 1) - 1) // 4
-    return round(costs.load_of(job, preset).tokens / tokens_per_frame) - clip_frames
+    tokens_per_frame = (resolved.width // 16) * (resolved.height // 16)
+    clip_frames = 1 + (resolved.num_frames - 1) // 4
+    return round(costs.load_of(resolved).tokens / tokens_per_frame) - clip_frames
 
 
 def _full_size_presets() -> Iterator[tuple[str, Preset, int, int]]:

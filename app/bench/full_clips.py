@@ -32,6 +32,7 @@ from engine.job import Sampling, make_job
 from engine.loading.pool import ModelPool
 from engine.messages import Message, Progress
 from engine.paths import ROOT
+from engine.resolve import resolve
 
 Said = list[tuple[dict[str, Any], int]]  # a line, and the peak of memory before it, in bytes
 STAGES = {  # of a run, and the phases of a plan that lie in each
@@ -143,8 +144,8 @@ def main(preset: str, size: tuple[int, int], frames: int, folder: Path) -> None:
         num_frames=frames,
         sampling=Sampling(num_inference_steps=1),
     )
-    pool, (resolved, found) = ModelPool(), presets.resolve(job)
-    plan = plan_or_raise(resolved, found, pool.hardware())
+    pool = ModelPool()
+    plan = plan_or_raise(resolve(job), pool.hardware())
     ways = {part: f"{fit.precision} {fit.where}" for part, fit in plan.parts.items() if fit.device + fit.memory}
     shared = plan.machine.shared
     write_line({"ways": ways, "phases": {each.name: each.vram + shared * each.ram for each in plan.phases}})

@@ -27,6 +27,7 @@ from engine import presets
 from engine.job import GenerateJob, make_job, write_job
 from engine.messages import Message, Preview, Progress, Saved, StudioError
 from engine.paths import ROOT
+from engine.resolve import resolve
 
 SAMPLES = ROOT / "assets" / "samples"
 
@@ -272,8 +273,8 @@ def _first_clip(address: str, preset: str) -> float:
 
     from engine.media import pictures
 
-    job, whole = presets.resolve(sample_job(preset))
-    document = write_job(pictures.drop_embedded_paths(pictures.pack(job, whole)))
+    prepared = pictures.prepare_subjects(resolve(sample_job(preset)))
+    document = write_job(pictures.drop_embedded_paths(prepared.document))
     client = Client(address, verbose=False)
     began = time.monotonic()
     row = client.predict(document, api_name="/generate")

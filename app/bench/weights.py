@@ -24,6 +24,7 @@ from app.bench.report import Figure
 from engine import presets
 from engine.loading.pool import ModelPool
 from engine.messages import StudioError
+from engine.resolve import resolve
 
 SPARE = 0.5e9  # what Python, torch and the libraries take themselves, and copies of a few rows
 
@@ -196,7 +197,7 @@ def one_forward_errors(
     from engine.loading import quantize
     from engine.loading.parts import load_part
     from engine.loading.pool import ModelPool
-    from engine.media import pictures
+    from engine.media.pictures import prepare_subjects
     from engine.pipelines import encode, generate
     from train.toybox import benchmark
 
@@ -204,15 +205,14 @@ def one_forward_errors(
     full, vae = pool.part("transformer", preset), pool.part("vae", preset)
     seen: list[tuple[Any, list[tuple[Any, float, Any]]]] = []
     for category, number, subjects in jobs:
-        job, _ = presets.resolve(benchmark.draw_case(name, category, number, subjects).job)
-        job = pictures.pack(job, preset)
-        encoded = encode.encode_job(job, preset, pool)
+        resolved = prepare_subjects(resolve(benchmark.draw_case(name, category, number, subjects).job, preset))
+        encoded = encode.encode_job(resolved, pool)
         way = conditioning.prepare(preset.conditioning, full, encoded)
         passed: list[tuple[Any, float, Any]] = []
         solvers.denoise(
-            generate.starting_latents(job, preset, full, vae, way.lead),
+            generate.starting_latents(resolved, full, vae, way.lead),
             _noting(way.predict, passed),
-            solvers.SOLVERS["euler"](10, job.sampling.shift or 1.0),
+            solvers.SOLVERS["euler"](10, resolved.sampling.shift),
             lambda step: None,
         )
         seen.append((encoded, [passed[step] for step in (0, 2, 4, 6, 8, 9)]))

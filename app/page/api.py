@@ -20,6 +20,7 @@ from engine import lora_files
 from engine import presets as models
 from engine.job import GenerateJob, read_job
 from engine.messages import StudioError
+from engine.resolve import resolve
 
 Verb = Callable[..., Any]
 
@@ -130,7 +131,7 @@ def said(call: Any) -> Any:
 
 def _filled(studio: Studio, document: str) -> GenerateJob:
     """A stranger's document as a job with every value filled in; its pictures are this studio's own, or ride along."""
-    job, _ = models.resolve(studio.own(read_job(document)))
+    job = resolve(studio.own(read_job(document))).document
     lora_files.check(job)
     return job
 

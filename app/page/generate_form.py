@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from engine import lora_files, presets
+from engine import lora_files
 from engine.document import explain_validation_error
 from engine.job import GenerateJob, Lora, Picture, Sampling, Subject, make_job
 from engine.messages import StudioError
 from engine.presets import Preset
+from engine.resolve import resolve
 
 MAX_PICTURES = 3
 MAX_TRIES = 50
@@ -158,7 +159,7 @@ class Form:
         Raises:
             StudioError: its preset is not here, or it does not fit that preset.
         """
-        filled, _ = presets.resolve(job)
+        filled = resolve(job).document
         return cls(
             preset=filled.preset,
             prompt=filled.prompt,
@@ -213,7 +214,7 @@ class Form:
             "loras": [lora.model_dump() for lora in self.loras],
             "precision": self.precision or None,
         }
-        job, _ = presets.resolve(make_job(**values))
+        job = resolve(make_job(**values)).document
         lora_files.check(job)
         return job
 

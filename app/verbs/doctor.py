@@ -182,7 +182,7 @@ def models() -> Iterator[Finding]:
 def fitting(here: Hardware) -> Finding:
     """Which presets this machine could make a clip with, at their own size and length, with two subjects."""
     known = [preset for name in presets.names() if (preset := presets.load(name)).shape is not None]
-    fit = [p.name for p in known if make_plan(typical_job(p), p, here).fits]
+    fit = [p.name for p in known if make_plan(typical_job(p), here).fits]
     free = here.ram if here.shared else here.vram
     room = f"{free / GB:.0f} GB free"
     if here.device == "cpu":

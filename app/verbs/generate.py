@@ -26,6 +26,7 @@ from engine import lora_files, presets, wan2gp
 from engine.job import GenerateJob, make_job, read_job
 from engine.media import pictures
 from engine.messages import Cancelled, Message, Progress, StudioError
+from engine.resolve import resolve
 from engine.wan2gp import ForeignJob
 
 STAGES = {
@@ -45,9 +46,9 @@ def main(given: argparse.Namespace) -> int:
     """
     job = read_given(given)
     clip = check_out(given.out) if given.out else None
-    job, preset = presets.resolve(job)
-    job = pictures.pack(job, preset)
-    presets.check_files(preset)
+    resolved = pictures.prepare_subjects(resolve(job))
+    presets.check_files(resolved.preset)
+    job = resolved.document
     lora_files.check(job)
     meter = ProgressLine()
     meter.show("Starting the engine")

@@ -17,9 +17,10 @@ import psutil
 from engine import presets
 from engine.hardware.plan import Plan, make_plan, plan_or_raise
 from engine.hardware.probe import GB, Hardware, probe_hardware
-from engine.job import GenerateJob, Picture, Sampling, Subject, make_job
+from engine.job import Picture, Sampling, Subject, make_job
 from engine.messages import StudioError, duration
 from engine.presets import Preset
+from engine.resolve import ResolvedJob, resolve
 
 WHERE = {"device": "on the device", "memory": "block by block from memory", "disk": "block by block from files"}
 CARD_TFLOPS = 60  # a card for creators in bf16, attention included; a finished clip on this machine says better
@@ -28,8 +29,7 @@ PROCESSOR_TFLOPS = 0.06
 
 def main(given: argparse.Namespace) -> int:
     """Print the plan; see the header."""
-    job, preset = _job(given), presets.load(given.preset)
-    here = _machine(given)
+    preset, here = presets.load(given.preset), _machine(given)
     if preset.shape is None:
         raise StudioError(
             f"Nothing is known of what {preset.title} needs.",
@@ -37,21 +37,22 @@ def main(given: argparse.Namespace) -> int:
             "Add one, as presets/wan-1.3b.json has it.",
             field="preset",
         )
-    made = make_plan(job, preset, here)
-    sys.stdout.write("\n".join(report(job, preset, made, given.tflops)) + "\n")
+    resolved = _job(given, preset)
+    made = make_plan(resolved, here)
+    sys.stdout.write("\n".join(report(resolved, made, given.tflops)) + "\n")
     if made.fits:
         return 0
-    plan_or_raise(job, preset, here)  # says what would
+    plan_or_raise(resolved, here)  # says what would
     return 1
 
 
-def _job(given: argparse.Namespace) -> GenerateJob:
+def _job(given: argparse.Namespace, preset: Preset) -> ResolvedJob:
     """The job that the options describe."""
     width = height = None
     if given.size:
         width, height = (int(side) for side in given.size.split("x"))
     return typical_job(
-        presets.load(given.preset),
+        preset,
         subjects=given.subjects,
         num_frames=given.frames,
         width=width,
@@ -61,13 +62,13 @@ def _job(given: argparse.Namespace) -> GenerateJob:
     )
 
 
-def typical_job(preset: Preset, *, subjects: int | None = None, **values: Any) -> GenerateJob:
-    """A resolved job with blank subjects, two unless said: what they show does not change what they need."""
+def typical_job(preset: Preset, *, subjects: int | None = None, **values: Any) -> ResolvedJob:
+    """A job with blank subjects, two unless said: what they show does not change what they need."""
     if subjects is None:
         subjects = min(2, preset.max_subjects)
     cast = tuple(Subject(name=f"s{i}", pictures=(Picture(path="-"),)) for i in range(1, subjects + 1))
     prompt = " ".join(f"@{subject.name}" for subject in cast) or "-"
-    return presets.resolve(make_job(preset=preset.name, prompt=prompt, subjects=cast, **values))[0]
+    return resolve(make_job(preset=preset.name, prompt=prompt, subjects=cast, **values), preset)
 
 
 def _machine(given: argparse.Namespace) -> Hardware:
@@ -83,15 +84,16 @@ def _machine(given: argparse.Namespace) -> Hardware:
     return Hardware("cuda", f"a card of {given.vram:g} GB", round(given.vram * GB), ram, here.disk)
 
 
-def report(job: GenerateJob, preset: Preset, made: Plan, tflops: float | None) -> list[str]:
+def report(resolved: ResolvedJob, made: Plan, tflops: float | None) -> list[str]:
     """The plan in lines."""
-    here = made.machine
+    here, preset = made.machine, resolved.preset
+    subjects, steps = len(resolved.document.subjects), resolved.sampling.num_inference_steps
     limits = f"({here.vram / GB:.1f} GB on it, {here.ram / GB:.1f} GB of memory beside it)"
     if here.shared:
         limits = f"({here.ram / GB:.1f} GB of memory)"
     lines = [
-        f"{preset.title}: {job.width} x {job.height}, {job.num_frames} frames, {len(job.subjects)} subjects, "
-        f"{job.sampling.num_inference_steps} steps",
+        f"{preset.title}: {resolved.width} x {resolved.height}, {resolved.num_frames} frames, {subjects} subjects, "
+        f"{steps} steps",
         f"on {here.name} {limits}",
         "",
     ]

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from engine.job import Sampling
+from engine.resolve import ResolvedSampling
 
 LONGEST = 50.0  # longest push that `apg` lets through, in one latent frame of the clean clip
 ALONG = 0.5  # what it keeps of a push's part along the clean clip, which lifts contrast and colour
@@ -32,7 +33,7 @@ ALONG = 0.5  # what it keeps of a push's part along the clean clip, which lifts 
 Branch = Literal["none", "subjects", "text", "full"]
 
 
-def branches(sampling: Sampling) -> tuple[Branch, ...]:
+def branches(sampling: Sampling | ResolvedSampling) -> tuple[Branch, ...]:
     """The predictions that one step needs, in the order they are made. As many forwards as there are names."""
     if sampling.guidance == "dual":
         # With a subject scale of 1 the prediction without subjects cancels out: the prompt alone is guided.
@@ -49,7 +50,7 @@ def branches(sampling: Sampling) -> tuple[Branch, ...]:
 
 
 def apply_guidance(
-    sampling: Sampling,
+    sampling: Sampling | ResolvedSampling,
     predict: Callable[[Branch], Tensor],
     latents_BCFHW: Tensor | None = None,
     sigma: float | None = None,

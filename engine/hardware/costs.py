@@ -15,16 +15,18 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from engine.job import GenerateJob
+from engine import lora_files
+from engine.job import Subject
 from engine.media.pictures import FILL
 from engine.messages import StudioError
 from engine.models import umt5
 from engine.presets import Preset, Shape
+from engine.resolve import ResolvedJob
 
 MB = 10**6
 Precision = Literal["fp32", "bf16", "fp8", "int8", "nf4"]
@@ -251,7 +253,7 @@ def header(file: Path, part: str = "file") -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Load:
-    """A job in the model's terms."""
+    """A job in the model's terms: all of it that memory and time depend on."""
 
     tokens: int  # of the clip with what is drawn or read beside it
     latent_frames: int
@@ -262,6 +264,10 @@ class Load:
     steps: int
     source_tokens: int = 0  # among `tokens`, those that only branches with subjects have
     alone: int = 0  # among `forwards`, those that know of no subjects
+    frames: int = 1  # of the clip
+    lora_bytes: int = 0  # of the files
+    is_judged: bool = False  # somebody is to be recognised
+    precision: Precision | None = None  # of the transformer, where the job names one
 
 
 VLM_TOKENS = 256  # a prompt and what the pictures add, for a start
@@ -270,17 +276,19 @@ FORWARDS = {"none": 1, "cfg": 2, "dual": 3, "apg": 3, "chained": 3}
 ALONE = {"none": 0, "cfg": 1, "dual": 1, "apg": 1, "chained": 2}  # of them, the branches without subjects
 
 
-def load_of(job: GenerateJob, preset: Preset) -> Load:
-    """A resolved job in the model's terms: its tokens, pixels, pictures and forwards."""
+def load_of(resolved: ResolvedJob) -> Load:
+    """A job in the model's terms: its tokens, pixels, pictures and forwards. Its preset has a shape."""
+    preset, document = resolved.preset, resolved.document
     shape = preset.shape
-    assert shape is not None and job.width and job.height and job.num_frames, "resolved, and its preset has a shape"
+    assert shape is not None
+    shown = [subject for subject in document.subjects if subject.weight > 0]
     pictures = 0
     if preset.conditioning != "none":
-        pictures = sum(len(subject.pictures) for subject in job.subjects if subject.weight > 0)
+        pictures = sum(len(subject.pictures) for subject in shown)
     lead = 0
     if preset.conditioning in ("frames", "identity+frames", "side"):
         lead = pictures
-    frames = 1 + (job.num_frames - 1) // preset.frames_per_latent + lead
+    latent_frames = 1 + (resolved.num_frames - 1) // preset.frames_per_latent + lead
     side = shape.vae_spatial * shape.patch[1]
     subject_tokens = 0
     if shape.identity_layers and pictures:
@@ -288,30 +296,31 @@ def load_of(job: GenerateJob, preset: Preset) -> Load:
         subject_tokens = pictures * each + VLM_TOKENS * bool(shape.vlm_dim)
     sources = 0
     if preset.conditioning == "sources":
-        sources = _source_tokens(job, preset, side)
-    settings = job.sampling
+        sources = _source_tokens(shown, preset.reference_size, side)
     return Load(
-        tokens=frames * (job.width // side) * (job.height // side) + sources,
-        latent_frames=frames,
-        pixels=job.width * job.height,
+        tokens=latent_frames * (resolved.width // side) * (resolved.height // side) + sources,
+        latent_frames=latent_frames,
+        pixels=resolved.width * resolved.height,
         pictures=pictures,
         subject_tokens=subject_tokens,
-        forwards=FORWARDS[settings.guidance or "cfg"],
-        steps=settings.num_inference_steps or 1,
+        forwards=FORWARDS[resolved.sampling.guidance],
+        steps=resolved.sampling.num_inference_steps,
         source_tokens=sources,
-        alone=ALONE[settings.guidance or "cfg"],
+        alone=ALONE[resolved.sampling.guidance],
+        frames=resolved.num_frames,
+        lora_bytes=lora_files.num_bytes(document),
+        is_judged=bool(shown),
+        precision=document.precision,
     )
 
 
-def _source_tokens(job: GenerateJob, preset: Preset, side: int) -> int:
+def _source_tokens(shown: Sequence[Subject], size: int, side: int) -> int:
     """Tokens of the pictures at their own sizes, as if each were square; in truth there are fewer."""
     tokens = 0
-    for subject in job.subjects:
-        if subject.weight <= 0:
-            continue
-        longest: float = preset.reference_size
+    for subject in shown:
+        longest: float = size
         if subject.cut_out and subject.role != "background":
-            longest = preset.reference_size * FILL
+            longest = size * FILL
         tokens += len(subject.pictures) * math.ceil(longest / side) ** 2
     return tokens
 

@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from engine import lora_files
 from engine.hardware import costs
 from engine.hardware.costs import MB, Load, Precision, Weights
 from engine.hardware.oom import OutOfMemory
 from engine.hardware.probe import GB, Hardware
-from engine.job import GenerateJob
 from engine.messages import StudioError
 from engine.presets import Preset
+from engine.resolve import ResolvedJob
 
 Where = Literal[
     "device", "memory", "disk"
@@ -133,25 +132,24 @@ class Plan:
 _JUDGES = ("judges", "detector", "segmenter", "embedder")  # of frames; on the processor, and kept between two clips
 
 
-def make_plan(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
+def make_plan(resolved: ResolvedJob, here: Hardware) -> Plan:
     """The first way to make this clip that fits; the smallest way if none does.
 
     The ways are tried in order, the most exact and quickest first.
 
     Args:
-        job: resolved; its `precision`, where it has one, is kept.
+        resolved: its document's `precision`, where it has one, is kept; its preset has a shape.
         here: with a profile already taken into account (`Hardware.limited`).
     """
-    load = costs.load_of(job, preset)
+    load, preset = costs.load_of(resolved), resolved.preset
     plain = _plain_bytes(preset, here)
     vae = _fit(costs.part_weights(preset, "vae"), "fp32", "device", plain)
-    judges = _judge_bytes(job, preset)
     plans: list[Plan] = []
     for transformer, encoders, tiled in itertools.product(
-        _ways(preset, "transformer", plain, job.precision), _encoder_ways(preset, plain), _tiling_choices(preset, load)
+        _ways(preset, "transformer", plain, load.precision), _encoder_ways(preset, plain), _tiling_choices(preset, load)
     ):
         parts = {"transformer": transformer, **encoders, "vae": vae}
-        plan = _plan(job, preset, here, load, plain, parts, judges, tiled)
+        plan = _plan(preset, load, here, plain, parts, tiled)
         if plan.fits:
             return plan
         plans.append(plan)
@@ -174,12 +172,11 @@ def _tiling_choices(preset: Preset, load: Load) -> tuple[bool, ...]:
     return (False,)
 
 
-def _judge_bytes(job: GenerateJob, preset: Preset) -> int:
+def _judge_bytes(preset: Preset, load: Load) -> int:
     """Memory of the models that judge frames; none is loaded for a clip without subjects."""
-    judges = sum(costs.part_weights(preset, part).num_bytes("fp32") for part in _JUDGES if preset.has(part))
-    if any(subject.weight > 0 for subject in job.subjects):
-        return judges
-    return 0
+    if not load.is_judged:
+        return 0
+    return sum(costs.part_weights(preset, part).num_bytes("fp32") for part in _JUDGES if preset.has(part))
 
 
 def _ways(preset: Preset, part: str, plain: int, wanted: Precision | None) -> list[Fit]:
@@ -227,16 +224,7 @@ def _with_reading(fit: Fit, plain: int) -> Fit:
     return replace(fit, working=min(READING * plain, fit.device))
 
 
-def _plan(
-    job: GenerateJob,
-    preset: Preset,
-    here: Hardware,
-    load: Load,
-    plain: int,
-    parts: dict[str, Fit],
-    judges: int,
-    tiled: bool,
-) -> Plan:
+def _plan(preset: Preset, load: Load, here: Hardware, plain: int, parts: dict[str, Fit], tiled: bool) -> Plan:
     shape = preset.shape
     assert shape is not None
     cache = costs.cache_bytes(shape, load, plain)
@@ -244,16 +232,16 @@ def _plan(
     decoded_pixels, frames_held = load.pixels, 0
     if tiled:
         decoded_pixels = min(load.pixels, costs.DECODE_TILE**2)
-        frames_held = 6 * load.pixels * (job.num_frames or 1)
+        frames_held = 6 * load.pixels * load.frames
     fixed, slack, base = _overheads(here)
-    base += judges
+    base += _judge_bytes(preset, load)
     transformer, text, vlm = parts["transformer"], parts["text_encoder"], parts["vlm"]
     stay = transformer.device + vae.device
     decoding = stay + costs.DECODE * decoded_pixels
     if transformer.where != "device":
         decoding -= transformer.device  # its blocks have left the device by then
     # Wherever the blocks wait, what LoRAs add to them is on the device; files have two bytes a number.
-    loras = lora_files.num_bytes(job) * plain // 2
+    loras = load.lora_bytes * plain // 2
     needs = [
         ("the prompt is read", text.device + text.working, text.memory),
         ("the VLM reads", vlm.device + vlm.working, vlm.memory),
@@ -291,46 +279,51 @@ def _overheads(here: Hardware) -> tuple[int, float, int]:
 # --- when it does not fit ---------------------------------------------------------------------------------------------
 
 
-def plan_or_raise(job: GenerateJob, preset: Preset, here: Hardware) -> Plan:
+def plan_or_raise(resolved: ResolvedJob, here: Hardware) -> Plan:
     """`make_plan`, where it fits.
 
     Raises:
         StudioError: it does not; the three cheapest changes that would, or what binds where none does.
     """
-    plan = make_plan(job, preset, here)
+    plan = make_plan(resolved, here)
     if plan.fits:
         return plan
-    changes = [words for words, changed in cheaper(job, preset) if make_plan(changed, preset, here).fits][:3]
+    changes = [words for words, changed in cheaper(resolved) if make_plan(changed, here).fits][:3]
     next_step = "Choose a smaller preset, or free some memory."
     if changes:
         next_step = f"Choose {_join_with_or(changes)}."
     raise StudioError(
-        what=f"{preset.title} at {job.width} x {job.height} with {job.num_frames} frames does not fit this machine.",
+        what=f"{resolved.preset.title} at {_size_in_words(resolved)} does not fit this machine.",
         why=plan.words(),
         next_step=next_step,
         field="num_frames",
     )
 
 
-def cheaper(job: GenerateJob, preset: Preset) -> Iterator[tuple[str, GenerateJob]]:
+def _size_in_words(resolved: ResolvedJob) -> str:
+    return f"{resolved.width} x {resolved.height} with {resolved.num_frames} frames"
+
+
+def cheaper(resolved: ResolvedJob) -> Iterator[tuple[str, ResolvedJob]]:
     """Jobs that need less than this one, each with the change in words; of each kind the smallest change first."""
-    frames = job.num_frames or preset.num_frames
+    frames, preset = resolved.num_frames, resolved.preset
     shorter = sorted({max(5, frames * part // 8 // 4 * 4 + 1) for part in (6, 4, 2)} - {frames}, reverse=True)
     for fewer in shorter:
-        yield f"{fewer} frames", job.model_copy(update={"num_frames": fewer})
-    area = (job.width or 0) * (job.height or 0)
+        yield f"{fewer} frames", resolved.changed(num_frames=fewer)
+    area = resolved.width * resolved.height
     for size in sorted(preset.sizes, key=lambda size: -size.width * size.height):
         if size.width * size.height < area:
-            smaller = job.model_copy(update={"width": size.width, "height": size.height})
+            smaller = resolved.changed(width=size.width, height=size.height)
             yield f"{size.width} x {size.height}", smaller
             for fewer in shorter:
                 words = f"{size.width} x {size.height} with {fewer} frames"
-                yield words, smaller.model_copy(update={"num_frames": fewer})
-    if job.precision not in (None, "nf4"):
-        yield "another precision (automatic)", job.model_copy(update={"precision": None})
-    if preset.conditioning != "identity" and any(len(subject.pictures) > 1 for subject in job.subjects):
-        single = tuple(s.model_copy(update={"pictures": s.pictures[:1]}) for s in job.subjects)
-        yield "one picture of each subject", job.model_copy(update={"subjects": single})
+                yield words, smaller.changed(num_frames=fewer)
+    if resolved.document.precision not in (None, "nf4"):
+        yield "another precision (automatic)", resolved.changed(precision=None)
+    subjects = resolved.document.subjects
+    if preset.conditioning != "identity" and any(len(subject.pictures) > 1 for subject in subjects):
+        single = tuple(subject.model_copy(update={"pictures": subject.pictures[:1]}) for subject in subjects)
+        yield "one picture of each subject", resolved.changed(subjects=single)
 
 
 def _join_with_or(words: list[str]) -> str:
@@ -343,12 +336,14 @@ def _gb(count: float) -> str:
     return f"{count / GB:.1f}"
 
 
-def explain_oom(lack: OutOfMemory, job: GenerateJob, preset: Preset, here: Hardware) -> StudioError:
+def explain_oom(lack: OutOfMemory, resolved: ResolvedJob, here: Hardware) -> StudioError:
     """What to change when memory ran out twice: the cheapest jobs that need a third less than this one did."""
     less = here.shrunk()
-    changes = [words for words, changed in cheaper(job, preset) if make_plan(changed, preset, less).fits][:3]
+    changes: list[str] = []
+    if resolved.preset.shape is not None:
+        changes = [words for words, changed in cheaper(resolved) if make_plan(changed, less).fits][:3]
     if not changes:
-        changes = [words for words, _ in cheaper(job, preset)][:3]
+        changes = [words for words, _ in cheaper(resolved)][:3]
     next_step = "Close other programs."
     if changes:
         next_step = f"Close other programs, or choose {_join_with_or(changes)}."
@@ -357,8 +352,7 @@ def explain_oom(lack: OutOfMemory, job: GenerateJob, preset: Preset, here: Hardw
     )
     return StudioError(
         what=f"{where} ran out while the clip was made, also in the most sparing way.",
-        why=f"{job.width} x {job.height} with {job.num_frames} frames and {len(job.subjects)} subjects needs more "
-        "than is free.",
+        why=f"{_size_in_words(resolved)} and {len(resolved.document.subjects)} subjects needs more than is free.",
         next_step=next_step,
         field="num_frames",
     )

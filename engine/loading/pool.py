@@ -115,6 +115,11 @@ class ModelPool:
         """From now on parts are loaded as this plan has them; without one, whole and exact."""
         self._plan = plan
 
+    @property
+    def decodes_in_tiles(self) -> bool:
+        """Whether the VAE decodes in tiles, as the plan has it."""
+        return self._plan is not None and self._plan.tiled
+
     def empty(self) -> None:
         """Let go of every part."""
         self._drop(self._parts)

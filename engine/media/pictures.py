@@ -2,7 +2,7 @@
 
 In:  picture files of every common kind, right or broken; the pictures of a job.
 Out: upright RGB; a subject cut out on white at the model's size; a job that carries its own small pictures.
-Knows nothing of torch, of the page, or of models: a preset is asked for one number, its `reference_size`.
+Knows nothing of torch, of the page, or of models.
 
 Everything here gives the same pixels for the same file, on every machine.
 """
@@ -15,6 +15,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from engine.job import GenerateJob, Picture, Subject
 from engine.messages import StudioError
-from engine.presets import Preset
+from engine.resolve import PreparedSubject, ResolvedJob
 
 Pixels = NDArray[np.uint8]
 
@@ -161,37 +162,57 @@ def _crop_white_border(picture: Pixels) -> Image.Image:
 # --- pictures that travel inside a document --------------------------------------------------------------------------
 
 
-def pack(job: GenerateJob, preset: Preset) -> GenerateJob:
-    """The job with every picture's hash and the very pixels the model will see, so that it can be made anywhere.
+def prepare_subjects(resolved: ResolvedJob) -> ResolvedJob:
+    """The job with its subjects prepared, and with every picture's hash and very pixels in its document.
 
-    All pictures together take at most 1 MB; where they would not fit, the largest are made smaller. A picture that
-    already carries its pixels keeps them.
+    Each picture is read once. All together take at most 1 MB of the document; where they would not fit, the largest are
+    made smaller, and the model sees those. A picture that already carries its pixels keeps them.
 
     Raises:
         StudioError: field "subjects"; a picture cannot be read.
     """
-    pixels = [prepare_subject(subject, size=preset.reference_size) for subject in job.subjects]
-    kept = [[picture.png for picture in subject.pictures] for subject in job.subjects]
-    texts = [
-        [text or _encode_png(image) for text, image in zip(*both, strict=True)]
-        for both in zip(kept, pixels, strict=True)
+    size = resolved.preset.reference_size
+    shown = [prepare_subject(subject, size=size) for subject in resolved.document.subjects]
+    cast = [
+        [EmbeddedPicture(picture, pixels) for picture, pixels in zip(subject.pictures, own, strict=True)]
+        for subject, own in zip(resolved.document.subjects, shown, strict=True)
     ]
-    while sum(len(text) for line in texts for text in line) > MAX_EMBEDDED:
-        s, p = max(
-            ((s, p) for s, line in enumerate(texts) for p in range(len(line))), key=lambda at: len(texts[at[0]][at[1]])
-        )
-        side = pixels[s][p].shape[0] * 7 // 8
-        smaller = Image.fromarray(pixels[s][p]).resize((side, side), Image.Resampling.LANCZOS)
-        pixels[s][p] = np.asarray(smaller)
-        texts[s][p] = _encode_png(pixels[s][p])
-    subjects = []
-    for subject, line in zip(job.subjects, texts, strict=True):
-        pictures = tuple(
-            picture.model_copy(update={"png": text, "sha256": picture.sha256 or sha256(Path(picture.path))})
-            for picture, text in zip(subject.pictures, line, strict=True)
-        )
-        subjects.append(subject.model_copy(update={"pictures": pictures}))
-    return job.model_copy(update={"subjects": tuple(subjects)})
+    everyone = [each for own in cast for each in own]
+    while sum(len(each.png) for each in everyone) > MAX_EMBEDDED:
+        max(everyone, key=lambda each: len(each.png)).shrink()
+    documents, subjects = [], []
+    for subject, own in zip(resolved.document.subjects, cast, strict=True):
+        documents.append(subject.model_copy(update={"pictures": tuple(each.as_document() for each in own)}))
+        pictures = tuple(each.pixels_at(size) for each in own)
+        subjects.append(PreparedSubject(subject.name, subject.role, subject.noun, subject.weight, pictures))
+    document = resolved.document.model_copy(update={"subjects": tuple(documents)})
+    return replace(resolved, document=document, subjects=tuple(subjects))
+
+
+class EmbeddedPicture:
+    """A prepared picture and its bytes in the document, which may have to be smaller."""
+
+    def __init__(self, picture: Picture, pixels: Pixels) -> None:
+        self._picture, self._pixels = picture, pixels
+        self.png = picture.png or _encode_png(pixels)
+
+    def shrink(self) -> None:
+        """One step smaller."""
+        side = self._pixels.shape[0] * 7 // 8
+        smaller = Image.fromarray(self._pixels).resize((side, side), Image.Resampling.LANCZOS)
+        self._pixels = np.asarray(smaller)
+        self.png = _encode_png(self._pixels)
+
+    def as_document(self) -> Picture:
+        """With its pixels and the hash of its file."""
+        found = self._picture.sha256 or sha256(Path(self._picture.path))
+        return self._picture.model_copy(update={"png": self.png, "sha256": found})
+
+    def pixels_at(self, size: int) -> Pixels:
+        """(size, size, 3), as whoever opens the document sees it."""
+        if self._pixels.shape[0] == size:
+            return self._pixels
+        return np.asarray(Image.fromarray(self._pixels).resize((size, size), Image.Resampling.LANCZOS))
 
 
 def sha256(path: Path) -> str:

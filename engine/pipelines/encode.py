@@ -18,59 +18,52 @@ import torch
 from torch import Tensor
 
 from engine.diffusion.conditioning import Encoded
-from engine.job import GenerateJob, Subject
 from engine.loading.pool import ModelPool, fingerprint
-from engine.media.pictures import Pixels, place_on_canvas, prepare_subject, resize_to_multiple
+from engine.media.pictures import Pixels, place_on_canvas, resize_to_multiple
 from engine.models.encoders import text_states, vlm_states
 from engine.models.subject_tower import References
 from engine.models.vae import normalize, picture_latents
 from engine.pipelines.prompt import render_job
 from engine.presets import Preset
+from engine.resolve import ResolvedJob
 
 # --- a whole job ----------------------------------------------------------------------------------------------------
 
 
-def encode_job(job: GenerateJob, preset: Preset, pool: ModelPool) -> Encoded:
+def encode_job(resolved: ResolvedJob, pool: ModelPool) -> Encoded:
     """Everything a clip needs from its encoders, each thing encoded once and remembered by the hash of its content.
 
     Args:
-        job: resolved, its pictures readable.
-        preset: names the encoders and how mentions are written.
+        resolved: with its subjects prepared.
         pool: loads an encoder only when something is not remembered. Large encoders have left it before the VAE works.
 
     Raises:
-        StudioError: a picture or an encoder cannot be read.
+        StudioError: an encoder cannot be read.
     """
-    prompt = render_job(job, preset)
+    preset = resolved.preset
+    prompt = render_job(resolved)
     text = _encode_text(prompt, preset, pool)
-    negative = _encode_text(job.negative_prompt or "", preset, pool)
-    shown = [_prepare_shown(subject, preset) for subject in job.subjects]
+    negative = _encode_text(resolved.document.negative_prompt or "", preset, pool)
+    shown = [subject.pictures if subject.is_shown else () for subject in resolved.subjects]
     with_identity = preset.conditioning.startswith("identity") and any(shown)
     states, mask = None, None
     if with_identity:
         states, mask = _encode_vlm(prompt, shown, preset, pool)
     pool.make_room()
     if preset.conditioning == "sources":
-        return Encoded(text, negative, sources=_source_latents(job, shown, preset, pool))
+        return Encoded(text, negative, sources=_source_latents(resolved, pool))
     if preset.conditioning == "frames":
-        return Encoded(text, negative, frames=_frame_latents(job, shown, preset, pool))
+        return Encoded(text, negative, frames=_frame_latents(resolved, pool))
     if preset.conditioning == "side":
-        frames = _frame_latents(job, shown, preset, pool)
-        return Encoded(text, negative, frames=frames, side=_side_latents(job, frames, preset, pool))
+        frames = _frame_latents(resolved, pool)
+        return Encoded(text, negative, frames=frames, side=_side_latents(resolved, frames, pool))
     if not with_identity:
         return Encoded(text, negative)  # without subjects the model is plain Wan, as it was in training
-    references = _identity_references(shown, [subject.weight for subject in job.subjects], preset, pool)
+    references = _identity_references(shown, [subject.weight for subject in resolved.subjects], preset, pool)
     frames = None
     if preset.conditioning == "identity+frames":
-        frames = _frame_latents(job, shown, preset, pool)
+        frames = _frame_latents(resolved, pool)
     return Encoded(text, negative, replace(references, vlm_states=states, vlm_mask=mask), frames)
-
-
-def _prepare_shown(subject: Subject, preset: Preset) -> list[Pixels]:
-    """A subject's pictures; none at a weight of 0, which leaves it out everywhere, also where the VLM would see it."""
-    if subject.weight > 0:
-        return prepare_subject(subject, size=preset.reference_size)
-    return []
 
 
 def _encode_text(text: str, preset: Preset, pool: ModelPool) -> Tensor:
@@ -129,46 +122,40 @@ def _identity_references(
     )
 
 
-def _frame_latents(
-    job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, pool: ModelPool
-) -> Tensor | None:
+def _frame_latents(resolved: ResolvedJob, pool: ModelPool) -> Tensor | None:
     """Every picture at the clip's size on white, each a latent frame: (1, C, N, h, w); None without any.
 
     A subject's weight, 1 as trained, scales its latents, since zeros are what a model of this kind takes for nobody.
     """
 
     def page_of(picture: Pixels) -> Pixels:
-        return place_on_canvas(picture, job.width or 0, job.height or 0)
+        return place_on_canvas(picture, resolved.width, resolved.height)
 
-    latents = list(_picture_latents(job, shown, page_of, preset, pool))
+    latents = list(_picture_latents(resolved, page_of, pool))
     if not latents:
         return None
     return torch.stack(latents, dim=2)
 
 
-def _source_latents(
-    job: GenerateJob, shown: Sequence[Sequence[Pixels]], preset: Preset, pool: ModelPool
-) -> tuple[Tensor, ...]:
+def _source_latents(resolved: ResolvedJob, pool: ModelPool) -> tuple[Tensor, ...]:
     """Every picture at its own size, each (1, C, 1, h, w).
 
     A subject's weight scales its latents here, too, which makes a paler picture. The model was trained on nothing else
     of the kind.
     """
-    pages = _picture_latents(job, shown, lambda own: resize_to_multiple(own, preset.size_multiple), preset, pool)
+    multiple = resolved.preset.size_multiple
+    pages = _picture_latents(resolved, lambda own: resize_to_multiple(own, multiple), pool)
     return tuple(latents.unsqueeze(2) for latents in pages)
 
 
-def _picture_latents(
-    job: GenerateJob,
-    shown: Sequence[Sequence[Pixels]],
-    page_of: Callable[[Pixels], Pixels],
-    preset: Preset,
-    pool: ModelPool,
-) -> Iterator[Tensor]:
-    """Latents (1, C, h, w) of what is made of every picture, times its subject's weight."""
+def _picture_latents(resolved: ResolvedJob, page_of: Callable[[Pixels], Pixels], pool: ModelPool) -> Iterator[Tensor]:
+    """Latents (1, C, h, w) of what is made of every picture that is shown, times its subject's weight."""
+    preset = resolved.preset
     vae_files = fingerprint(preset.place("vae"))
-    for subject, own in zip(job.subjects, shown, strict=True):
-        for page in map(page_of, own):
+    for subject in resolved.subjects:
+        if not subject.is_shown:
+            continue
+        for page in map(page_of, subject.pictures):
             key = ("frame", vae_files, _hash_picture(page))
             latents = pool.remembered(key, lambda page=page: _encode_picture(page, preset, pool))
             yield subject.weight * latents
@@ -179,14 +166,15 @@ def _encode_picture(page: Pixels, preset: Preset, pool: ModelPool) -> Tensor:
         return picture_latents([page], vae)
 
 
-def _side_latents(job: GenerateJob, frames: Tensor | None, preset: Preset, pool: ModelPool) -> Tensor:
+def _side_latents(resolved: ResolvedJob, frames: Tensor | None, pool: ModelPool) -> Tensor:
     """What VACE's side branch reads where everything is to be made: an even grey video, and a mask that says "all".
 
     Pictures come first, the last one first of all, as kept content with a mask of zeros.
 
     Source: `prepare_video_latents` and `prepare_masks` of diffusers' `WanVACEPipeline`, for a clip without a video.
     """
-    shape = (1, 3, job.num_frames or 1, job.height or 0, job.width or 0)
+    preset = resolved.preset
+    shape = (1, 3, resolved.num_frames, resolved.height, resolved.width)
 
     def encode_grey() -> Tensor:
         with pool.at_work("vae", preset) as vae, torch.no_grad():

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from engine import presets
+from engine import lora_files
 from engine.job import GenerateJob, write_job
 from engine.loading.pool import fingerprint
-from engine.media import video
+from engine.media import pictures, video
 from engine.messages import StudioError
+from engine.resolve import ResolvedJob
 
 PREVIEWS = ".previews"  # folder of pictures of clips in the making, one folder each
 
@@ -46,10 +48,11 @@ class KeptLatents:
     nobody asks for it again, it is swept away with half-written clips.
     """
 
-    def __init__(self, target: Path, job: GenerateJob, preset: presets.Preset) -> None:
+    def __init__(self, target: Path, resolved: ResolvedJob) -> None:
+        preset = resolved.preset
         drawing = ("transformer", "distill", "vae", "text_encoder", "tokenizer", "vlm", "vlm_tokenizer")
         marks = [str(fingerprint(preset.place(part))) for part in drawing if getattr(preset.components, part)]
-        whole = "\n".join([write_job(job), *marks])
+        whole = "\n".join([write_job(resolved.document), *marks])
         self._path = target.parent / f".{hashlib.sha256(whole.encode()).hexdigest()[:24]}{video.PART}.safetensors"
 
     def read(self, device: torch.device) -> tuple[Tensor, tuple[str, ...]] | None:
@@ -109,6 +112,11 @@ def check_writable(folder: Path) -> None:
             trial.write(bytes(4096))
 
 
+def document_of(job: GenerateJob) -> str:
+    """The document as it goes into a clip, which may be shown to others: with its pictures, without paths."""
+    return write_job(lora_files.shorten_paths(pictures.drop_embedded_paths(job)))
+
+
 def write_beside(clip: Path, document: str) -> Path:
     path = clip.with_suffix(".json")
     with explain_os_errors(clip.parent):
@@ -160,3 +168,11 @@ class Previews:
         took = time.monotonic() - began
         self._next = time.monotonic() + max(PREVIEW_SHARE * took, PREVIEW_GAP_S)
         return path
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a clip goes, and where it shows itself until then."""
+
+    clip: Path
+    previews: Previews

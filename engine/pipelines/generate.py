@@ -1,6 +1,6 @@
 """Generate: a prompt and its subjects become a clip, as the plan says.
 
-In:  a resolved job with its pictures, its preset, a plan, the model pool.
+In:  a resolved job with its subjects prepared, a plan, the model pool.
 Out: the clip with its document inside, the report beside it, and a `Saved` message.
 Knows nothing of second tries (`engine.run`), queues or pages.
 
@@ -11,55 +11,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine import lora_files, presets
 from engine.diffusion import conditioning, solvers, step_cache
 from engine.diffusion.guidance import apply_guidance
 from engine.hardware.oom import classify_oom
 from engine.hardware.plan import Plan
-from engine.job import GenerateJob, write_job
+from engine.job import Sampling
 from engine.loading import lora
 from engine.loading.pool import ModelPool
-from engine.media import pictures, video
+from engine.media import video
 from engine.messages import Cancelled, Message, Preview, Progress, Saved
 from engine.models.vae import decode_frames, decode_preview
 from engine.pipelines import encode
-from engine.pipelines.files import KeptLatents, Previews, write_beside
+from engine.pipelines.files import KeptLatents, Target, document_of, write_beside
 from engine.pipelines.progress import Pace
 from engine.pipelines.report import new_reporter, write_report
+from engine.resolve import ResolvedJob, ResolvedSampling
+
+Say = Callable[[Message], None]
 
 
-def make_clip(
-    job: GenerateJob,
-    preset: presets.Preset,
-    plan: Plan | None,
-    say: Callable[[Message], None],
-    target: Path,
-    pool: ModelPool,
-    previews: Previews,
-) -> Saved:
-    """The clip, made as the plan says.
+def make_clip(resolved: ResolvedJob, plan: Plan | None, pool: ModelPool, target: Target, say: Say) -> Saved:
+    """The clip, made as the plan says; without a plan whole and exact.
 
     Raises:
         OutOfMemory: the memory of the card or of the machine ran out.
     """
     pool.follow(plan)
     if plan is not None:
-        job = job.model_copy(update={"precision": plan.parts["transformer"].precision})
+        resolved = resolved.changed(precision=plan.parts["transformer"].precision)
     with classify_oom():
-        kept = KeptLatents(target, job, preset)
+        kept = KeptLatents(target.clip, resolved)
         sampled = kept.read(pool.device)
         if sampled is None:
-            sampled = sample_latents(job, preset, say, pool, previews)
+            sampled = sample_latents(resolved, pool, target, say)
             kept.write(*sampled)
         latents, notes = sampled
         try:
-            saved = decode_and_write(latents, job, preset, plan is not None and plan.tiled, say, target, pool)
+            saved = decode_and_write(latents, resolved, pool, target, say)
         except Cancelled:
             kept.forget()
             raise
@@ -67,67 +60,63 @@ def make_clip(
     return replace(saved, notes=notes)
 
 
-def sample_latents(
-    job: GenerateJob, preset: presets.Preset, say: Callable[[Message], None], pool: ModelPool, previews: Previews
-) -> tuple[Tensor, tuple[str, ...]]:
+def sample_latents(resolved: ResolvedJob, pool: ModelPool, target: Target, say: Say) -> tuple[Tensor, tuple[str, ...]]:
     """The clip's latents (1, C, F, h, w), and what was not done as a creator may have expected."""
+    preset, sampling = resolved.preset, resolved.sampling
     say(Progress("encode", 0, 1))
-    encoded = encode.encode_job(job, preset, pool)
+    encoded = encode.encode_job(resolved, pool)
 
     say(Progress("load", 0, 1))
     transformer, vae = pool.part("transformer", preset), pool.part("vae", preset)
     # A LoRA comes before the subjects are read: it may change how. And before any block visits the device.
-    with lora.use_loras(transformer, job.loras) as matched, pool.visiting("transformer", transformer):
+    loras = lora.use_loras(transformer, resolved.document.loras)
+    with loras as matched, pool.visiting("transformer", transformer):
         for file in matched:
             say(Progress("load", 1, 1, note=file.sentence))
         conditions = conditioning.prepare(preset.conditioning, transformer, encoded)
         lead = conditions.lead
 
-        solver = new_solver(job)
+        solver = new_solver(sampling)
         predict = step_cache.with_step_cache(
-            job.sampling.step_cache, preset.step_cache, guided_prediction(job, conditions, solver), solver
+            sampling.step_cache, preset.step_cache, guided_prediction(sampling, conditions, solver), solver
         )
         pace = Pace()
 
         def on_step(step: solvers.Step) -> None:
             say(Progress("sample", step.index + 1, step.total, eta_s=pace.seconds_left(step.index + 1, step.total)))
+            previews = target.previews
             if previews.due(step.index + 1, step.total):
                 picture = previews.write(lambda: decode_preview(step.x_0[:, :, lead:], vae), preset.display_scale)
                 say(Preview(step.index + 1, step.total, picture))
             pace.go_on()
 
-        noise = starting_latents(job, preset, transformer, vae, lead)
-        say(Progress("sample", 0, job.sampling.num_inference_steps or 0))
+        noise = starting_latents(resolved, transformer, vae, lead)
+        say(Progress("sample", 0, sampling.num_inference_steps))
         latents = solvers.denoise(noise, predict, solver, on_step)[:, :, lead:]
-    return latents, (*(file.sentence for file in matched if file.left), *unused_pictures(job, preset))
+    return latents, (*(file.sentence for file in matched if file.left), *unused_pictures(resolved))
 
 
-def unused_pictures(job: GenerateJob, preset: presets.Preset) -> tuple[str, ...]:
-    names = [f"@{subject.name}" for subject in job.subjects if subject.pictures]
-    if preset.conditioning != "none" or not names:
+def unused_pictures(resolved: ResolvedJob) -> tuple[str, ...]:
+    """A sentence where subjects have pictures that the preset cannot read."""
+    names = [f"@{subject.name}" for subject in resolved.subjects]
+    if resolved.preset.conditioning != "none" or not names:
         return ()
-    return (f"{preset.title} reads words alone: the pictures of {' and '.join(names)} were not used.",)
+    return (f"{resolved.preset.title} reads words alone: the pictures of {' and '.join(names)} were not used.",)
 
 
-def decode_and_write(
-    latents: Tensor,
-    job: GenerateJob,
-    preset: presets.Preset,
-    tiled: bool,
-    say: Callable[[Message], None],
-    target: Path,
-    pool: ModelPool,
-) -> Saved:
+def decode_and_write(latents: Tensor, resolved: ResolvedJob, pool: ModelPool, target: Target, say: Say) -> Saved:
     """Decode, judge and write, frame by frame."""
-    reporter = new_reporter(job, preset, pool)
-    document = write_job(lora_files.shorten_paths(pictures.drop_embedded_paths(job)))
-    size = (job.width or 0, job.height or 0)
+    preset = resolved.preset
+    reporter = new_reporter(resolved, pool)
+    document = document_of(resolved.document)
+    size = (resolved.width, resolved.height)
     with video.ClipWriter(
-        target, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
+        target.clip, fps=preset.fps, size=size, display_scale=preset.display_scale, document=document
     ) as writer:
         pace, total = Pace(), latents.shape[2]
         say(Progress("decode", 0, total))
-        for number, group in enumerate(decode_frames(latents, pool.part("vae", preset), tiled=tiled), start=1):
+        groups = decode_frames(latents, pool.part("vae", preset), tiled=pool.decodes_in_tiles)
+        for number, group in enumerate(groups, start=1):
             for frame in group:
                 writer.write(frame)
                 if reporter is not None:
@@ -136,7 +125,9 @@ def decode_and_write(
             pace.go_on()
 
     say(Progress("save", 0, 1))
-    report = reporter.finish() if reporter is not None else None
+    report = None
+    if reporter is not None:
+        report = reporter.finish()
     return Saved(
         clip=writer.path,
         document=write_beside(writer.path, document),
@@ -148,35 +139,33 @@ def decode_and_write(
     )
 
 
-def new_solver(job: GenerateJob) -> solvers.Solver:
-    settings = job.sampling
-    assert settings.scheduler and settings.num_inference_steps and settings.shift, "presets.resolve fills these in"
-    make = solvers.SOLVERS[settings.scheduler]
-    return make(settings.num_inference_steps, settings.shift, settings.final_sigma or 0.0)
+def new_solver(sampling: ResolvedSampling) -> solvers.Solver:
+    """The solver that the job names, at its noise levels."""
+    make = solvers.SOLVERS[sampling.scheduler]
+    return make(sampling.num_inference_steps, sampling.shift, sampling.final_sigma)
 
 
 def guided_prediction(
-    job: GenerateJob, conditions: conditioning.Conditioning, solver: solvers.Solver
+    sampling: Sampling | ResolvedSampling, conditions: conditioning.Conditioning, solver: solvers.Solver
 ) -> solvers.Predict:
     """The model's guided velocity, as the denoise loop asks for it."""
 
     def predict(latents: Tensor, time: float) -> Tensor:
         sigma = solvers.level(solver, time)
-        return apply_guidance(job.sampling, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
+        return apply_guidance(sampling, lambda branch: conditions.predict(latents, time, branch), latents, sigma)
 
     return predict
 
 
-def starting_latents(job: GenerateJob, preset: presets.Preset, transformer: Any, vae: Any, lead: int) -> Tensor:
+def starting_latents(resolved: ResolvedJob, transformer: Any, vae: Any, lead: int) -> Tensor:
     """Starting noise (1, C, lead + F, h, w), drawn on the CPU: every device then starts from the same."""
-    frames, height, width = job.num_frames or 1, job.height or 0, job.width or 0
     config = vae.config
     shape = (
         1,
         transformer.config.in_channels,
-        lead + (frames - 1) // config.scale_factor_temporal + 1,
-        height // config.scale_factor_spatial,
-        width // config.scale_factor_spatial,
+        lead + (resolved.num_frames - 1) // config.scale_factor_temporal + 1,
+        resolved.height // config.scale_factor_spatial,
+        resolved.width // config.scale_factor_spatial,
     )
-    generator = torch.Generator("cpu").manual_seed(job.seed)
-    return solvers.starting_noise(shape, generator, preset.shared_noise).to(transformer.device)
+    generator = torch.Generator("cpu").manual_seed(resolved.document.seed)
+    return solvers.starting_noise(shape, generator, resolved.preset.shared_noise).to(transformer.device)

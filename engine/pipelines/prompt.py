@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
-from engine.job import MENTION, GenerateJob, Subject
-from engine.presets import Preset
+from engine.job import MENTION, Subject
+from engine.resolve import ResolvedJob
 
 # What Bernini's prompts begin with: `SYSTEM_PROMPTS` of bernini/prompt_enhancer.py, bytedance/Bernini 8c805a5.
 BERNINI = "You are a helpful assistant specialized in {}-to-video generation."
@@ -91,13 +91,14 @@ def _render_slot(noun: str, number: int, first: bool, rest: str) -> str:
     return words
 
 
-def render_job(job: GenerateJob, preset: Preset) -> str:
+def render_job(resolved: ResolvedJob) -> str:
     """The job's prompt as its preset's encoders read it."""
-    prompt = render_prompt(job.prompt, job.subjects, preset.mention)
+    document, preset = resolved.document, resolved.preset
+    prompt = render_prompt(document.prompt, document.subjects, preset.mention)
     if preset.conditioning != "sources":
         return prompt
     task = "text"
-    if any(subject.weight > 0 for subject in job.subjects):
+    if any(subject.weight > 0 for subject in document.subjects):
         task = "subject"
     return BERNINI.format(task) + prompt
 

@@ -1,6 +1,6 @@
 """The identity report of one clip: who is measured by which evaluator, and where the report is written.
 
-In:  a job, its preset and the model pool.
+In:  a job with its prepared subjects, and the model pool.
 Out: a `Reporter` that sees every frame; its report and strip beside the clip.
 Knows nothing of how an evaluator works (`engine.identity`).
 """
@@ -10,29 +10,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine import presets
 from engine.identity.faces import FaceEvaluator, FaceModels
 from engine.identity.report import REPORT, STRIP, IdentityReport
 from engine.identity.reporter import Assignment, Evaluator, Reporter
 from engine.identity.things import THINGS, ThingEvaluator
 from engine.identity.toybox import Judges, ToyboxEvaluator
-from engine.job import GenerateJob, Subject
 from engine.loading.pool import ModelPool
-from engine.media import pictures
 from engine.pipelines.files import explain_os_errors
-from engine.presets import Preset
+from engine.resolve import PreparedSubject, ResolvedJob
 
 
-def new_reporter(job: GenerateJob, preset: presets.Preset, pool: ModelPool) -> Reporter | None:
+def new_reporter(resolved: ResolvedJob, pool: ModelPool) -> Reporter | None:
     """The reporter that judges the clip while it is decoded; None where nobody is to be recognised, or no evaluator is
     there."""
-    assignments = assign_evaluators(job, preset, pool)
+    assignments = assign_evaluators(resolved, pool)
     if not assignments:
         return None
+    preset = resolved.preset
     every = preset.frames_per_latent  # one frame of each group that the VAE packs together
     if preset.components.judges:
         every = 1  # judges of drawings are quick
-    return Reporter(assignments, fps=preset.fps, num_frames=job.num_frames or 1, every=every)
+    return Reporter(assignments, fps=preset.fps, num_frames=resolved.num_frames, every=every)
 
 
 def write_report(reporter: Reporter | None, report: IdentityReport | None, clip: Path) -> Path | None:
@@ -48,24 +46,24 @@ def write_report(reporter: Reporter | None, report: IdentityReport | None, clip:
     return path
 
 
-def assign_evaluators(job: GenerateJob, preset: Preset, pool: ModelPool) -> tuple[Assignment, ...]:
+def assign_evaluators(resolved: ResolvedJob, pool: ModelPool) -> tuple[Assignment, ...]:
     """Every subject that is to be recognised, with the evaluator that knows it.
 
     Raises:
         StudioError: an evaluator's files are there, but damaged.
     """
-    subjects = [(at, each) for at, each in enumerate(job.subjects) if each.role != "background" and each.weight > 0]
-    shown = {at: pictures.prepare_subject(each, size=preset.reference_size) for at, each in subjects}
+    preset = resolved.preset
+    subjects = [(at, each) for at, each in enumerate(resolved.subjects) if each.role != "background" and each.is_shown]
     if not subjects:
         return ()
     if preset.components.judges:
         judges = pool.part("judges", preset, build=Judges.load)
-        return (_assign(ToyboxEvaluator(judges, list(shown.values())), subjects),)
+        return (_assign(ToyboxEvaluator(judges, [each.pictures for _, each in subjects]), subjects),)
     assignments: list[Assignment] = []
     without_face = subjects
     if preset.has("faces"):
         faces: FaceModels = pool.part("faces", preset, build=FaceModels)
-        known = {at: faces.known(shown[at]) for at, each in subjects if each.role == "person"}
+        known = {at: faces.known(each.pictures) for at, each in subjects if each.role == "person"}
         people = [(at, each) for at, each in subjects if len(known.get(at, ()))]
         without_face = [(at, each) for at, each in subjects if not len(known.get(at, ()))]
         if people:
@@ -74,11 +72,11 @@ def assign_evaluators(job: GenerateJob, preset: Preset, pool: ModelPool) -> tupl
         things = ThingEvaluator(
             *[pool.part(part, preset) for part in THINGS],
             nouns=[each.noun for _, each in without_face],
-            pictures=[shown[at] for at, _ in without_face],
+            pictures=[each.pictures for _, each in without_face],
         )
         assignments.append(_assign(things, without_face))
     return tuple(assignments)
 
 
-def _assign(evaluator: Evaluator, subjects: Sequence[tuple[int, Subject]]) -> Assignment:
+def _assign(evaluator: Evaluator, subjects: Sequence[tuple[int, PreparedSubject]]) -> Assignment:
     return Assignment(evaluator, tuple((each.name, at) for at, each in subjects))

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine import presets
 from engine.models.identity_wan import IdentityAttention, IdentityWanTransformer3DModel
 from engine.models.subject_tower import LayerIdentity, References
+from engine.resolve import check_frames
 from train import cpu_attention
 from train.data.batch import Batch, NullConditioning, cut_from_clip
 from train.data.cache import Cache
@@ -548,7 +549,7 @@ def test_a_larger_size_has_ten_million_parameters_and_the_frozen_parts_of_the_sm
     assert (large.name, large.sizes[0].width, large.num_frames) == ("toybox-s", 128, 17)
     assert large.components.transformer != small.components.transformer
     assert large.components.vae == small.components.vae and large.components.judges == small.components.judges
-    assert presets.check_frames(large.num_frames, large) == 17
+    assert check_frames(large.num_frames, large) == 17
     for stage in ("text", "adopt"):
         with pytest.raises(SystemExit):
             recipe.main([stage, "--size", "s", "--state", str(tmp_path)])

@@ -24,6 +24,7 @@ from engine.job import GenerateJob
 from engine.loading.pool import ModelPool
 from engine.media import video
 from engine.messages import Message, duration
+from engine.resolve import resolve
 
 WORDS = ("careful", "fast")
 
@@ -74,7 +75,7 @@ def measure(preset: str, jobs: Sequence[GenerateJob]) -> dict[str, dict[str, flo
                 rows.append((asked, psnr(whole, frames), weakest))
             left = (time.monotonic() - began) / (number + 1) * (len(jobs) - number - 1)
             sys.stderr.write(f"{number + 1} of {len(jobs)} jobs, about {duration(left)} left\n")
-    steps = presets.resolve(jobs[0])[0].sampling.num_inference_steps or 1
+    steps = resolve(jobs[0]).sampling.num_inference_steps
     table = {word: np.array(rows, float) for word, rows in found.items()}
     before = table["off"][:, 2].mean()
     return {
@@ -94,15 +95,14 @@ def _measure_job(
     job: GenerateJob, word: str, folder: Path, pool: ModelPool, transformer: Any
 ) -> tuple[np.ndarray, float, float]:
     """Native frames, steps in which the model was asked, weakest likeness."""
-    job, preset = presets.resolve(job)
-    job = job.model_copy(update={"sampling": job.sampling.model_copy(update={"step_cache": word})})
+    resolved = resolve(job.model_copy(update={"sampling": job.sampling.model_copy(update={"step_cache": word})}))
     with Forwards(transformer) as forwards:
-        saved = run.run(job, _quiet, outputs=folder, clip=folder / "clip.mp4", pool=pool)
-    frames = video.read_frames(saved.clip, display_scale=preset.display_scale)
+        saved = run.run(resolved.document, _quiet, outputs=folder, clip=folder / "clip.mp4", pool=pool)
+    frames = video.read_frames(saved.clip, display_scale=resolved.preset.display_scale)
     weakest = saved.weakest
     if weakest is None:
         weakest = float("nan")
-    return frames, forwards.count / len(branches(job.sampling)), weakest
+    return frames, forwards.count / len(branches(resolved.sampling)), weakest
 
 
 def _quiet(message: Message) -> None:

@@ -26,6 +26,8 @@ from engine.paths import ROOT
 from engine.pipelines import encode, generate
 from engine.pipelines.prompt import render_job, render_prompt
 from engine.presets import Preset
+from engine.resolve import resolve
+from tests.support.jobs import prepared
 
 # bytedance/Bernini 8c805a5 (its `sample` and its preparation of pictures) was run once on the weights that this holds.
 FIXTURE = ROOT / "tests" / "fixtures" / "bernini.safetensors"
@@ -69,7 +71,7 @@ def final(transformer: Any, case: dict[str, Tensor], kind: Any = "apg") -> Tenso
     conditions = conditioning.prepare("sources", transformer, encoded_of(case))
     settings = Sampling(guidance=kind, subject_scale=4.5, text_scale=4.0)
     solver = solvers.wan_unipc(6, 5.0)
-    predict = generate.guided_prediction(make_job(prompt="x", sampling=settings.model_dump()), conditions, solver)
+    predict = generate.guided_prediction(settings, conditions, solver)
     return solvers.denoise(case["noise"], predict, solver, lambda step: None)
 
 
@@ -181,11 +183,11 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
 
 def test_every_picture_is_encoded_at_its_own_size_in_the_order_of_the_subjects(preset: Preset) -> None:
     pool, made = ModelPool(torch.device("cpu")), job((40, 16), (23, 60))
-    first, second = encode.encode_job(made, preset, pool).sources
+    first, second = encode.encode_job(prepared(made, preset), pool).sources
     assert (first.shape[2:], second.shape[2:]) == ((1, 4, 10), (1, 16, 6))  # 4 pixels each; 23 x 60 becomes 24 x 64
     ann, ben = made.subjects
     half = ann.model_copy(update={"weight": 0.5}), ben.model_copy(update={"weight": 0.0})
-    [alone] = encode.encode_job(made.model_copy(update={"subjects": half}), preset, pool).sources
+    [alone] = encode.encode_job(prepared(made.model_copy(update={"subjects": half}), preset), pool).sources
     torch.testing.assert_close(alone, 0.5 * first)
 
 
@@ -202,9 +204,9 @@ def test_a_mention_names_the_pictures_by_their_numbers_among_those_that_are_show
 def test_the_prompt_says_first_what_is_asked_for(preset: Preset) -> None:
     words = "You are a helpful assistant specialized in"
     somebody, nobody = job((40, 16)), make_job(prompt="a beach")
-    assert render_job(somebody, preset) == f"{words} subject-to-video generation.the big ann from image0 meet"
-    assert render_job(nobody, preset) == f"{words} text-to-video generation.a beach"
-    assert render_job(nobody, preset.model_copy(update={"conditioning": "frames"})) == "a beach"
+    assert render_job(resolve(somebody, preset)) == f"{words} subject-to-video generation.the big ann from image0 meet"
+    assert render_job(resolve(nobody, preset)) == f"{words} text-to-video generation.a beach"
+    assert render_job(resolve(nobody, preset.model_copy(update={"conditioning": "frames"}))) == "a beach"
 
 
 def test_a_job_with_sources_becomes_a_clip_of_its_own_frames_alone(

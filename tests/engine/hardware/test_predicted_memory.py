@@ -26,6 +26,7 @@ from engine.loading.parts import usual_dtype
 from engine.models.subject_tower import References
 from engine.platform_calls import has_bf16_products
 from engine.presets import Shape
+from engine.resolve import resolve
 from tests.support.live_bytes import LiveBytes, fused_attention
 
 WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2)}
@@ -113,10 +114,10 @@ def test_what_a_forward_holds_with_sources_beside_the_clip_is_predicted_within_t
     preset = presets.load("bernini-r-1.3b")
     subject = {"pictures": [{"path": "a.png"}], "cut_out": False}
     subjects = [{**subject, "name": f"s{number}"} for number in range(pictures)]
-    job, _ = presets.resolve(
+    resolved = resolve(
         make_job(preset=preset.name, prompt=" ".join(f"@s{n}" for n in range(pictures)), subjects=subjects)
     )
-    load, dtype = costs.load_of(job, preset), torch.bfloat16 if plain == 2 else torch.float32
+    load, dtype = costs.load_of(resolved), torch.bfloat16 if plain == 2 else torch.float32
     model = built(SMALL, dtype, layers=2)
     with torch.device("meta"):
         latents, text = torch.empty(1, 16, 21, 60, 106), torch.empty(1, 512, 4096)
@@ -215,8 +216,8 @@ def test_quantized_weights_are_predicted_within_a_hundredth_of_what_the_layers_h
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "cuda", "xpu"])
 def test_a_plan_counts_in_what_each_device_computes_in(kind: str) -> None:
-    job, preset = presets.resolve(make_job(preset="wan-1.3b", prompt="a beach"))
-    made = make_plan(job, preset, Hardware(kind, "a machine", 10**12, 10**12, 10**12))
+    resolved = resolve(make_job(preset="wan-1.3b", prompt="a beach"))
+    made = make_plan(resolved, Hardware(kind, "a machine", 10**12, 10**12, 10**12))
     bits = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     for part in ("transformer", "text_encoder", "vae"):
         assert made.parts[part].precision == bits[usual_dtype(part, torch.device(kind))]
@@ -229,12 +230,11 @@ def test_where_torch_finds_bf16_products_on_linux_the_light_ring_finds_them_too(
 
 def test_a_processor_with_bf16_products_computes_large_models_in_them_and_small_ones_exactly() -> None:
     here = Hardware("cpu", "a machine", 10**12, 10**12, 10**12, fast_bf16=True)
-    job, preset = presets.resolve(make_job(preset="wan-1.3b", prompt="a beach"))
-    large = make_plan(job, preset, here)
+    resolved = resolve(make_job(preset="wan-1.3b", prompt="a beach"))
+    large = make_plan(resolved, here)
     assert large.parts["transformer"].precision == large.parts["text_encoder"].precision == "bf16"
     assert large.parts["vae"].precision == "fp32" and large.plain == 2
-    exact = make_plan(job.model_copy(update={"precision": "fp32"}), preset, here)
+    exact = make_plan(resolved.changed(precision="fp32"), here)
     assert exact.parts["transformer"].precision == "fp32", "what a document names is kept"
-    job, preset = presets.resolve(make_job(preset="toybox", prompt="a beach"))
-    small = make_plan(job, preset, here)
+    small = make_plan(resolve(make_job(preset="toybox", prompt="a beach")), here)
     assert (small.parts["transformer"].precision, small.plain) == ("fp32", 4)

@@ -39,6 +39,7 @@ from engine.loading.pool import ModelPool
 from engine.messages import StudioError
 from engine.pipelines.report import assign_evaluators
 from engine.run import run
+from tests.support.jobs import prepared
 from tests.support.onnx_files import write_faces
 
 RED, MAGENTA, BLUE = (255, 0, 0), (255, 0, 255), (0, 0, 255)
@@ -255,7 +256,7 @@ def job_of(folder: Path) -> GenerateJob:
 
 
 def who_answers(folder: Path, preset: presets.Preset) -> list[tuple[str, tuple[str, ...]]]:
-    found = assign_evaluators(job_of(folder), preset, ModelPool(torch.device("cpu")))
+    found = assign_evaluators(prepared(job_of(folder), preset), ModelPool(torch.device("cpu")))
     return [(answer.evaluator.title.split(",")[0], tuple(name for name, _ in answer.subjects)) for answer in found]
 
 

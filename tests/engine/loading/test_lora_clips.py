@@ -17,6 +17,7 @@ from engine.loading.pool import ModelPool
 from engine.media import video
 from engine.messages import Cancelled, Message, Progress, Saved, StudioError
 from engine.pipelines.files import KeptLatents
+from engine.resolve import resolve
 from engine.run import run
 
 QUICK = ["--steps", "2", "--frames", "5"]
@@ -177,11 +178,11 @@ def test_latents_that_were_drawn_with_another_few_step_lora_are_not_taken_over(s
     parts = toybox.components.model_copy(update={"distill": "loras/style.safetensors"})
     quick, target = toybox.model_copy(update={"components": parts}), tmp_path / "clip.mp4"
     drawn = torch.ones(1, 2, 1, 2, 2), ("a note",)
-    KeptLatents(target, job(), quick).write(*drawn)
-    again = KeptLatents(target, job(), quick).read(torch.device("cpu"))
+    KeptLatents(target, resolve(job(), quick)).write(*drawn)
+    again = KeptLatents(target, resolve(job(), quick)).read(torch.device("cpu"))
     assert again is not None and torch.equal(again[0], drawn[0]) and again[1] == drawn[1]
     write_lora(shelf / "style.safetensors", seed=9)
-    assert KeptLatents(target, job(), quick).read(torch.device("cpu")) is None
+    assert KeptLatents(target, resolve(job(), quick)).read(torch.device("cpu")) is None
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from engine import presets, tiny
+from engine import tiny
 from engine.hardware.plan import SLACK, Plan, make_plan
 from engine.hardware.probe import GB, Hardware
 from engine.job import make_job
@@ -22,8 +21,11 @@ from engine.loading.parts import load_part
 from engine.loading.pool import VISITING, ModelPool
 from engine.loading.quantize import num_bytes
 from engine.models.vae import picture_latents
+from engine.paths import ROOT
 from engine.pipelines import encode
 from engine.presets import Preset
+from engine.resolve import resolve
+from tests.support.jobs import prepared
 
 CPU = torch.device("cpu")
 JOB = make_job(prompt="a beach", num_frames=5, width=32, height=32, sampling={"num_inference_steps": 1})
@@ -44,7 +46,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def plan_of(preset: Preset, here: Hardware = ROOMY, **fits: dict[str, Any]) -> Plan:
     """The plan for a roomy machine, then with this one in its place and parts changed."""
-    made = make_plan(presets.resolve(JOB)[0], preset, ROOMY)
+    made = make_plan(resolve(JOB, preset), ROOMY)
     parts = {part: replace(fit, **{"precision": "fp32", **fits.get(part, {})}) for part, fit in made.parts.items()}
     return replace(made, machine=here, parts=parts, plain=4)
 
@@ -125,10 +127,9 @@ def test_large_encoders_have_left_when_pictures_are_encoded(preset: Preset, monk
     pool, there = ModelPool(CPU), []
     plain = picture_latents
     monkeypatch.setattr(encode, "picture_latents", lambda *given: there.append(set(pool._parts)) or plain(*given))
-    subject = {"name": "fox", "pictures": [{"path": "fox.png"}]}
-    monkeypatch.setattr(encode, "prepare_subject", lambda *_, size: [np.zeros((size, size, 3), np.uint8)])
-    job, _ = presets.resolve(make_job(**{**JOB.model_dump(), "prompt": "@fox", "subjects": [subject]}))
-    states = encode.encode_job(job, preset, pool)
+    subject = {"name": "fox", "pictures": [{"path": str(ROOT / "assets" / "samples" / "fox.png")}]}
+    job = make_job(**{**JOB.model_dump(), "prompt": "@fox", "subjects": [subject]})
+    states = encode.encode_job(prepared(job, preset), pool)
     assert states.references is not None and states.references.vlm_states is not None
     assert there and not any({"text_encoder", "vlm"} & parts for parts in there)
 

@@ -26,6 +26,7 @@ from engine.loading.pool import ModelPool
 from engine.models import encoders
 from engine.models.identity_wan import IdentityWanTransformer3DModel
 from engine.paths import ROOT
+from engine.resolve import resolve
 from tests.support.wan_files import plain, side
 
 CPU = torch.device("cpu")
@@ -247,8 +248,8 @@ def test_a_warm_worker_tells_one_precision_from_another(tiny_toybox: Path) -> No
     pool, preset = ModelPool(CPU), presets.load("toybox")
 
     def part(precision: str | None) -> Any:
-        job, _ = presets.resolve(make_job(prompt="rain", precision=precision))
-        pool.follow(make_plan(job, preset, pool.hardware()))
+        resolved = resolve(make_job(prompt="rain", precision=precision))
+        pool.follow(make_plan(resolved, pool.hardware()))
         return pool.part("transformer", preset)
 
     first = part("int8")

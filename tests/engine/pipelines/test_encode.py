@@ -20,6 +20,7 @@ from engine.models import vae as decode
 from engine.models.vae import _weights, clip_latents, decode_frames, decode_preview, picture_latents, to_levels
 from engine.pipelines import encode
 from engine.pipelines.prompt import render_prompt
+from tests.support.jobs import prepared
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +212,7 @@ def test_a_frame_of_nan_is_an_error_not_a_black_frame(pool, preset):
 
 
 def test_a_job_is_read_with_padding_for_missing_pictures(tmp_path, pool, preset):
-    encoded = encode.encode_job(_job(tmp_path), preset, pool)
+    encoded = encode.encode_job(prepared(_job(tmp_path), preset), pool)
     references = encoded.references
     assert references is not None and references.latents is not None and references.mask is not None
     assert references.latents.shape == (1, 2, 2, tiny.LATENT_CHANNELS, 16, 16)
@@ -221,34 +222,34 @@ def test_a_job_is_read_with_padding_for_missing_pictures(tmp_path, pool, preset)
 
 
 def test_without_subjects_nothing_but_the_text_is_read(tmp_path, pool, preset):
-    assert encode.encode_job(make_job(prompt="a beach"), preset, pool).references is None
+    assert encode.encode_job(prepared(make_job(prompt="a beach"), preset), pool).references is None
     job = _job(tmp_path)
     silent = job.model_copy(
         update={"subjects": tuple(subject.model_copy(update={"weight": 0.0}) for subject in job.subjects)}
     )
-    assert encode.encode_job(silent, preset, pool).references is None
+    assert encode.encode_job(prepared(silent, preset), pool).references is None
 
 
 def test_nothing_is_encoded_twice(tmp_path, preset):
     pool = ModelPool(torch.device("cpu"))
-    first = encode.encode_job(_job(tmp_path), preset, pool)
+    first = encode.encode_job(prepared(_job(tmp_path), preset), pool)
     loaded = dict(pool._parts)
     for part in loaded:
         pool._parts[part] = (loaded[part][0], torch.nn.Module())  # an encoder that is asked again fails now
-    second = encode.encode_job(_job(tmp_path, seed=5), preset, pool)
+    second = encode.encode_job(prepared(_job(tmp_path, seed=5), preset), pool)
     assert torch.equal(first.prompt_embeds, second.prompt_embeds)
     assert first.references is not None and second.references is not None
     assert torch.equal(first.references.latents, second.references.latents)
     with pytest.raises(AttributeError):
-        encode.encode_job(_job(tmp_path, prompt="@kite chases @fox"), preset, pool)
+        encode.encode_job(prepared(_job(tmp_path, prompt="@kite chases @fox"), preset), pool)
 
 
 def test_a_subject_of_no_weight_is_shown_to_nobody(tmp_path, pool, preset):
     job = _job(tmp_path)
     silent = job.model_copy(update={"subjects": (job.subjects[0].model_copy(update={"weight": 0.0}), job.subjects[1])})
-    encoded = encode.encode_job(silent, preset, pool)
+    encoded = encode.encode_job(prepared(silent, preset), pool)
     assert encoded.references is not None and encoded.references.mask is not None
     assert encoded.references.mask.tolist() == [[[False, False], [True, True]]]
-    full = encode.encode_job(job, preset, pool).references
+    full = encode.encode_job(prepared(job, preset), pool).references
     assert full is not None and full.vlm_states is not None and encoded.references.vlm_states is not None
     assert full.vlm_states.shape[1] - encoded.references.vlm_states.shape[1] == 16 + 2  # its picture and two marks

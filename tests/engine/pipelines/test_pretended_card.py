@@ -29,6 +29,7 @@ from engine.media import video
 from engine.messages import StudioError
 from engine.models import vae
 from engine.models.subject_tower import References
+from engine.resolve import ResolvedJob
 from tests.engine.loading.test_lora_clips import write_lora
 from tests.engine.pipelines.test_public_models import job, preset, write_kinds
 from tests.support.pretend_card import CARD, CPU, on_card, pretended
@@ -47,8 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kept(where: str, tiled: bool) -> Iterator[None]:
     """Every part is kept so and as precise as on a card, whatever would fit."""
 
-    def fitted(given: Any, preset: Any, here: Hardware) -> Plan:
-        made = make_plan(given, preset, replace(here, device="cuda"))
+    def fitted(resolved: ResolvedJob, here: Hardware) -> Plan:
+        made = make_plan(resolved, replace(here, device="cuda"))
         parts = {part: replace(fit, where=where) if part != "vae" else fit for part, fit in made.parts.items()}
         return replace(made, parts=parts, tiled=tiled)
 

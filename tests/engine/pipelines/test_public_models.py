@@ -29,6 +29,7 @@ from engine.models.identity_wan import IdentityWanTransformer3DModel
 from engine.paths import ROOT
 from engine.pipelines import encode
 from engine.presets import Preset
+from tests.support.jobs import prepared
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": tiny.LATENT_CHANNELS,
@@ -90,7 +91,7 @@ def job(count: int, width: int, height: int) -> GenerateJob:
 
 def ours(made: GenerateJob, kind: Preset, pool: ModelPool, noise: Tensor) -> Tensor:
     """Final latents of the clip, with the frames that a conditioning puts in front still there."""
-    encoded = encode.encode_job(made, kind, pool)
+    encoded = encode.encode_job(prepared(made, kind), pool)
     conditions = conditioning.prepare(kind.conditioning, pool.part("transformer", kind), encoded)
     steps = solvers.UniPC(4, 5.0)
     return solvers.denoise(
@@ -116,7 +117,7 @@ def pipeline_of(cls: type, kind: Preset, pool: ModelPool):
 def test_plain_wan_is_diffusers_wan_pipeline(folder: Path, pool: ModelPool, width: int, height: int) -> None:
     kind, made = preset(folder, "plain", "none"), job(0, width, height)
     noise = torch.randn(1, tiny.LATENT_CHANNELS, 5, height // 4, width // 4)
-    encoded = encode.encode_job(made, kind, pool)
+    encoded = encode.encode_job(prepared(made, kind), pool)
     theirs = pipeline_of(WanPipeline, kind, pool)(
         prompt_embeds=encoded.prompt_embeds, negative_prompt_embeds=encoded.negative_prompt_embeds, latents=noise,
         num_inference_steps=4, guidance_scale=5.0, width=width, height=height, num_frames=17, output_type="latent",
@@ -132,7 +133,7 @@ def test_the_side_branch_is_diffusers_vace_pipeline(
 ) -> None:
     kind, made = preset(folder, "side", "side"), job(count, width, height)
     noise = torch.randn(1, tiny.LATENT_CHANNELS, count + 5, height // 4, width // 4)
-    encoded = encode.encode_job(made, kind, pool)
+    encoded = encode.encode_job(prepared(made, kind), pool)
     pages = [
         Image.fromarray(pictures.place_on_canvas(pictures.prepare_subject(subject, size=64)[0], width, height))
         for subject in made.subjects
@@ -154,7 +155,7 @@ def test_the_side_branch_is_diffusers_vace_pipeline(
 def test_pictures_behind_the_clip_never_leak_into_it(folder: Path, pool: ModelPool, count: int) -> None:
     """The clip has its own frames alone; the pictures are seen, and only in the branches that know of subjects."""
     kind, made = preset(folder, "plain", "frames"), job(count, 32, 32)
-    encoded = encode.encode_job(made, kind, pool)
+    encoded = encode.encode_job(prepared(made, kind), pool)
     assert encoded.frames is not None and encoded.frames.shape[2] == count
     conditions = conditioning.prepare("frames", pool.part("transformer", kind), encoded)
     noisy = torch.randn(1, tiny.LATENT_CHANNELS, 3, 8, 8)
@@ -175,7 +176,7 @@ def test_untrained_identity_blocks_leave_pictures_behind_the_clip_as_they_are_an
     """So that Phantom's weights can be what ID-Crafter is trained upon."""
     kind = preset(folder, "plain", "identity+frames")
     kind = kind.model_copy(update={"components": kind.components.model_copy(update={"vlm": "", "vlm_tokenizer": ""})})
-    encoded = encode.encode_job(job(2, 32, 32), kind, pool)
+    encoded = encode.encode_job(prepared(job(2, 32, 32), kind), pool)
     assert encoded.frames is not None and encoded.references is not None
     plain = WanTransformer3DModel.from_pretrained(folder / "plain")
     phantom = conditioning.prepare("frames", plain, dataclasses.replace(encoded, references=None))
@@ -191,7 +192,7 @@ def test_untrained_identity_blocks_leave_pictures_behind_the_clip_as_they_are_an
 def test_the_side_branch_is_silent_where_subjects_are_not_asked_for(folder: Path, pool: ModelPool) -> None:
     kind = preset(folder, "side", "side")
     transformer, noisy = pool.part("transformer", kind), torch.randn(1, tiny.LATENT_CHANNELS, 6, 8, 8)
-    encoded = encode.encode_job(job(1, 32, 32), kind, pool)
+    encoded = encode.encode_job(prepared(job(1, 32, 32), kind), pool)
     assert encoded.side is not None
     other = dataclasses.replace(encoded, side=encoded.side.flip(3))
     for branch in ("none", "subjects", "text", "full"):
@@ -206,7 +207,7 @@ def test_a_subject_of_weight_zero_is_no_frame_and_a_light_one_is_nearer_to_nobod
 
     def frames(weight: float) -> Tensor | None:
         subjects = tuple(subject.model_copy(update={"weight": weight}) for subject in made.subjects)
-        return encode.encode_job(made.model_copy(update={"subjects": subjects}), kind, pool).frames
+        return encode.encode_job(prepared(made.model_copy(update={"subjects": subjects}), kind), pool).frames
 
     whole, half = frames(1.0), frames(0.5)
     assert frames(0.0) is None and whole is not None and half is not None
@@ -218,8 +219,9 @@ def test_a_subject_of_weight_zero_is_no_frame_and_a_light_one_is_nearer_to_nobod
 )
 def test_a_transformer_of_another_kind_is_refused(folder: Path, pool: ModelPool, transformer: str, kind: str) -> None:
     wrong = preset(folder, transformer, kind)
+    encoded = encode.encode_job(prepared(job(1, 32, 32), wrong), pool)
     with pytest.raises(StudioError, match="take"):
-        conditioning.prepare(kind, pool.part("transformer", wrong), encode.encode_job(job(1, 32, 32), wrong, pool))
+        conditioning.prepare(kind, pool.part("transformer", wrong), encoded)
 
 
 @pytest.mark.parametrize(("transformer", "kind"), [("side", "side"), ("plain", "frames"), ("plain", "sources")])

@@ -20,12 +20,13 @@ from engine.identity.report import STRIP, read_report
 from engine.job import GenerateJob, make_job, read_job
 from engine.loading.parts import _LOADERS, load_part
 from engine.loading.pool import ModelPool
-from engine.media import pictures, video
+from engine.media import video
 from engine.messages import Cancelled, Message, Preview, Progress, Saved, StudioError
 from engine.models.identity_wan import IdentityWanTransformer3DModel
 from engine.pipelines import encode
 from engine.pipelines import files as engine_run
 from engine.run import run
+from tests.support.jobs import prepared
 
 
 @pytest.fixture(scope="session")
@@ -391,13 +392,13 @@ def test_what_was_sampled_outlives_a_decode_that_failed_and_goes_with_the_clip(t
 def test_a_clip_whose_blocks_visit_the_device_is_the_same_clip(toybox, tmp_path, pool, where, monkeypatch):
     monkeypatch.setenv("IDCRAFTER_MODELS", str(tmp_path / "models"))
     expected = _make(_job(tmp_path), tmp_path / "a", pool)
-    job, preset = presets.resolve(_job(tmp_path))
-    plan = make_plan(job, preset, pool.hardware())
+    resolved = prepared(_job(tmp_path))
+    plan = make_plan(resolved, pool.hardware())
     parts = {part: replace(fit, where=where) if part != "vae" else fit for part, fit in plan.parts.items()}
     sparing = ModelPool(torch.device("cpu"))
     sparing.follow(replace(plan, parts=parts))
-    encoded = encode.encode_job(pictures.pack(job, preset), preset, sparing)
-    plain = encode.encode_job(pictures.pack(job, preset), preset, pool)
+    encoded = encode.encode_job(resolved, sparing)
+    plain = encode.encode_job(resolved, pool)
     assert torch.equal(encoded.prompt_embeds, plain.prompt_embeds)
     assert torch.equal(encoded.references.vlm_states, plain.references.vlm_states)
     with monkeypatched_plan(replace(plan, parts=parts)):

@@ -14,6 +14,7 @@ from engine import presets
 from engine.job import GenerateJob, make_job, write_job
 from engine.media import pictures, video
 from engine.messages import Message, StudioError
+from tests.support.jobs import prepared
 from tests.support.small_engine import write_clip
 
 
@@ -132,7 +133,7 @@ def test_comparing_knows_pictures_by_their_hash_and_sampling_by_its_field(tmp_pa
 def test_a_dropped_clip_gives_back_its_job_with_its_pictures_pixels(tmp_path: Path) -> None:
     Image.new("RGB", (80, 80), (200, 30, 30)).save(tmp_path / "red.png")
     subjects = [{"name": "it", "pictures": [{"path": str(tmp_path / "red.png")}]}]
-    packed = pictures.pack(a_job(prompt="@it hops", subjects=subjects), presets.load("toybox"))
+    packed = prepared(a_job(prompt="@it hops", subjects=subjects)).document
     clip = make(tmp_path, "a", pictures.drop_embedded_paths(packed))
     (tmp_path / "red.png").unlink()
     job = open_clip(clip).job

@@ -18,6 +18,7 @@ from app.queue import Queue, Row
 from engine import presets
 from engine.job import GenerateJob, Picture
 from engine.messages import Progress, Saved, StudioError
+from engine.resolve import resolve
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_a_full_cast_takes_nobody_more(cast: Cast) -> None:
 def test_the_first_guess_is_the_presets_own_figures(job: GenerateJob, tmp_path: Path) -> None:
     preset = presets.load("toybox")
     cost, steps = preset.cost, preset.sampling.num_inference_steps or 0
-    found = estimate.estimate(job, preset, [], tmp_path)
+    found = estimate.estimate(resolve(job), [], tmp_path)
     assert found.seconds == pytest.approx(cost.start_s + steps * cost.step_s + cost.decode_s)
     assert not found.learnt
 
@@ -110,15 +111,14 @@ def test_the_first_guess_is_the_presets_own_figures(job: GenerateJob, tmp_path: 
 def test_the_memory_said_is_the_plans_and_subjects_count(tmp_path: Path, cast: Cast) -> None:
     studio_job = Form.fresh(presets.load("toybox")).priced(cast)
     assert len(studio_job.subjects) == len(cast.slots)
-    found = estimate.estimate(studio_job, presets.load("toybox"), [], tmp_path)
+    found = estimate.estimate(resolve(studio_job), [], tmp_path)
     assert found.fits and "binds" in found.memory and 500 < found.memory_mb < 5000
 
 
 def test_a_machine_that_takes_twice_as_long_is_believed(job: GenerateJob, tmp_path: Path) -> None:
-    preset = presets.load("toybox")
-    guess = estimate.estimate(job, preset, [], tmp_path).seconds
+    guess = estimate.estimate(resolve(job), [], tmp_path).seconds
     done = replace(row_of(job, tmp_path), state="done", started=100.0, finished=100.0 + 2 * guess)
-    assert estimate.estimate(job, preset, [done], tmp_path).seconds == pytest.approx(2 * guess)
+    assert estimate.estimate(resolve(job), [done], tmp_path).seconds == pytest.approx(2 * guess)
 
 
 def test_steps_that_are_left_out_cost_nothing(job: GenerateJob, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_steps_that_are_left_out_cost_nothing(job: GenerateJob, tmp_path: Path) 
 
     def drawing(word: str, count: int) -> float:
         settings = job.sampling.model_copy(update={"step_cache": word, "num_inference_steps": count})
-        whole = estimate.estimate(job.model_copy(update={"sampling": settings}), preset, [], tmp_path).seconds
+        whole = estimate.estimate(resolve(job.model_copy(update={"sampling": settings})), [], tmp_path).seconds
         return whole - cost.start_s - cost.decode_s
 
     assert drawing("careful", steps) == pytest.approx(steps * preset.step_cache.careful.share * cost.step_s)

@@ -10,6 +10,7 @@ import pytest
 from engine import paths, presets
 from engine.job import MIGRATIONS, VERSION, GenerateJob, make_job, mentions, read_job, write_job
 from engine.messages import Failed, Progress, Saved, StudioError, as_dict
+from engine.resolve import resolve
 
 FOX = {"name": "fox", "pictures": [{"path": "fox.png"}]}
 KITE = {"name": "kite", "pictures": [{"path": "kite.png"}]}
@@ -17,7 +18,7 @@ KITE = {"name": "kite", "pictures": [{"path": "kite.png"}]}
 
 def refused(**values: object) -> StudioError:
     with pytest.raises(StudioError) as caught:
-        presets.resolve(make_job(**values))
+        resolve(make_job(**values))
     error = caught.value
     assert all(part.endswith((".", "?")) for part in (error.what, error.why, error.next_step)), str(error)
     return error
@@ -46,11 +47,11 @@ def test_a_job_of_version_4_that_names_its_steps_still_goes_down_to_no_noise() -
     preset = presets.load("toybox")
     assert preset.sampling.final_sigma, "or this test says nothing"
     old = read_job({"version": 4, "prompt": "x", "sampling": {"num_inference_steps": 30}})
-    assert old.sampling.final_sigma == 0.0 and presets.resolve(old)[0].sampling.final_sigma == 0.0
-    left_to_the_preset = presets.resolve(read_job({"version": 4, "prompt": "x"}))[0].sampling
+    assert old.sampling.final_sigma == 0.0 and resolve(old).sampling.final_sigma == 0.0
+    left_to_the_preset = resolve(read_job({"version": 4, "prompt": "x"})).sampling
     assert left_to_the_preset.final_sigma == preset.sampling.final_sigma
     assert left_to_the_preset.num_inference_steps == preset.sampling.num_inference_steps
-    assert presets.resolve(make_job(prompt="x", preset="wan-1.3b"))[0].sampling.final_sigma == 0.0
+    assert resolve(make_job(prompt="x", preset="wan-1.3b")).sampling.final_sigma == 0.0
 
 
 def test_a_preset_written_before_version_4_still_opens() -> None:
@@ -129,11 +130,27 @@ def test_an_unknown_preset_is_refused_with_those_that_are_there() -> None:
 
 
 def test_what_a_job_leaves_out_comes_from_its_preset_and_what_it_says_stays() -> None:
-    job, preset = presets.resolve(make_job(prompt="x", sampling={"num_inference_steps": 5}))
-    assert (job.num_frames, job.width) == (preset.num_frames, preset.sizes[0].width)
-    assert job.sampling.num_inference_steps == 5
-    assert job.sampling.guidance == preset.sampling.guidance
-    assert presets.resolve(job)[0] == job
+    resolved = resolve(make_job(prompt="x", sampling={"num_inference_steps": 5}))
+    document, preset = resolved.document, resolved.preset
+    assert (resolved.num_frames, resolved.width) == (preset.num_frames, preset.sizes[0].width)
+    assert (document.num_frames, document.width, document.height) == (
+        resolved.num_frames,
+        resolved.width,
+        resolved.height,
+    )
+    assert resolved.sampling.num_inference_steps == 5
+    assert resolved.sampling.guidance == preset.sampling.guidance
+    assert resolve(document) == resolved
+    assert resolved.changed(num_frames=5).num_frames == 5
+
+
+def test_a_preset_that_does_not_say_how_a_clip_is_drawn_is_named_with_what_it_lacks() -> None:
+    preset = presets.load("toybox")
+    silent = preset.model_copy(update={"sampling": preset.sampling.model_copy(update={"scheduler": None})})
+    with pytest.raises(StudioError, match="scheduler") as caught:
+        resolve(make_job(prompt="x"), silent)
+    assert caught.value.field == "preset"
+    assert resolve(make_job(prompt="x", sampling={"scheduler": "euler"}), silent).sampling.scheduler == "euler"
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -144,7 +161,7 @@ def test_every_preset_says_everything_its_sampling_needs(name: str) -> None:
     )
     filled = ("num_inference_steps", "scheduler", "shift", "guidance", *needed)
     assert all(getattr(preset.sampling, field) is not None for field in filled)
-    presets.resolve(GenerateJob(prompt="x", preset=name))
+    resolve(GenerateJob(prompt="x", preset=name))
 
 
 def test_a_model_folder_is_looked_up_in_the_repository_and_then_in_the_models_folder(

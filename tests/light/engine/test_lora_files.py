@@ -29,7 +29,7 @@ def job(*loras: dict) -> GenerateJob:
 
 def refused(made: GenerateJob) -> StudioError:
     with pytest.raises(StudioError) as error:
-        lora_files.add_hashes(made)
+        lora_files.locate(made.loras)
     assert error.value.field == "loras"
     return error.value
 
@@ -45,17 +45,19 @@ def test_a_folder_that_is_not_there_is_an_empty_list(tmp_path: Path, monkeypatch
 
 def test_a_name_its_path_and_the_bare_name_of_a_file_in_a_subfolder_mean_the_same_file(shelf: Path) -> None:
     paths = ("wan/Motion.safetensors", str(shelf / "wan" / "Motion.safetensors"), "Motion.safetensors")
-    hashes = {lora.sha256 for path in paths for lora in lora_files.add_hashes(job({"path": path})).loras}
+    hashes = {lora.sha256 for path in paths for lora in lora_files.locate(job({"path": path}).loras)}
     assert len(hashes) == 1 and len(hashes.pop()) == 64
 
 
 def test_a_hash_is_filled_in_and_a_changed_file_is_refused_with_name_and_both_beginnings(shelf: Path) -> None:
-    made = lora_files.add_hashes(job({"path": "style.safetensors"}))
-    assert lora_files.add_hashes(made) == made
+    [found] = lora_files.locate(job({"path": "style.safetensors"}).loras)
+    made = job(found.model_dump())
+    assert found.path == str(shelf / "style.safetensors") and lora_files.locate(made.loras) == made.loras
+    assert lora_files.shorten_paths(made).loras[0].path == "style.safetensors"
     (shelf / "style.safetensors").write_bytes(b"another one")
     error = refused(made)
     assert "style.safetensors" in error.what and made.loras[0].sha256[:12] in error.why
-    assert lora_files.add_hashes(job({"path": "style.safetensors"})).loras[0].sha256[:12] in error.why
+    assert lora_files.locate(job({"path": "style.safetensors"}).loras)[0].sha256[:12] in error.why
 
 
 def test_a_missing_file_is_refused_with_name_and_hash(shelf: Path) -> None:
@@ -66,7 +68,7 @@ def test_a_missing_file_is_refused_with_name_and_hash(shelf: Path) -> None:
 
 def test_weight_nought_asks_for_no_file(shelf: Path) -> None:
     made = job({"path": "gone.safetensors", "weight": 0})
-    assert lora_files.add_hashes(made) == made
+    assert lora_files.locate(made.loras) == made.loras
     lora_files.check(made)
 
 

@@ -17,6 +17,7 @@ from engine import presets
 from engine.job import GenerateJob, Picture, make_job, read_job, write_job
 from engine.media import pictures
 from engine.messages import StudioError
+from tests.support.jobs import prepared
 
 Pixels = NDArray[np.uint8]
 RED, GREEN, BLUE, SAND = (220, 40, 30), (30, 140, 60), (40, 60, 200), (240, 220, 150)
@@ -327,28 +328,32 @@ def a_job(*paths: Path, **fields: object) -> GenerateJob:
 
 def test_a_packed_job_needs_its_files_no_more(tmp_path: Path) -> None:
     path = saved(tmp_path, creature(SAND), "a.png")
-    job = pictures.pack(a_job(path), presets.load("toybox"))
+    job = prepared(a_job(path)).document
     expected = pictures.prepare_subject(a_job(path).subjects[0], size=64)[0]
     assert job.subjects[0].pictures[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     path.unlink()
     again = read_job(write_job(pictures.drop_embedded_paths(job)))
     assert (pictures.prepare_subject(again.subjects[0], size=64)[0] == expected).all()
     assert again.subjects[0].pictures[0].path == ""
-    assert pictures.pack(again, presets.load("toybox")) == again
+    assert prepared(again).document.subjects == again.subjects
 
 
 def test_pictures_too_large_together_are_made_smaller_until_they_fit(tmp_path: Path) -> None:
     paths = [saved(tmp_path, noise(700), f"{n}.png") for n in range(3)]
     large = presets.load("toybox").model_copy(update={"reference_size": 512})
-    job = pictures.pack(a_job(*paths, cut_out=False), large)
+    resolved = prepared(a_job(*paths, cut_out=False), large)
+    job = resolved.document
     lengths = [len(picture.png) for picture in job.subjects[0].pictures]
     assert 0.6 * pictures.MAX_EMBEDDED < sum(lengths) <= pictures.MAX_EMBEDDED
-    assert [image.shape for image in pictures.prepare_subject(job.subjects[0], size=512)] == [(512, 512, 3)] * 3
+    read_again = pictures.prepare_subject(job.subjects[0], size=512)
+    assert [image.shape for image in read_again] == [(512, 512, 3)] * 3
+    for seen, then in zip(resolved.subjects[0].pictures, read_again, strict=True):
+        assert np.array_equal(seen, then), "the clip sees what whoever opens its document sees"
 
 
 def test_twelve_of_toyboxs_pictures_fit_as_they_are(tmp_path: Path) -> None:
     path = saved(tmp_path, noise(64), "a.png")
-    png = pictures.pack(a_job(path, cut_out=False), presets.load("toybox")).subjects[0].pictures[0].png
+    png = prepared(a_job(path, cut_out=False)).document.subjects[0].pictures[0].png
     with Image.open(io.BytesIO(base64.b64decode(png))) as image:
         assert image.size == (64, 64)
     assert 12 * len(png) < pictures.MAX_EMBEDDED

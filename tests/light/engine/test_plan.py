@@ -19,6 +19,7 @@ from engine.hardware.probe import GB, Hardware
 from engine.job import GenerateJob, Lora, Picture, Sampling, Subject
 from engine.messages import StudioError
 from engine.presets import Components, HubFiles, Preset, Shape, Size
+from engine.resolve import resolve
 
 WAN = {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2)}
 SMALL = Shape(dim=1536, num_layers=30, ffn_dim=8960, num_heads=12, **WAN)
@@ -39,6 +40,7 @@ def preset_of(shape: Shape, conditioning: Any = "frames") -> Preset:
             "sizes": sizes,
             "frames_per_latent": 4,
             "num_frames": 81,
+            "max_frames": 129,
             "reference_size": 768,
         }
     )
@@ -53,7 +55,9 @@ def job_of(**changes: Any) -> GenerateJob:
 
 
 def planned(shape: Shape, vram: float, ram: float = 64, **changes: Any) -> Plan:
-    return make_plan(job_of(**changes), preset_of(shape), replace(CARD, vram=round(vram * GB), ram=round(ram * GB)))
+    return make_plan(
+        resolve(job_of(**changes), preset_of(shape)), replace(CARD, vram=round(vram * GB), ram=round(ram * GB))
+    )
 
 
 def while_sampling(made: Plan) -> int:
@@ -99,12 +103,12 @@ def test_a_small_card_decodes_in_tiles() -> None:
 
 def test_more_of_anything_never_needs_less() -> None:
     preset = preset_of(SMALL)
-    base = make_plan(job_of(), preset, CARD)
+    base = make_plan(resolve(job_of(), preset), CARD)
     for more in ({"num_frames": 121}, {"width": 1280, "height": 720}):
-        assert while_sampling(make_plan(job_of(**more), preset, CARD)) > while_sampling(base)
-        assert make_plan(job_of(**more), preset, CARD).petaflop > base.petaflop
+        assert while_sampling(make_plan(resolve(job_of(**more), preset), CARD)) > while_sampling(base)
+        assert make_plan(resolve(job_of(**more), preset), CARD).petaflop > base.petaflop
     twice = job_of().subjects[0].model_copy(update={"pictures": (Picture(path="a.png"), Picture(path="b.png"))})
-    with_two = make_plan(job_of().model_copy(update={"subjects": (twice,)}), preset, CARD)
+    with_two = make_plan(resolve(job_of().model_copy(update={"subjects": (twice,)}), preset), CARD)
     assert while_sampling(with_two) > while_sampling(base)
 
 
@@ -120,9 +124,9 @@ def test_sources_are_counted_by_their_own_sizes_in_the_forwards_that_read_them()
         0: fox.model_copy(update={"weight": 0.0}),
     }
     for tokens, subject in shown.items():
-        load = costs.load_of(whole.model_copy(update={"subjects": (subject,)}), preset)
+        load = costs.load_of(resolve(whole.model_copy(update={"subjects": (subject,)}), preset))
         assert (load.source_tokens, load.tokens) == (tokens, clip + tokens)
-    alone, both = (costs.load_of(job, preset) for job in (nobody, whole))
+    alone, both = (costs.load_of(resolve(job, preset)) for job in (nobody, whole))
     expected = 50 * (2 * costs.flops(SMALL, both) + costs.flops(SMALL, alone))  # dual: one of three reads none
     assert costs.clip_flops(SMALL, both) == pytest.approx(expected)
 
@@ -130,15 +134,15 @@ def test_sources_are_counted_by_their_own_sizes_in_the_forwards_that_read_them()
 def test_a_job_that_does_not_fit_is_refused_with_changes_that_do() -> None:
     preset, here = preset_of(LARGE), replace(CARD, vram=round(5.3 * GB))
     with pytest.raises(StudioError) as refused:
-        plan_or_raise(job_of(), preset, here)
+        plan_or_raise(resolve(job_of(), preset), here)
     assert "VRAM does not suffice" in refused.value.why
-    offered = [job for words, job in cheaper(job_of(), preset) if words in refused.value.next_step]
-    assert offered and all(make_plan(job, preset, here).fits for job in offered)
+    offered = [job for words, job in cheaper(resolve(job_of(), preset)) if words in refused.value.next_step]
+    assert offered and all(make_plan(job, here).fits for job in offered)
 
 
 def test_where_nothing_fits_no_change_is_promised() -> None:
     with pytest.raises(StudioError, match="smaller preset"):
-        plan_or_raise(job_of(), preset_of(LARGE), replace(CARD, vram=GB))
+        plan_or_raise(resolve(job_of(), preset_of(LARGE)), replace(CARD, vram=GB))
 
 
 def test_a_profile_takes_from_the_card_and_where_memory_is_shared_from_the_machine() -> None:
@@ -150,12 +154,12 @@ def test_a_profile_takes_from_the_card_and_where_memory_is_shared_from_the_machi
 
 def test_on_a_processor_everything_is_counted_as_its_memory() -> None:
     here = Hardware("cpu", "a processor", 64 * GB, 64 * GB, 100 * GB)
-    made = make_plan(job_of(), preset_of(SMALL), here)
+    made = make_plan(resolve(job_of(), preset_of(SMALL)), here)
     assert made.binding[0] == "RAM" and made.parts["transformer"].precision == "fp32"
 
 
 def test_the_explanation_offers_what_needs_a_third_less() -> None:
-    said = explain_oom(OutOfMemory("VRAM"), job_of(), preset_of(SMALL), replace(CARD, vram=8 * GB))
+    said = explain_oom(OutOfMemory("VRAM"), resolve(job_of(), preset_of(SMALL)), replace(CARD, vram=8 * GB))
     assert "card" in said.what and "frames" in said.next_step
 
 
@@ -179,12 +183,15 @@ def test_a_lora_is_counted_where_it_computes_and_one_that_is_missing_or_weighs_n
         job_of(loras=[Lora(path=str(path), weight=weight)])
         for path, weight in ((file, 0.5), (file, 0.0), (tmp_path / "none.safetensors", 1.0))
     ]  # fmt: skip
-    plain = make_plan(job_of(), preset, CARD)
-    more = while_sampling(make_plan(weighs, preset, CARD)) - while_sampling(plain)
+
+    def plan_of(job: GenerateJob, here: Hardware = CARD) -> Plan:
+        return make_plan(resolve(job, preset), here)
+
+    more = while_sampling(plan_of(weighs)) - while_sampling(plan_of(job_of()))
     assert more == pytest.approx(3_000_000 * SLACK, abs=1)
-    assert make_plan(nothing, preset, CARD) == make_plan(missing, preset, CARD) == plain
+    assert plan_of(nothing) == plan_of(missing) == plan_of(job_of())
     processor = replace(CARD, device="cpu", vram=CARD.ram)
-    more = while_sampling(make_plan(weighs, preset, processor)) - while_sampling(make_plan(job_of(), preset, processor))
+    more = while_sampling(plan_of(weighs, processor)) - while_sampling(plan_of(job_of(), processor))
     assert more == 6_000_000, "in fp32"
 
 
@@ -194,10 +201,10 @@ def test_judges_are_counted_in_the_machines_memory_where_they_are_here_and_asked
     header = json.dumps({"w": {"dtype": "F16", "shape": [1000, 1000], "data_offsets": [0, 2_000_000]}}).encode()
     (seen / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     judged = bare.model_copy(update={"components": bare.components.model_copy(update={"detector": str(seen)})})
-    more = make_plan(job_of(), judged, CARD).ram - make_plan(job_of(), bare, CARD).ram
+    more = make_plan(resolve(job_of(), judged), CARD).ram - make_plan(resolve(job_of(), bare), CARD).ram
     assert more == 4_000_000, "they compute in fp32"
     nobody = job_of().model_copy(update={"subjects": ()})
-    assert make_plan(nobody, judged, CARD).ram == make_plan(nobody, bare, CARD).ram
+    assert make_plan(resolve(nobody, judged), CARD).ram == make_plan(resolve(nobody, bare), CARD).ram
 
 
 def test_blocks_that_wait_in_files_are_counted_on_the_disk_and_nowhere_else() -> None:

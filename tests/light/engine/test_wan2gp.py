@@ -14,6 +14,7 @@ from app.library.clips import open_clip
 from engine import presets, wan2gp
 from engine.media import video
 from engine.messages import StudioError
+from engine.resolve import resolve
 
 # The settings of one clip, as they are written with it.
 SETTINGS: dict[str, Any] = {
@@ -80,7 +81,7 @@ def test_a_clip_of_wan2gp_opens_with_prompt_seed_size_length_and_steps(phantom: 
     assert found.said == (
         "From Wan2GP, to be drawn with Phantom 14B; not carried over: 1 LoRA and its reference pictures."
     )
-    presets.resolve(job)
+    resolve(job)
 
 
 def test_without_its_model_the_first_preset_takes_its_place_with_a_size_and_length_of_its_own(phantom: Path) -> None:
@@ -91,7 +92,7 @@ def test_without_its_model_the_first_preset_takes_its_place_with_a_size_and_leng
     assert (job.sampling.shift, job.sampling.guidance_scale) == (None, None)
     for said in ("its model (hunyuan)", "its length of 600 frames", "its size of 832 x 480", "its reference pictures"):
         assert said in found.said
-    presets.resolve(job)
+    resolve(job)
 
 
 def test_a_finetune_is_known_by_its_base_and_a_tall_clip_stays_tall(phantom: Path) -> None:
@@ -145,8 +146,7 @@ def test_a_hostile_value_in_any_place_is_left_behind(phantom: Path, value: objec
         if field == "prompt":
             continue
         found = wan2gp.read(json.dumps({**SETTINGS, field: value}))
-        filled, _ = presets.resolve(found.job)
-        assert filled.prompt and len(found.said) < 400
+        assert resolve(found.job).document.prompt and len(found.said) < 400
     with pytest.raises(StudioError):
         wan2gp.read(json.dumps({**SETTINGS, "prompt": None}))
 

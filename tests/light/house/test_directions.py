@@ -21,7 +21,7 @@ LAYERS = {
         ("hardware", "wan2gp"),
         ("models",),
         ("media",),
-        ("lora_files",),
+        ("lora_files", "resolve"),
         ("presets",),
         ("job", "hub"),
         ("document", "paths", "platform_calls", "threads"),
