@@ -20,8 +20,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 LOCK = ROOT / "requirements.txt"
+TOOLS_LOCK = ROOT / "requirements-test.txt"  # what only these verbs need:
+TOOL_VERBS = ("test", "check")
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed.txt"  # written last: what is half installed is installed again
+TOOLS_STAMP = VENV / "tools.txt"
 LOG = VENV / "install.log"
 TORCH = "2.13.0"
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -46,6 +49,8 @@ def main(arguments: list[str]) -> int:
             return hand_over(Path(sys.executable), arguments)  # the help needs nothing installed
         if not is_installed():
             install()
+        if arguments and arguments[0] in TOOL_VERBS and not has_tools():
+            install_tools()
         return hand_over(venv_python(), arguments)
     except Sorry as error:
         say(str(error))
@@ -192,6 +197,16 @@ def is_installed() -> bool:
     return STAMP.read_text(encoding="utf-8").strip() == fingerprint()
 
 
+def tools_fingerprint() -> str:
+    """What the tools' stamp holds: a hash of their lock."""
+    return hashlib.sha256(TOOLS_LOCK.read_bytes()).hexdigest()
+
+
+def has_tools() -> bool:
+    """Whether .venv also holds what tests and checks need."""
+    return TOOLS_STAMP.is_file() and TOOLS_STAMP.read_text(encoding="utf-8").strip() == tools_fingerprint()
+
+
 def venv_python() -> Path:
     """The Python inside .venv."""
     if os.name == "nt":
@@ -237,6 +252,17 @@ def install() -> None:
     say(f"Ready after {clock(time.monotonic() - began)}.")
 
 
+def install_tools() -> None:
+    """Put what tests and checks need into a .venv that holds the studio already.
+
+    Raises:
+        Sorry: it failed; the text names the log.
+    """
+    with Step(1, "tools of developers (once)", total=count_packages(TOOLS_LOCK), steps=1) as step:
+        step.pip_first_of((("--no-deps", "--requirement", str(TOOLS_LOCK)),))
+    TOOLS_STAMP.write_text(tools_fingerprint() + "\n", encoding="utf-8")
+
+
 def prepare_folder() -> None:
     """An empty or complete .venv without a stamp, and a new log in it.
 
@@ -248,6 +274,7 @@ def prepare_folder() -> None:
             shutil.rmtree(VENV)
         VENV.mkdir(exist_ok=True)
         STAMP.unlink(missing_ok=True)
+        TOOLS_STAMP.unlink(missing_ok=True)
         LOG.write_text(f"{time.ctime()} Python {sys.version}\n", encoding="utf-8")
     except OSError as error:
         raise Sorry(
@@ -266,8 +293,9 @@ class Step:
     On a terminal the line is repainted twice a second; elsewhere a new line comes every ten seconds.
     """
 
-    def __init__(self, number: int, title: str, *, total: int = 0) -> None:
+    def __init__(self, number: int, title: str, *, total: int = 0, steps: int = STEPS) -> None:
         self.number = number
+        self.steps = steps
         self.title = title
         self.total = total
         self.done = 0
@@ -288,7 +316,7 @@ class Step:
         if error is None:
             ending = "done"
         elapsed = clock(time.monotonic() - self.began)
-        self._show(f"[{self.number}/{STEPS}] {self.title}: {ending} after {elapsed}", "\n")
+        self._show(f"[{self.number}/{self.steps}] {self.title}: {ending} after {elapsed}", "\n")
 
     def pip_first_of(self, plans: tuple[tuple[str, ...], ...]) -> None:
         """Install by the first of these argument lists that pip can satisfy.
@@ -358,7 +386,7 @@ class Step:
             self._show(self._describe_progress(time.monotonic() - self.began), ending)
 
     def _describe_progress(self, elapsed: float) -> str:
-        parts = [f"[{self.number}/{STEPS}] {self.title}"]
+        parts = [f"[{self.number}/{self.steps}] {self.title}"]
         fetching = self.total and self.done and self.note != "unpacking"
         if fetching:
             parts.append(f"{min(self.done, self.total)} of {self.total}")

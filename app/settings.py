@@ -25,7 +25,7 @@ class Settings(Document):
 
     host: str = "127.0.0.1"
     """Address to listen on; 127.0.0.1 is this machine alone, 0.0.0.0 everyone who can reach it."""
-    port: int = Field(7860, ge=1, le=65535)
+    port: int = Field(default=7860, ge=1, le=65535)
     """Port of the page."""
     share: bool = False
     """Open a public address through Gradio's relay."""
@@ -111,8 +111,9 @@ def check_port(host: str, port: int) -> None:
 def is_free(host: str, port: int) -> bool:
     """Whether a server could listen there now."""
     with socket.socket() as probe:
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows: without it two programs may share a port
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
+        if exclusive is not None:  # Windows: without it two programs may share a port
+            probe.setsockopt(socket.SOL_SOCKET, exclusive, 1)
         else:  # a port that was closed a moment ago counts as free, as it does for the server
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

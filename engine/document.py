@@ -7,6 +7,10 @@ Knows nothing of any particular document's meaning.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar, cast
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.messages import StudioError
@@ -25,6 +29,7 @@ FIELD_LABELS = {
     "sampling.text_scale": "The text scale",
 }
 
+F = TypeVar("F", bound=Callable[..., Any])
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -32,6 +37,12 @@ class Document(BaseModel):
     """Whatever we write to disk. Frozen, unknown keys refused, field docstrings shown as help in form and CLI."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def cached(maxsize: int) -> Callable[[F], F]:
+    """`functools.lru_cache` for functions of documents. They are frozen, so pydantic gives them a hash; type checkers
+    cannot know."""
+    return cast(Any, lru_cache(maxsize=maxsize))
 
 
 def explain_validation_error(error: ValidationError) -> StudioError:

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from engine.document import Document, explain_validation_error
 from engine.messages import StudioError
 
-VERSION = 5
+VERSION = 6
 MAX_SUBJECTS = 8  # what a document can say; every preset has its own, lower limit
 NAME = re.compile(r"[a-z][a-z0-9_]{0,23}")
 MENTION = re.compile(r"@([A-Za-z][A-Za-z0-9_]*)")
@@ -29,11 +29,11 @@ MENTION = re.compile(r"@([A-Za-z][A-Za-z0-9_]*)")
 class Picture(Document):
     """One reference picture: where it lies, what it is, and, once prepared, the very pixels the model saw."""
 
-    path: str = Field("", max_length=4096)
+    path: str = Field(default="", max_length=4096)
     """File on this machine. Empty when the pixels ride along."""
-    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     """Hash of the original file, in hexadecimal."""
-    png: str = Field("", max_length=1_400_000)
+    png: str = Field(default="", max_length=1_400_000)
     """The prepared picture as base64 PNG, cut out on white, at the size the model reads."""
 
     @model_validator(mode="after")
@@ -52,9 +52,9 @@ class Subject(Document):
     """One to three pictures of this subject."""
     role: Literal["person", "object", "background"] = "object"
     """What it is in the clip. Backgrounds are not cut out."""
-    noun: str = Field("", max_length=80)
+    noun: str = Field(default="", max_length=80)
     """What it is in words, such as "red fox". Empty: its name."""
-    weight: float = Field(1.0, ge=0.0, le=2.0)
+    weight: float = Field(default=1.0, ge=0.0, le=2.0)
     """How strongly the clip follows its pictures; 1 is as trained, 0 ignores them."""
     cut_out: bool = True
     """Remove the picture's own background before use."""
@@ -97,28 +97,28 @@ class Lora(Document):
 
     path: str = Field(min_length=1, max_length=4096)
     """A safetensors file on this machine, or its name in the folder of models under `loras/`."""
-    weight: float = Field(1.0, ge=-4.0, le=4.0)
+    weight: float = Field(default=1.0, ge=-4.0, le=4.0)
     """How much of the change; 1 is as trained, 0 none."""
-    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     """Hash of the file, in hexadecimal; another file of that name is refused."""
 
 
 class GenerateJob(Document):
     """One clip to make from a prompt and its subjects."""
 
-    version: Literal[5] = VERSION
+    version: Literal[6] = VERSION
     """Version of this document's format."""
     kind: Literal["generate"] = "generate"
     """What this document asks for."""
-    preset: str = Field("toybox", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    preset: str = Field(default="toybox", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     """Which model and which defaults."""
     prompt: str = Field(max_length=4000)
     """What happens, mentioning every subject as @name."""
     negative_prompt: str | None = Field(default=None, max_length=4000)
     """What the clip should not show. Left out: the preset's own."""
-    subjects: tuple[Subject, ...] = Field((), max_length=MAX_SUBJECTS)
+    subjects: tuple[Subject, ...] = Field(default=(), max_length=MAX_SUBJECTS)
     """Who and what is in it."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Starting noise; the same job gives the same frames on the same machine."""
     num_frames: int | None = Field(default=None, ge=1, le=1025)
     """Length in frames, 4k + 1 for Wan's video VAE. Left out: the preset's own."""
@@ -128,7 +128,7 @@ class GenerateJob(Document):
     """Height in pixels. Left out: the preset's own."""
     sampling: Sampling = Sampling()
     """How the clip is drawn from noise."""
-    loras: tuple[Lora, ...] = Field((), max_length=8)
+    loras: tuple[Lora, ...] = Field(default=(), max_length=8)
     """What is added to the transformer's weights."""
     precision: Literal["fp32", "bf16", "fp8", "int8", "nf4"] | None = None
     """Number format of the transformer's large weights. Left out: what fits this machine; a finished clip names it."""
@@ -231,12 +231,19 @@ def _sampling_went_down_to_no_noise(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _prompts_were_read_as_written(values: dict[str, Any]) -> dict[str, Any]:
+    """Since version 6 a prompt is cleaned as Wan's captions were: one with typographic quotes, HTML entities or a
+    broken encoding may draw another clip than before. The text stays as it was written."""
+    return values
+
+
 GUIDANCE_BEFORE_4 = {"joint": "cfg", "projected": "apg"}
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _pictures_became_objects,
     2: _as_it_is,
     3: _sampling_got_field_words,
     4: _sampling_went_down_to_no_noise,
+    5: _prompts_were_read_as_written,
 }
 
 

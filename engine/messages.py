@@ -66,6 +66,7 @@ class Saved:
     """The clip is on disk. `document` is the JSON beside it, the same that rides inside the file.
 
     `report` is the identity report beside it and `weakest` its lowest score; None where the preset names no judges.
+    `judging_s` are the seconds of `seconds` that the report took.
     `notes` are sentences on what was not done as asked, such as weights of a LoRA that found no place.
     """
 
@@ -76,6 +77,7 @@ class Saved:
     num_frames: int
     report: Path | None = None
     weakest: float | None = None
+    judging_s: float = 0.0
     notes: tuple[str, ...] = ()
 
 

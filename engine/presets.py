@@ -112,15 +112,15 @@ class Shape(Document):
     """Latent channels it predicts."""
     patch: tuple[int, int, int]
     """Latent frames, rows and columns that make one token."""
-    vace_layers: int = Field(0, ge=0)
+    vace_layers: int = Field(default=0, ge=0)
     """Blocks of VACE's side branch."""
-    identity_layers: int = Field(0, ge=0)
+    identity_layers: int = Field(default=0, ge=0)
     """Blocks that carry identity attention."""
-    vlm_dim: int = Field(0, ge=0)
+    vlm_dim: int = Field(default=0, ge=0)
     """Width of the VLM's states that identity blocks read; 0 without."""
-    vae_spatial: int = Field(8, ge=1)
+    vae_spatial: int = Field(default=8, ge=1)
     """Pixels across and down that make one latent pixel."""
-    z_dim: int = Field(16, ge=1)
+    z_dim: int = Field(default=16, ge=1)
     """Channels of the VAE's latents."""
 
 
@@ -186,7 +186,7 @@ class Preset(Document):
     """Sizes it was trained at, its own default first."""
     size_multiple: int = Field(ge=1)
     """Width and height are multiples of this."""
-    frames_per_latent: int = Field(4, ge=1)
+    frames_per_latent: int = Field(default=4, ge=1)
     """How many frames the VAE puts into one latent frame after the first; 4 for Wan's."""
     num_frames: int = Field(ge=1)
     """Default length."""
@@ -194,9 +194,9 @@ class Preset(Document):
     """Longest clip that is sensible."""
     fps: int = Field(ge=1, le=120)
     """Frames a second."""
-    display_scale: int = Field(1, ge=1, le=16)
+    display_scale: int = Field(default=1, ge=1, le=16)
     """Each pixel is written this many times across and down; metrics use native frames."""
-    shared_noise: float = Field(0.0, ge=0, le=1)
+    shared_noise: float = Field(default=0.0, ge=0, le=1)
     """Share of the starting noise that all frames have in common, as the model was trained; 0 for Wan."""
     negative_prompt: str = ""
     """What a clip should not show."""

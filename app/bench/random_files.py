@@ -126,8 +126,8 @@ def wan(shape: Shape) -> Any:
         config["vace_in_channels"] = 2 * shape.z_dim + shape.vae_spatial**2
         return WanVACETransformer3DModel(**config)
     if shape.identity_layers:
-        identity = {"identity_layers": shape.identity_layers, "vlm_dim": shape.vlm_dim}
-        return IdentityWanTransformer3DModel(**config, **identity)
+        config |= {"identity_layers": shape.identity_layers, "vlm_dim": shape.vlm_dim}
+        return IdentityWanTransformer3DModel(**config)
     return WanTransformer3DModel(**config)
 
 

@@ -131,26 +131,14 @@ def _frames_of(saved: Saved, preset: str) -> bytes:
 
 def measure_report(preset: str) -> Iterator[Figure]:
     """What judging a clip adds to a warm one, at the preset's own steps."""
-    from engine.identity.reporter import Reporter
     from engine.loading.pool import ModelPool
     from engine.run import run
 
-    pool, judge, spent = ModelPool(), Reporter._judge, 0.0
-
-    def timed(reporter: Reporter) -> None:
-        nonlocal spent
-        began = time.perf_counter()
-        judge(reporter)
-        spent += time.perf_counter() - began
-
+    pool = ModelPool()
     with tempfile.TemporaryDirectory() as folder:
         run(sample_job(preset, sampling={"num_inference_steps": 2}), lambda _: None, outputs=Path(folder), pool=pool)
-        Reporter._judge = timed
-        try:
-            saved = run(sample_job(preset, seed=8), lambda _: None, outputs=Path(folder), pool=pool)
-        finally:
-            Reporter._judge = judge
-    share = spent / saved.seconds
+        saved = run(sample_job(preset, seed=8), lambda _: None, outputs=Path(folder), pool=pool)
+    share = saved.judging_s / saved.seconds
     yield Figure("report-share", "Judging a clip, share of its time", f"{share:.1%}", "≤ 10 %", share <= 0.1)
 
 

@@ -8,7 +8,6 @@ Knows nothing of Gradio, of the form, or of how rows change.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from html import escape
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from app.page import identity_panel, markup
 from app.page.context import ASSETS, prepared
 from app.queue import Row
 from engine import presets
+from engine.document import cached
 from engine.job import GenerateJob, Subject
 from engine.messages import StudioError, duration
 from engine.presets import Preset
@@ -241,7 +241,7 @@ def _cast(job: GenerateJob | None) -> str:
     )
 
 
-@lru_cache(maxsize=128)  # the stage is painted at every step, its subjects do not change
+@cached(maxsize=128)  # the stage is painted at every step, its subjects do not change
 def thumb(subject: Subject) -> str:
     """A subject's first picture, small, as the model sees it; nothing when it cannot be read."""
     try:

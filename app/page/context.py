@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from app.page.generate_form import Cast, Form, Slot
 from app.queue import Queue
 from app.settings import Settings
 from engine import lora_files, presets
+from engine.document import cached
 from engine.job import GenerateJob, Picture
 from engine.media import pictures
 from engine.messages import StudioError
@@ -95,7 +95,7 @@ def prepared(picture: Picture, *, role: str = "object", cut_out: bool = True) ->
     return _prepared(picture, role == "background", cut_out)
 
 
-@lru_cache(maxsize=64)  # cutting out takes a good part of a second, and the page repaints often
+@cached(maxsize=64)  # cutting out takes a good part of a second, and the page repaints often
 def _prepared(picture: Picture, background: bool, cut_out: bool) -> np.ndarray:
     return pictures.prepare(picture, size=SHOWN, cut_out=cut_out and not background, background=background)
 

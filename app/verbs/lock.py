@@ -1,7 +1,9 @@
-"""Make the lock: requirements.in and the packages installed here -> requirements.txt for every system and Python.
+"""Make the locks: requirements.in and the packages installed here -> requirements.txt for every system and Python, and
+the same for what only developers need.
 
-In:  requirements.in, the environment this runs in, and pip (which is asked about packages only other systems need).
-Out: requirements.txt, one pin a line, marked where only some systems or Pythons need it.
+In:  requirements.in and requirements-test.in, the environment this runs in, and pip (which is asked about packages only
+     other systems need).
+Out: requirements.txt and requirements-test.txt, one pin a line, marked where only some systems or Pythons need it.
 Knows nothing of the studio. For developers: `python launch.py lock`.
 
 torch and what it brings for CUDA stay out: launch.py picks torch's build for the machine.
@@ -26,6 +28,7 @@ from packaging.utils import canonicalize_name
 from engine.paths import ROOT
 
 SOURCE, LOCK = ROOT / "requirements.in", ROOT / "requirements.txt"
+TEST_SOURCE, TEST_LOCK = ROOT / "requirements-test.in", ROOT / "requirements-test.txt"
 PYTHONS = ("3.11", "3.12", "3.13")
 # pip expands a tag for macOS to the older ones, for Linux it does not: every glibc up to 2.28, by new and old names.
 LINUX_TAGS = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 29)]
@@ -49,26 +52,47 @@ class Package:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the lock, then ask the index whether every pin has a wheel for every target."""
-    direct = [Requirement(line) for line in _requirement_lines(SOURCE)]
+    """Write the locks, then ask the index whether every pin has a wheel for every target."""
     packages: dict[str, Package] = {}
+    needed = _needed_where(_requirement_lines(SOURCE), packages)
+    everything = _needed_where(_requirement_lines(SOURCE) + _requirement_lines(TEST_SOURCE), packages)
+    tools = {}
+    for name, targets in everything.items():
+        if name not in needed:
+            tools[name] = targets
+    _write(LOCK, HEADER, packages, needed)
+    _write(TEST_LOCK, TEST_HEADER, packages, tools)
+    missing: list[str] = []
+    if "--unchecked" not in arguments:
+        missing = _without_wheel(packages, everything)
+    for line in missing:
+        _report(line)
+    return int(bool(missing))
+
+
+def _needed_where(lines: list[str], packages: dict[str, Package]) -> dict[str, set[Target]]:
+    """Every package that these requirements bring, with the targets that need it; torch has a place of its own."""
+    direct = [Requirement(line) for line in lines]
     needed: dict[str, set[Target]] = {}
     for target in product(SYSTEMS, PYTHONS):
         for name in _walk(direct, target, packages):
             needed.setdefault(name, set()).add(target)
     needed.pop("torch")
+    return needed
+
+
+def _write(path: Path, header: str, packages: dict[str, Package], needed: dict[str, set[Target]]) -> None:
     lines = [f"{name}=={packages[name].version}{_marker(needed[name])}" for name in sorted(needed)]
-    LOCK.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
-    _report(f"{LOCK.name}: {len(lines)} packages")
-    missing = [] if "--unchecked" in arguments else _without_wheel(packages, needed)
-    for line in missing:
-        _report(line)
-    return 1 if missing else 0
+    path.write_text("\n".join([header, *lines, ""]), encoding="utf-8")
+    _report(f"{path.name}: {len(lines)} packages")
 
 
 HEADER = """\
 # Every package of the studio, pinned. Made by `python launch.py lock` from requirements.in; do not edit by hand.
 # torch is not here: launch.py installs its build for the machine first. Install with --no-deps."""
+TEST_HEADER = """\
+# What only `python launch.py test` and `check` need besides requirements.txt. Made by `python launch.py lock` from
+# requirements-test.in; do not edit by hand. Install with --no-deps."""
 
 
 def _requirement_lines(path: Path) -> list[str]:

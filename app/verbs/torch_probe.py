@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ def device_and_name() -> tuple[str, str, float]:
 @torch.inference_mode()
 def forward_ms(device: str) -> float:
     """Milliseconds of one forward of a tiny Wan transformer, the second of two; fails when its output is not finite."""
-    model = tiny.transformer().to(device)
+    model: Any = tiny.transformer()
+    model.to(device)
     latents = torch.zeros(1, tiny.LATENT_CHANNELS, 2, 8, 8, device=device)
     prompt = torch.zeros(1, 8, tiny.TEXT_DIM, device=device)
     for _ in range(2):

@@ -9,6 +9,7 @@ Shapes: F frames, N subjects of an evaluator, R regions it finds in a frame, H x
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -74,6 +75,8 @@ class Reporter:
         self._show = set(np.linspace(0, judged - 1, min(SHOWN, judged)).round().astype(int).tolist())
         self._strip: list[NDArray[np.uint8]] = []
         self._came = self._judged = 0
+        self.seconds = 0.0
+        """Time that judging has taken so far."""
 
     def see(self, frame: NDArray[np.uint8]) -> None:
         """The next frame, (H, W, 3)."""
@@ -102,11 +105,13 @@ class Reporter:
     def _judge(self) -> None:
         if not self._waiting:
             return
+        began = time.perf_counter()
         frames, self._waiting = np.stack(self._waiting), []
         found = [answer.evaluator.look(frames) for answer in self._answers]
         for number, frame in enumerate(frames):
             self._judge_frame(frame, [detections[number] for detections in found])
             self._judged += 1
+        self.seconds += time.perf_counter() - began
 
     def _judge_frame(self, frame: NDArray[np.uint8], found: Sequence[Detections]) -> None:
         """Note the likenesses of one frame, and keep it with outlines when the strip shows it.

@@ -23,7 +23,7 @@ from engine.media.pictures import Pixels, place_on_canvas, resize_to_multiple
 from engine.models.encoders import text_states, vlm_states
 from engine.models.subject_tower import References
 from engine.models.vae import normalize, picture_latents
-from engine.pipelines.prompt import render_job
+from engine.pipelines.prompt import clean, render_job
 from engine.presets import Preset
 from engine.resolve import ResolvedJob
 
@@ -43,7 +43,7 @@ def encode_job(resolved: ResolvedJob, pool: ModelPool) -> Encoded:
     preset = resolved.preset
     prompt = render_job(resolved)
     text = _encode_text(prompt, preset, pool)
-    negative = _encode_text(resolved.document.negative_prompt or "", preset, pool)
+    negative = _encode_text(clean(resolved.document.negative_prompt or ""), preset, pool)
     shown = [subject.pictures if subject.is_shown else () for subject in resolved.subjects]
     with_identity = preset.conditioning.startswith("identity") and any(shown)
     states, mask = None, None

@@ -125,9 +125,10 @@ def decode_and_write(latents: Tensor, resolved: ResolvedJob, pool: ModelPool, ta
             pace.go_on()
 
     say(Progress("save", 0, 1))
-    report = None
+    report, weakest, judging_s = None, None, 0.0
     if reporter is not None:
         report = reporter.finish()
+        weakest, judging_s = report.weakest, reporter.seconds
     return Saved(
         clip=writer.path,
         document=write_beside(writer.path, document),
@@ -135,7 +136,8 @@ def decode_and_write(latents: Tensor, resolved: ResolvedJob, pool: ModelPool, ta
         seconds=0.0,
         num_frames=writer.frames,
         report=write_report(reporter, report, writer.path),
-        weakest=report.weakest if report is not None else None,
+        weakest=weakest,
+        judging_s=judging_s,
     )
 
 

@@ -7,9 +7,12 @@ Knows nothing of tokenizers or encoders.
 
 from __future__ import annotations
 
+import html
 import itertools
 from collections.abc import Sequence
 from typing import Literal
+
+import ftfy
 
 from engine.job import MENTION, Subject
 from engine.resolve import ResolvedJob
@@ -48,8 +51,17 @@ def render_prompt(prompt: str, subjects: Sequence[Subject], mention: Literal["sl
             words = _render_slot(noun, number, first, rest=prompt[match.end() :])
         pieces += [prompt[end : match.start()], words]
         end = match.end()
-    text = "".join(pieces) + prompt[end:]
-    return " ".join(text.split())
+    return clean("".join(pieces) + prompt[end:])
+
+
+def clean(text: str) -> str:
+    """Text as Wan's captions were cleaned for training: broken encodings mended, typographic quotes plain, HTML's
+    entities read, every white space one blank.
+
+    Source: `basic_clean` and `whitespace_clean` of wan/modules/tokenizers.py, Wan-Video/Wan2.1.
+    """
+    mended = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, as there: entities are often escaped again
+    return " ".join(mended.split())
 
 
 def _number_images(subjects: Sequence[Subject]) -> dict[str, list[str]]:

@@ -29,61 +29,61 @@ class SftConfig(Document):
     """Arguments of the transformer's class."""
     steps: int = Field(ge=1)
     """Updates in all."""
-    still_batch: int = Field(3, ge=1)
+    still_batch: int = Field(default=3, ge=1)
     """Samples of a pass on single frames, each with all its noise levels; more do not stay in a core's cache."""
-    clip_batch: int = Field(1, ge=1)
+    clip_batch: int = Field(default=1, ge=1)
     """Samples of a pass on clips, each with all its noise levels."""
-    sparse_share: float = Field(0.0, ge=0, le=1)
+    sparse_share: float = Field(default=0.0, ge=0, le=1)
     """Share of clip updates that look at a few moments of more clips; a verb shows in three frames of nine as well."""
-    sparse_frames: int = Field(3, ge=2)
+    sparse_frames: int = Field(default=3, ge=2)
     """Frames that such an update takes of each clip: the first, the last, and others drawn at random."""
-    sparse_batch: int = Field(4, ge=1)
+    sparse_batch: int = Field(default=4, ge=1)
     """Samples of a pass on such clips, each with as many noise levels as a whole one."""
-    sparse_shift: float = Field(16.0, gt=0)
+    sparse_shift: float = Field(default=16.0, gt=0)
     """Shift of their noise levels: near pure noise a verb alone says who is where at which moment."""
-    passes: int = Field(1, ge=1)
+    passes: int = Field(default=1, ge=1)
     """Passes whose gradients are added up for one update."""
-    clip_share: float = Field(1 / 3, ge=0, le=1)
+    clip_share: float = Field(default=1 / 3, ge=0, le=1)
     """Share of updates that take clips; a clip costs two to three stills, and it alone shows what is done."""
-    timesteps_per_sample: int = Field(4, ge=1)
+    timesteps_per_sample: int = Field(default=4, ge=1)
     """Noise levels drawn for each still of an update; its subjects are read once for all of them."""
-    timesteps_per_clip: int = Field(2, ge=1)
+    timesteps_per_clip: int = Field(default=2, ge=1)
     """Noise levels drawn for each clip of an update."""
-    known_region: float = Field(0.2, ge=0, le=1)
+    known_region: float = Field(default=0.2, ge=0, le=1)
     """Share of clip updates in which everything outside a subject's surroundings is given clean, at time 0."""
-    learning_rate: float = Field(7e-4, gt=0)
+    learning_rate: float = Field(default=7e-4, gt=0)
     """AdamW's peak rate, after a warm-up of 100 updates."""
-    decay_fraction: float = Field(0.25, gt=0, le=1)
+    decay_fraction: float = Field(default=0.25, gt=0, le=1)
     """Share of the updates, the last ones, over which the rate falls to zero."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's, as a share of its rate."""
-    ema: float = Field(0.998, ge=0, lt=1)
+    ema: float = Field(default=0.998, ge=0, lt=1)
     """Decay of the averaged weights, which are the ones that are exported."""
-    in_pair: float = Field(0.5, ge=0, le=1)
+    in_pair: float = Field(default=0.5, ge=0, le=1)
     """Share of samples whose subjects are cut from the clip itself, at first; it falls to zero by half of the steps."""
-    drop_text: float = Field(0.1, ge=0, le=1)
+    drop_text: float = Field(default=0.1, ge=0, le=1)
     """Share of samples without prompt and VLM."""
-    drop_subjects: float = Field(0.1, ge=0, le=1)
+    drop_subjects: float = Field(default=0.1, ge=0, le=1)
     """Share of samples without subjects and VLM."""
-    drop_both: float = Field(0.1, ge=0, le=1)
+    drop_both: float = Field(default=0.1, ge=0, le=1)
     """Share of samples with neither."""
-    subject_weight: float = Field(2.0, ge=0)
+    subject_weight: float = Field(default=2.0, ge=0)
     """Extra weight of the loss where a subject is."""
-    motion_weight: float = Field(0.0, ge=0)
+    motion_weight: float = Field(default=0.0, ge=0)
     """Extra weight of what differs between a clip's frames, seen coarsely: a small part, and what is done."""
-    subject_alignment: float = Field(0.1, ge=0)
+    subject_alignment: float = Field(default=0.1, ge=0)
     """Weight of the losses that have a subject's place in the frame look at its own pictures, and ask for its slot."""
-    caption_alignment: float = Field(0.1, ge=0)
+    caption_alignment: float = Field(default=0.1, ge=0)
     """Weight of the loss that has a subject's place read, in one head, the word that numbers it."""
-    shift: float = Field(2.5, gt=0)
+    shift: float = Field(default=2.5, gt=0)
     """Shift of the noise levels of stills; above 1 more are near noise, where pictures have most to say."""
-    clip_shift: float = Field(3.0, gt=0)
+    clip_shift: float = Field(default=3.0, gt=0)
     """The same for clips: what nine frames share shows through noise that hides it in one."""
-    final_sigma: float = Field(0.0, ge=0, lt=1)
+    final_sigma: float = Field(default=0.0, ge=0, lt=1)
     """The preset's last noise level: below it a clip is never evaluated, so little is to be learnt there."""
-    below_final: float = Field(0.1, ge=0, le=1)
+    below_final: float = Field(default=0.1, ge=0, le=1)
     """Share of the noise levels at most that fall below `final_sigma`, where that is not 0."""
-    shared_noise: float = Field(0.0, ge=0, le=1)
+    shared_noise: float = Field(default=0.0, ge=0, le=1)
     """Share of a clip's noise that all of its frames have in common; the preset samples with the same."""
     seed: int = 0
     """Of weights, batches, noise and dropout."""

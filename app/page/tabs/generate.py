@@ -292,7 +292,7 @@ def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
     """Put a form and its cast on the page, in the order of `GenerateTab.filled`."""
     preset = presets.load(form.preset)
     scales = _scales(form.guidance)
-    shown = {name: gr.Number(value=getattr(form, name), visible=scales[name]) for name in scales}
+    shown: dict[str, Any] = {name: gr.Number(value=getattr(form, name), visible=scales[name]) for name in scales}
     shown["step_cache"] = gr.Dropdown(value=form.step_cache or "off", info=_left_out(preset))
     values = [shown.get(name, getattr(form, name)) for name in FIELDS]
     quality = gr.Radio(_qualities(preset), value=_quality_of(form))

@@ -111,8 +111,10 @@ def chosen(loras: Sequence[Lora], *fields: Any) -> tuple[Lora, ...]:
     found = []
     for place, before in enumerate(loras):
         path, weight = files[place], float(weights[place] or 0)
-        same = path is None or path == before.path
-        found.append(before.model_copy(update={"weight": weight}) if same else Lora(path=path, weight=weight))
+        if path is None or path == before.path:
+            found.append(before.model_copy(update={"weight": weight}))
+        else:
+            found.append(Lora(path=path, weight=weight))
     return tuple(found)
 
 
@@ -120,8 +122,10 @@ def added(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
     """One more row, with the first file that no row has yet; the same ones where there is none, or no room."""
     used = {lora.path for lora in loras}
     here = lora_files.names()
-    free = next((name for name in here if name not in used), here[0] if here else None)
-    return (*loras, Lora(path=free)) if free is not None and len(loras) < MOST else loras
+    if not here or len(loras) >= MOST:
+        return loras
+    free = next((name for name in here if name not in used), here[0])
+    return (*loras, Lora(path=free))
 
 
 def wire(panel: LoraPanel) -> None:

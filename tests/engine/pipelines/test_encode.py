@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 
 from engine import paths, presets, tiny
@@ -19,7 +20,7 @@ from engine.models import encoders
 from engine.models import vae as decode
 from engine.models.vae import _weights, clip_latents, decode_frames, decode_preview, picture_latents, to_levels
 from engine.pipelines import encode
-from engine.pipelines.prompt import render_prompt
+from engine.pipelines.prompt import clean, render_prompt
 from tests.support.jobs import prepared
 
 
@@ -206,6 +207,31 @@ def test_a_frame_of_nan_is_an_error_not_a_black_frame(pool, preset):
     latents = torch.full((1, tiny.LATENT_CHANNELS, 1, 8, 8), float("nan"))
     with pytest.raises(StudioError, match="NaN"):
         list(decode_frames(latents, pool.part("vae", preset)))
+
+
+TEXTS = (
+    "a \u201cred\u201d fox\u2019s  den",
+    "caf\u00c3\u00a9 &amp;amp; \t rain\n",
+    "\uff26\uff4f\uff58 &lt;3",
+    " a fox, a kite ",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_is_cleaned_as_wans_own_programs_clean_it(text):
+    assert clean(text) == prompt_clean(text)
+    assert clean(clean(text)) == clean(text)
+    assert render_prompt(f"{text} @fox", [Subject(name="fox", pictures=[{"path": "-"}])], "noun").startswith(
+        clean(text)
+    )
+
+
+def test_a_negative_prompt_is_cleaned_too(tmp_path, pool, preset):
+    typographic, plain = (
+        encode.encode_job(prepared(_job(tmp_path, negative_prompt=f"blur{mark}s edge"), preset), pool)
+        for mark in ("\u2019", "'")
+    )
+    assert torch.equal(typographic.negative_prompt_embeds, plain.negative_prompt_embeds)
 
 
 # --- a whole job ---

@@ -160,7 +160,7 @@ def test_a_dropped_file_without_a_document_or_that_is_no_video_is_refused(tmp_pa
         ('{"prompt": "x", "seed": 1e999}', "seed"),
         ('{"prompt": "x", "num_frames": 99999999999999}', "The number of frames is 99,999,999,999,999"),
         ('{"prompt": "x", "__class__": "os.system"}', "__class__"),
-        ('{"version": 6, "prompt": "x"}', "newer"),
+        ('{"version": 99, "prompt": "x"}', "newer"),
     ],
 )
 def test_a_hostile_document_in_a_clip_is_refused_by_a_sentence(tmp_path: Path, document: str, words: str) -> None:

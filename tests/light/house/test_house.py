@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -75,6 +76,30 @@ def test_at_most_25_direct_dependencies_each_with_its_reason():
     lines = [line for line in SOURCE.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     assert len(lines) <= 25
     assert [line for line in lines if not re.fullmatch(r"\S+==[\w.]+ +# \S.{7,}", line)] == []
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "optimum": "optimum-quanto"}
+
+
+@pytest.mark.parametrize("room", ["engine", "app", "train", "tests"])
+def test_what_is_imported_is_declared(room: str):
+    lists = ["requirements.in"]
+    if room == "tests":
+        lists.append("requirements-test.in")
+    declared = set()
+    for name in lists:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        declared |= {re.split(r"[\[=]", line)[0].replace("-", "_") for line in lines if line and line[0] != "#"}
+    own = {"engine", "app", "train", "tests", "launch", *sys.stdlib_module_names}
+    for path in (ROOT / room).rglob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.split(".")[0])
+        named = {DISTRIBUTIONS.get(name, name).replace("-", "_") for name in found - own}
+        assert named <= declared, path
 
 
 def test_the_lock_pins_everything_and_leaves_torch_to_the_launcher():

@@ -150,6 +150,8 @@ def tiny_studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (elsewhere / "__init__.py").write_text("raise SystemExit('not the studio')", encoding="utf-8")
     (home / "launch.py").write_bytes((ROOT / "launch.py").read_bytes())
     (home / "requirements.txt").write_text("# a lock\ntoy==1.0\n", encoding="utf-8")
+    write_wheel(wheels, "checker", "1.0", "")
+    (home / "requirements-test.txt").write_text("checker==1.0\n", encoding="utf-8")
     return home
 
 
@@ -191,6 +193,20 @@ def test_the_launcher_installs_once_and_again_only_when_the_lock_changed(tiny_st
     shutil.rmtree(site / "pip")  # as if the very first start had been cut off
     (tiny_studio / ".venv" / "installed.txt").unlink()
     assert start(tiny_studio).stdout == "toy 2.0 []\n"
+
+
+def test_tools_of_developers_come_with_the_first_test_and_not_before(tiny_studio: Path):
+    assert start(tiny_studio, "doctor").returncode == 7
+    site = next((tiny_studio / ".venv").rglob("site-packages"))
+    assert not (site / "checker.py").exists()
+    first = start(tiny_studio, "test", "-x")
+    assert first.stdout.endswith("['test', '-x']\n") and "[1/1]" in first.stderr
+    assert (site / "checker.py").exists()
+    assert start(tiny_studio, "test").stderr == ""
+    (tiny_studio / "requirements-test.txt").write_text("checker==9.0\n", encoding="utf-8")
+    assert start(tiny_studio, "doctor").returncode == 7, "a creator does not meet what is wrong with the tools"
+    failed = start(tiny_studio, "check")
+    assert failed.returncode == 1 and "checker==9.0" in failed.stderr
 
 
 def test_the_stamp_covers_the_lock_and_the_version_of_torch():
