@@ -1,42 +1,47 @@
-"""Several processes, one model: gradients averaged over whoever torchrun started.
+"""The processes of one run: one alone, or as many as torchrun started, by accelerate.
 
-In:  a module whose parameters carry gradients.
-Out: the same gradients in every process.
+In:  what torchrun says in the environment, and a module that computes a loss.
+Out: the device of this process, and the module as DDP wraps it.
 Knows nothing of losses, optimisers or what the module is.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 
-class ProcessGroup:
-    """The processes of one run: one alone, or as many as torchrun started, talking over gloo or nccl."""
+def count_processes() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says; for work that needs no word from the others."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Team:
+    """The processes that train one model; a process alone is a team of one."""
 
     def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if self.size > 1 and not dist.is_initialized():
-            backend = "gloo"
-            if torch.cuda.is_available():
-                backend = "nccl"
-            dist.init_process_group(backend)
+        # A batch of one subject leaves stage 2 without gradients, which DDP has to be told.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+        self.rank = self._accelerator.process_index
+        self.device = self._accelerator.device
+        if self.device.type == "cpu":
+            self.device = torch.device("cpu")  # accelerate numbers processors, which safetensors does not know
 
-    def average_gradients(self, model: nn.Module, *, stop: bool) -> bool:
-        """Average all gradients over all processes; True when any of them wants to stop."""
-        if self.size == 1:
-            return stop
-        # A batch of one subject leaves stage 2 without gradients; the others' may have some, so zeros stand in.
-        for parameter in model.parameters():
-            if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([float(stop)])])
-        dist.all_reduce(flat)
-        parts = flat[:-1].div_(self.size).split([g.numel() for g in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return bool(flat[-1] > 0)
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module whose backward pass averages gradients over the team; itself where there is one process."""
+        if self._accelerator.num_processes == 1:
+            return module
+        return self._accelerator.prepare_model(module)
+
+    def any(self, answer: bool) -> bool:
+        """Whether any process of the team says so; all get the same answer."""
+        if self._accelerator.num_processes == 1:
+            return answer
+        flag = torch.tensor([float(answer)], device=self.device)
+        total: Any = self._accelerator.reduce(flag, "sum")
+        return bool(total > 0)

@@ -347,6 +347,7 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
         identity: IdentityCache | None = None,
         references: References | None = None,
+        frame_indices: Sequence[int] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """The velocity at one noise level.
 
@@ -356,6 +357,8 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
             encoder_hidden_states: UMT5 states (B, 512, text_dim).
             identity: the subjects, read before by `encode_identity`. With neither this nor `references`: plain Wan.
             references: the subjects, read now, one layer at a time; slower, without the cache's memory. For training.
+            frame_indices: which latent frames of a clip these F are, rising; the last one is the clip's last. None: a
+                whole clip.
 
         Source: diffusers' `WanTransformer3DModel.forward`, the same operations in the same order, which is what keeps
         an untrained model equal to Wan bit for bit.
@@ -363,10 +366,10 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         if identity is not None and references is not None:
             raise ValueError("Give either `identity` (read before) or `references` (to read now), not both.")
         grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.config["patch_size"], strict=True)]
-        rotary_emb = self.rope(hidden_states)
+        rotary_emb = _at_frames(self.rope, hidden_states, frame_indices)
         positions = None
         if self.video_position_embedding is not None:
-            positions = self.video_position_embedding(hidden_states)
+            positions = _at_frames(self.video_position_embedding, hidden_states, frame_indices)
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         if positions is not None:
             hidden_states = hidden_states + positions
@@ -409,6 +412,25 @@ class IdentityWanTransformer3DModel(WanTransformer3DModel):
         if tower is None:
             return iter(())
         return self._run_tower(tower)
+
+
+def _at_frames(table: nn.Module, latents: Tensor, frame_indices: Sequence[int] | None) -> Any:
+    """What a table of positions says of latents (B, C, F, H, W): of a whole clip, or of these frames of a longer one.
+
+    A table gives a tensor, or several, with all tokens along its second dimension.
+    """
+    if frame_indices is None:
+        return table(latents)
+    frames = frame_indices[-1] + 1
+    whole = table(latents[:, :, :1].expand(-1, -1, frames, -1, -1))
+    chosen = torch.tensor(frame_indices, device=latents.device)
+
+    def choose(positions: Tensor) -> Tensor:
+        return positions.unflatten(1, (frames, -1))[:, chosen].flatten(1, 2)
+
+    if isinstance(whole, tuple):
+        return tuple(choose(each) for each in whole)
+    return choose(whole)
 
 
 def unpatched(transformer: WanTransformer3DModel, hidden_states: Tensor, temb: Tensor, grid: Sequence[int]) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ from engine.models.identity_wan import IdentityAttention, IdentityWanTransformer
 from engine.models.subject_tower import LayerIdentity, References
 from engine.resolve import check_frames
 from train import cpu_attention
-from train.data.batch import Batch, NullConditioning, cut_from_clip
+from train.data.batch import Batch, NullConditioning, Shard, cut_from_clip, join_shards, mask_pictures
 from train.data.cache import Cache
+from train.data.encode import instance_ids_of_latents
 from train.runs import checkpoint
 from train.sft import attention_losses, loss, models, trainer
-from train.sft.config import SftConfig, read_run
-from train.sft.loss import COARSE, at_moments, conditions, kind_at, loss_at, weighted_error
+from train.sft.conditions import draw_conditions
+from train.sft.config import SftConfig, nest, read_run
+from train.sft.loss import COARSE, TrainingStep, draw_moments, kind_at, weighted_error
 from train.toybox import recipe, scenes, world
 
 WAN = {
@@ -35,7 +38,35 @@ BLANK = NullConditioning(text=torch.zeros(1, 5, 8), white=torch.full((4,), 3.0))
 IDENTITY = {**WAN, "identity_layers": 1, "max_subjects": 4, "vlm_dim": 6}
 
 
-def shard(kind: str, subjects: int, seed: int) -> dict[str, Tensor]:
+def config_of(**values: object) -> SftConfig:
+    """A config from values without their groups."""
+    return SftConfig.model_validate(nest(values))
+
+
+def changed(config: SftConfig, **values: object) -> SftConfig:
+    """The config with values of its groups changed."""
+    whole = config.model_dump()
+    for group, own in nest(values).items():
+        whole[group] |= own
+    return SftConfig.model_validate(whole)
+
+
+def batch_of(shard: Shard) -> Batch:
+    return join_shards([shard], BLANK.white, np.random.default_rng(0))
+
+
+def alignment(config: SftConfig) -> list[loss.AuxiliaryLoss]:
+    weights = config.losses
+    return [
+        attention_losses.AttentionAlignment(2, subject=weights.subject_alignment, caption=weights.caption_alignment)
+    ]
+
+
+def step_of(model: torch.nn.Module, config: SftConfig) -> TrainingStep:
+    return TrainingStep(model, config, BLANK, alignment(config))
+
+
+def shard(kind: str, subjects: int, seed: int) -> Shard:
     frames = 3 if kind == "clip" else 1
     g = torch.Generator().manual_seed(seed)
     instance_ids = torch.zeros(6, frames, 4, 4, dtype=torch.uint8)
@@ -63,7 +94,7 @@ def cache(tmp_path: Path) -> Path:
 
 def run_folder(folder: Path, cache: Path, **values: object) -> Path:
     folder.mkdir()
-    config = SftConfig(cache=str(cache), **{"kind": "identity", "architecture": IDENTITY, "steps": 8, **values})
+    config = config_of(cache=str(cache), **{"kind": "identity", "architecture": IDENTITY, "steps": 8, **values})
     (folder / "run.json").write_text(config.model_dump_json(), encoding="utf-8")
     return folder
 
@@ -100,83 +131,72 @@ def test_two_processes_make_one_run_and_agree_on_its_weights(tmp_path: Path, cac
 
 
 def test_stills_clips_and_sparse_clips_have_their_shares_and_are_spread_evenly() -> None:
-    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, clip_share=0.75, sparse_share=2 / 3)
+    config = config_of(kind="identity", cache="", architecture=IDENTITY, steps=1, clip_share=0.75, sparse_share=2 / 3)
     kinds = [kind_at(step, config) for step in range(400)]
     assert (kinds.count("still"), kinds.count("clip"), kinds.count("sparse")) == (100, 100, 200)
     assert all(sorted(kinds[i : i + 4]) == sorted(kinds[:4]) for i in range(0, 400, 4))
 
 
-def test_some_frames_of_a_clip_keep_their_moments() -> None:
+def test_some_frames_of_a_clip_are_told_which_moments_they_are() -> None:
     torch.manual_seed(0)
-    model = models.new_model(SftConfig(kind="base", cache="", architecture=WAN, steps=1)).eval()
-    moments, frames = torch.tensor([0, 2, 4]), 5
-    chosen = torch.randn(1, model.config.in_channels, 3, 4, 4)
-    wide = model.rope(torch.zeros(1, 1, frames, 4, 4))
-    with at_moments(model, moments, frames):
-        told = model.rope(chosen)
-    tokens = len(told[0][0]) // 3
-    for ours, all_of in zip(told, wide, strict=True):
-        for place, moment in enumerate(moments):
-            own = ours[0, place * tokens : (place + 1) * tokens]
-            assert torch.equal(own, all_of[0, int(moment) * tokens : (int(moment) + 1) * tokens])
-    assert torch.equal(model.rope(chosen)[0], model.rope(torch.zeros(1, 1, 3, 4, 4))[0])  # outside, as before
+    model = models.new_model(
+        config_of(kind="identity", cache="", architecture={**IDENTITY, "video_positions": True}, steps=1)
+    )
+    told: list[tuple[Tensor, ...]] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, given: told.append((given[0], *given[3])))
+    latents, text = torch.randn(1, 4, 5, 4, 4), torch.randn(1, 5, 8)
+    moments = (0, 2, 4)
+    with torch.no_grad():
+        model(latents, torch.tensor([500.0]), text)
+        model(latents[:, :, list(moments)], torch.tensor([500.0]), text, frame_indices=moments)
+        model(latents[:, :, list(moments)], torch.tensor([500.0]), text)
+    (whole, *tables), (chosen, *chosen_tables), (untold, *_) = told
+    assert torch.equal(whole.unflatten(1, (5, -1))[:, list(moments)].flatten(1, 2), chosen)
+    assert not torch.equal(chosen, untold)
+    for all_of, ours in zip(tables, chosen_tables, strict=True):
+        assert torch.equal(all_of.unflatten(1, (5, -1))[:, list(moments)].flatten(1, 2), ours)
 
 
 def test_a_model_goes_on_with_positions_that_it_has_not_had(tmp_path: Path) -> None:
-    first = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
+    first = config_of(kind="identity", cache="", architecture=IDENTITY, steps=1)
     models.new_model(first).save_pretrained(tmp_path)
-    grown = first.model_copy(update={"start": str(tmp_path), "architecture": {**IDENTITY, "video_positions": True}})
+    grown = changed(first, start=str(tmp_path), architecture={**IDENTITY, "video_positions": True})
     model = models.new_model(grown)
     assert 0 < float(model.video_position_embedding.proj.weight.detach().std()) < 2 * models.POSITION_STD
-    for name, value in models.new_model(first.model_copy(update={"start": str(tmp_path)})).state_dict().items():
+    for name, value in models.new_model(changed(first, start=str(tmp_path))).state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
     rates = {id(p): group["peak"] for group in models.new_optimizer(model, grown).param_groups for p in group["params"]}
-    assert rates[id(model.video_position_embedding.proj.weight)] == models.ZERO_START * grown.learning_rate
-    torch.nn.init.normal_(model.video_position_embedding.proj.weight)
-    moments, chosen = torch.tensor([0, 1, 4]), torch.randn(1, 4, 3, 4, 4)
-    whole = model.video_position_embedding(torch.zeros(1, 4, 5, 4, 4)).unflatten(1, (5, -1))
-    with at_moments(model, moments, 5):
-        assert torch.equal(model.video_position_embedding(chosen), whole[:, moments].flatten(1, 2))
-    models.new_model(SftConfig(kind="base", cache="", architecture=WAN, steps=1)).save_pretrained(tmp_path / "plain")
+    assert rates[id(model.video_position_embedding.proj.weight)] == models.ZERO_START * grown.optimizer.learning_rate
+    models.new_model(config_of(kind="base", cache="", architecture=WAN, steps=1)).save_pretrained(tmp_path / "plain")
     for start in ("", str(tmp_path / "plain")):  # a run of its own, and one upon a plain base
-        assert models.new_model(grown.model_copy(update={"start": start})).video_position_embedding.proj.weight.any()
-    worn = models.new_model(grown.model_copy(update={"architecture": {**IDENTITY, "slot_keys": True}}))
+        assert models.new_model(changed(grown, start=start)).video_position_embedding.proj.weight.any()
+    worn = models.new_model(changed(grown, architecture={**IDENTITY, "slot_keys": True}))
     assert float(worn.subject_blocks[0].slot_key.weight.detach().std()) > 0.1
-    other = grown.model_copy(update={"architecture": {**IDENTITY, "num_layers": 3}})
+    other = changed(grown, architecture={**IDENTITY, "num_layers": 3})
     with pytest.raises(ValueError, match="another architecture"):
         models.new_model(other)
 
 
-def test_a_sparse_clip_holds_both_of_its_ends(cache: Path) -> None:
+def test_a_sparse_clip_holds_both_of_its_ends() -> None:
     """Positions are relative: from frames in the middle alone no model can tell when they are."""
-    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, known_region=0, sparse_frames=3)
-    latents = torch.arange(7.0).view(1, 1, 7, 1, 1).expand(2, 4, 7, 4, 4).clone()
-    seen = []
+    rng = np.random.default_rng(0)
+    drawn = [draw_moments(7, 3, rng) for _ in range(40)]
+    assert all(first == 0 and last == 6 and 0 < between < 6 for first, between, last in drawn)
+    assert {between for _, between, _ in drawn} == {1, 2, 3, 4, 5}
+    assert draw_moments(3, 5, rng) == (0, 1, 2)
 
-    class Ear(torch.nn.Module):
-        rope = torch.nn.Identity()
-
-        def forward(self, noisy: Tensor, timestep: Tensor, *_: object, **__: object) -> tuple[Tensor]:
-            seen.append(noisy.shape[2])
-            return (noisy,)
-
+    config = config_of(kind="identity", cache="", architecture=IDENTITY, steps=1, known_region=0, sparse_frames=3)
     whole = shard("clip", 1, 0)
-    batch = Batch(**{**{key: t[:2].float() for key, t in whole.items()}, "latents": latents,
-                          "instance_ids": torch.zeros(2, 7, 4, 4)})  # fmt: skip
-    moments = []
-    real = at_moments
+    whole["latents"] = torch.arange(7.0).view(1, 1, 7, 1, 1).expand(6, 4, 7, 4, 4).clone()
+    whole["instance_ids"] = torch.zeros(6, 7, 4, 4, dtype=torch.uint8)
+    ear = Ear()
+    step_of(ear, config)(batch_of(whole), (0,), sparse=True)
+    assert ear.latents.shape[2] == 3 and ear.told["frame_indices"][0] == 0 and ear.told["frame_indices"][2] == 6
 
-    def told(model: object, chosen: Tensor, frames: int):
-        moments.append((chosen.tolist(), frames))
-        return real(model, chosen, frames)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "at_moments", told)
-        for step in range(12):
-            loss_at(Ear(), batch, config, BLANK, place=(step,), sparse=True)
-    assert set(seen) == {3}
-    assert all(chosen[0] == 0 and chosen[-1] == 6 and frames == 7 for chosen, frames in moments)
-    assert len({chosen[1] for chosen, _ in moments}) > 1
+def test_a_plain_wan_refuses_to_look_at_moments() -> None:
+    with pytest.raises(ValueError, match="sparse_share"):
+        config_of(kind="base", cache="", architecture=WAN, steps=1, sparse_share=0.5)
 
 
 def test_more_weight_on_motion_counts_what_moves_together_and_neither_stillness_nor_detail() -> None:
@@ -206,14 +226,14 @@ def test_motion_inside_a_known_region_alone_counts() -> None:
 
 
 def test_training_lowers_the_loss_on_what_it_trains_on(cache: Path) -> None:
-    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=60, known_region=0)
+    config = config_of(kind="identity", cache=str(cache), architecture=IDENTITY, steps=60, known_region=0)
     model, dealt = models.new_model(config), Cache(cache)
     dealt.refresh()
     batch = dealt.draw("still", 6, np.random.default_rng(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        loss, parts = loss_at(model, batch, config, BLANK, place=(0,))
+        loss, parts = step_of(model, config)(batch, (0,))
         losses.append(parts["error"])
         loss.backward()
         optimizer.step()
@@ -304,20 +324,20 @@ def test_keys_that_wear_no_slots_are_not_asked_for_them(cache: Path) -> None:
     batch.instance_ids[:, :, 2:, 2:] = 2
     for worn in (False, True):
         architecture = {**IDENTITY, "slot_keys": worn}
-        config = SftConfig(kind="identity", cache=str(cache), architecture=architecture, steps=1, drop_both=0)
-        parts = loss_at(models.new_model(config), batch, config, BLANK, place=(0,))[1]
+        config = config_of(kind="identity", cache=str(cache), architecture=architecture, steps=1, drop_both=0)
+        _, parts = step_of(models.new_model(config), config)(batch, (0,))
         assert (parts["names"] > 0) == worn
 
 
 def test_whose_caption_was_dropped_is_asked_to_read_nothing(cache: Path) -> None:
-    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, drop_subjects=0)
+    config = config_of(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, drop_subjects=0)
     model, dealt = models.new_model(config), Cache(cache)
     dealt.refresh()
     batch = dealt.draw("still", 4, np.random.default_rng(0))
-    silent = config.model_copy(update={"drop_text": 1.0, "drop_both": 0.0})
-    told = config.model_copy(update={"drop_text": 0.0, "drop_both": 0.0})
-    assert loss_at(model, batch, silent, BLANK, place=(0,))[1]["reads"] == 0
-    assert loss_at(model, batch, told, BLANK, place=(0,))[1]["reads"] > 0
+    silent = changed(config, drop_text=1.0, drop_both=0.0)
+    told = changed(config, drop_text=0.0, drop_both=0.0)
+    assert step_of(model, silent)(batch, (0,))[1]["reads"] == 0
+    assert step_of(model, told)(batch, (0,))[1]["reads"] > 0
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -333,25 +353,26 @@ def test_the_counterpart_of_a_place_is_the_same_part_of_a_larger_mirrored_or_mov
     references[0, 0, 0, :, 3:5, 3:5] = 1.0
     larger = part.repeat_interleave(2, 1).repeat_interleave(2, 2)
     references[0, 1, 0, :, 3:7, 1:5] = larger.flip(-1) if mirrored else larger
-    near = attention_losses.counterparts(latents, instance_ids, references, white, patch=1)
+    near = attention_losses.counterparts(latents, instance_ids, references, mask_pictures(references, white), patch=1)
     assert near.shape == (1, 2 * 64, 2 * 64)
     held = instance_ids.flatten() > 0
     assert not near[0, ~held].any() and not near[0, :, :64].any()  # nobody else's place, and not the other subject
     shown = references[0, 1, 0].flatten(1)[:, near[0, held, 64:].argmax(-1)]
     assert torch.equal(shown, latents.flatten(2)[0][:, held])
     references[0, 1] += 1.0  # no white rim: the whole picture counts
+    drawn = mask_pictures(references, white)
     assert bool(
-        (attention_losses.counterparts(latents, instance_ids, references, white, patch=1)[0, held, 64:] == 1).all()
+        (attention_losses.counterparts(latents, instance_ids, references, drawn, patch=1)[0, held, 64:] == 1).all()
     )
 
 
 def test_identity_blocks_start_from_the_base_as_it_is(tmp_path: Path, cache: Path) -> None:
     base = run_folder(tmp_path / "base", cache, kind="base", architecture=WAN, steps=3)
     trainer.train(base, seconds=60)
-    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(base))
+    config = config_of(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(base))
     plain, upon = models.new_model(read_run(base)).eval(), models.new_model(config).eval()
     models.load_average(plain, base)
-    batch = Batch(**{key: t.float() if t.is_floating_point() else t for key, t in shard("still", 2, 5).items()})
+    batch = batch_of(shard("still", 2, 5))
     inputs = (batch.latents, torch.full((6,), 500.0), batch.text)
     references = References(batch.references, vlm_states=batch.vlm, vlm_mask=batch.vlm_mask)
     with torch.no_grad():
@@ -369,22 +390,25 @@ def test_an_exported_model_holds_the_averages_in_half_precision_and_training_goe
     assert saved is not None
     for key, tensor in saved[1]["ema"].items():
         assert torch.equal(model.get_parameter(key), tensor.half().float()), key
-    config = SftConfig(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(tmp_path / "model"))
+    config = config_of(kind="identity", cache=str(cache), architecture=IDENTITY, steps=1, start=str(tmp_path / "model"))
     onward = models.new_model(config)
     assert all(torch.equal(onward.get_parameter(key), model.get_parameter(key)) for key in saved[1]["ema"])
 
 
 def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None:
-    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1)
+    config = config_of(kind="identity", cache="", architecture=IDENTITY, steps=1)
     count = 4000
-    batch = Batch(
-        latents=torch.zeros(count, 1, 1, 1, 1), instance_ids=torch.zeros(count, 1, 1, 1), text=torch.ones(count, 1, 1),
-        numbers=torch.zeros(count, 1),
-        references=torch.zeros(count, 2, 1, 1, 1, 1), vlm=torch.zeros(count, 3, 1),
-        vlm_mask=torch.ones(count, 3, dtype=torch.bool),
-    )  # fmt: skip
-    nothing = NullConditioning(text=torch.zeros(1, 1, 1), white=torch.zeros(1))
-    text, references = conditions(batch, config, nothing, torch.Generator().manual_seed(0))
+    batch = batch_of({
+        "latents": torch.zeros(count, 4, 1, 1, 1), "instance_ids": torch.zeros(count, 1, 1, 1, dtype=torch.uint8),
+        "text": torch.ones(count, 1, 1), "numbers": torch.zeros(count, 1),
+        "references": torch.zeros(count, 2, 1, 4, 1, 1), "vlm": torch.zeros(count, 3, 1),
+        "vlm_mask": torch.ones(count, 3, dtype=torch.bool),
+    })  # fmt: skip
+    nothing = NullConditioning(text=torch.zeros(1, 1, 1), white=torch.zeros(4))
+    said = draw_conditions(batch, config, nothing, torch.Generator().manual_seed(0))
+    text, references = said.text, said.shown
+    assert references is not None
+    assert torch.equal(said.without_text.flatten(), text.flatten() == 0)
     no_text, no_subjects = text.flatten() == 0, ~references.mask.flatten(1).any(1)
     shares = [(no_text & ~no_subjects), (no_subjects & ~no_text), (no_text & no_subjects)]
     assert all(abs(share.float().mean().item() - 0.1) < 0.02 for share in shares)
@@ -393,7 +417,7 @@ def test_conditions_are_dropped_in_their_shares_and_take_the_vlm_along() -> None
 
 
 def test_noise_levels_that_share_their_subjects_cost_what_they_cost_apart(cache: Path) -> None:
-    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=1, timesteps_per_sample=3, drop_both=0)
+    config = config_of(kind="identity", cache="", architecture=IDENTITY, steps=1, timesteps_per_sample=3, drop_both=0)
     model, dealt = models.new_model(config), Cache(cache)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -450,48 +474,53 @@ def test_in_pair_references_show_each_subject_as_the_clip_has_it_on_white_paper(
     tensors["instance_ids"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     tensors["instance_ids"][:, :, 4, 4:6], tensors["instance_ids"][:, :, 4, 3] = 1, 2
     tensors["references"] = torch.zeros(6, 2, 2, 4, 8, 8)
-    batch = Batch(**tensors)
-    cut = cut_from_clip(batch, BLANK.white, np.random.default_rng(1))
-    assert cut.shape == batch.references.shape and torch.equal(cut[:, :, 0], cut[:, :, 1])
-    drawn = (cut[:, :, 0] != 3).any(2)
+    cut, drawn = cut_from_clip(
+        tensors["latents"], tensors["instance_ids"], BLANK.white, (2, 2), np.random.default_rng(1)
+    )
+    assert cut.shape == tensors["references"].shape and torch.equal(cut[:, :, 0], cut[:, :, 1])
+    assert torch.equal(drawn[:, :, 0], (cut[:, :, 0] != 3).any(2))
+    drawn = drawn[:, :, 0]
     assert drawn.sum((2, 3)).tolist() == [[2, 1]] * 6
     for row in range(6):
         seen = cut[row, 0, 0][:, drawn[row, 0]]
-        assert any(torch.equal(seen, batch.latents[row, :, frame, 4, 4:6]) for frame in range(3))
+        assert any(torch.equal(seen, tensors["latents"][row, :, frame, 4, 4:6]) for frame in range(3))
 
 
 def test_in_pair_references_are_for_the_first_half_of_a_run() -> None:
-    config = SftConfig(kind="identity", cache="", architecture=IDENTITY, steps=100, in_pair=1.0, timesteps_per_sample=1)
-    tensors = shard("still", 2, 0)
-    batch = Batch(**{key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
+    config = config_of(kind="identity", cache="", architecture=IDENTITY, steps=100, in_pair=1.0, timesteps_per_sample=1)
+    batch = batch_of(shard("still", 2, 0))
 
     def seen_at(step: int) -> Tensor:
         model = models.new_model(config)
         shown: list[Tensor] = []
         model.encode_identity = lambda references: shown.append(references.latents)  # type: ignore[method-assign]
-        loss_at(model, batch, config, BLANK, place=(step,))
+        step_of(model, config)(batch, (step,))
         return shown[0]
 
-    assert not any(torch.equal(a, b) for a, b in zip(seen_at(0), batch.references, strict=True))
+    assert torch.equal(seen_at(0), batch.in_pair)
     assert torch.equal(seen_at(50), batch.references)
 
 
 class Ear(torch.nn.Module):
     """Predicts zero and keeps what it was asked."""
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, **_: object) -> tuple[Tensor]:
-        self.latents, self.timestep = latents, timestep
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, **told: Any) -> tuple[Tensor]:
+        self.latents, self.timestep, self.told = latents, timestep, told
         return (torch.zeros_like(latents),)
+
+    def encode_identity(self, references: References) -> None:
+        """It knows nobody."""
 
 
 def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
-    config = SftConfig(kind="base", cache="", architecture=WAN, steps=1, timesteps_per_clip=1, known_region=1.0)
+    config = config_of(kind="base", cache="", architecture=WAN, steps=1, timesteps_per_clip=1, known_region=1.0)
     tensors = shard("clip", 2, 0)
     tensors["instance_ids"] = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     tensors["instance_ids"][:, :, :2, :2] = 1
     tensors["latents"] = torch.randn(6, 4, 3, 8, 8)
-    batch, ear = Batch(**tensors), Ear()
-    before, _ = loss_at(ear, batch, config, BLANK, place=(0,))
+    tensors["references"] = torch.zeros(6, 2, 1, 4, 8, 8)
+    batch, ear = batch_of(tensors), Ear()
+    before, _ = step_of(ear, config)(batch, (0,))
     inside = torch.zeros(6, 3, 8, 8, dtype=torch.bool)
     inside[:, :, :4, :4] = True  # the subject's patch and one more on every side
     asked = ear.timestep.unflatten(1, (3, 4, 4)).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -500,7 +529,7 @@ def test_a_known_region_is_clean_at_time_zero_and_costs_nothing() -> None:
     assert torch.equal(ear.latents[outside], batch.latents[outside])
     assert not torch.equal(ear.latents[~outside], batch.latents[~outside])
     tensors["latents"] = torch.where(outside, batch.latents + 3, batch.latents)
-    assert torch.equal(loss_at(ear, Batch(**tensors), config, BLANK, place=(0,))[0], before)
+    assert torch.equal(step_of(ear, config)(batch_of(tensors), (0,))[0], before)
 
 
 def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:
@@ -517,7 +546,7 @@ def test_a_batch_is_of_one_shape_and_its_padding_is_masked(cache: Path) -> None:
 
 def test_a_latent_cell_belongs_to_whoever_fills_most_of_it() -> None:
     clip = world.render(world.make_scene(5, num_subjects=2), num_frames=17)
-    instance_ids = scenes._instance_ids_of_latents(clip.instance_ids, frames=5, cells=16)
+    instance_ids = instance_ids_of_latents(clip.instance_ids, frames=5, cells=(16, 16))
     assert instance_ids.shape == (5, 16, 16)
     for i in range(5):
         pixels = clip.instance_ids[4 * i]
@@ -543,7 +572,7 @@ def test_a_larger_size_has_ten_million_parameters_and_the_frozen_parts_of_the_sm
     size = recipe.SIZES["s"]
     config = read_run(recipe.prepare_run(tmp_path, "identity", size, tmp_path / "base", **recipe.IDENTITY))
     with torch.device("meta"):
-        model = IdentityWanTransformer3DModel(**config.architecture)
+        model = IdentityWanTransformer3DModel(**config.model.architecture)
     assert 9e6 < sum(parameter.numel() for parameter in model.parameters()) < 11e6
     large, small = recipe.preset_of(size), presets.load("toybox")
     assert (large.name, large.sizes[0].width, large.num_frames) == ("toybox-s", 128, 17)
@@ -557,7 +586,7 @@ def test_a_larger_size_has_ten_million_parameters_and_the_frozen_parts_of_the_sm
 
 def test_a_cache_holds_clips_of_the_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "SHARD", {"still": 2, "clip": 2})
-    encoders = scenes.Encoders.load(recipe.ASSETS)
+    encoders = scenes.load_encoders(recipe.ASSETS)
     number = next(n for n in range(100) if scenes.shape_of_shard(n) == ("clip", 2, 1))
     large = scenes.make_shard(number, encoders, recipe.SIZES["s"].form)
     assert large["latents"].shape == (2, 16, 17, 32, 32)

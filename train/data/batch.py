@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+DRAWN = 0.02  # mean square by which a latent pixel has to differ from white paper to show anything
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -28,6 +30,9 @@ class Batch:
     text: Tensor  # (B, L, text_dim), UMT5's states
     numbers: Tensor  # (B, L), the slot that a word of the caption numbers, 0 for all other words
     references: Tensor  # (B, N, V, C, h, w), normalised
+    reference_masks: Tensor  # (B, N, V, h, w), True where a picture shows its subject and not the paper around it
+    in_pair: Tensor  # (B, N, V, C, h, w), pictures of the same subjects cut from the clip itself
+    in_pair_masks: Tensor  # (B, N, V, h, w)
     vlm: Tensor  # (B, T, vlm_dim), last hidden states
     vlm_mask: Tensor  # (B, T), True where a token counts
 
@@ -52,33 +57,59 @@ class NullConditioning:
         return cls(**load_file(cache / "null" / "blank.safetensors", device=str(where or "cpu")))
 
 
-def cut_from_clip(batch: Batch, white: Tensor, rng: np.random.Generator) -> Tensor:
+def cut_from_clip(
+    latents: Tensor, instance_ids: Tensor, white: Tensor, shape: tuple[int, int], rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """In-pair references: every subject alone on white, as it is in one frame, moved by up to 3 latent pixels.
 
     Latents are cut, not pixels, so the VAE has to encode every latent pixel's patch by itself, as the toybox's does.
 
+    Args:
+        latents: (B, C, F, h, w). instance_ids: (B, F, h, w), slots.
+        white: (C,), the latent of white paper.
+        shape: N subjects, and V pictures of each.
+
     Returns:
-        (B, N, V, C, h, w), all V pictures of a subject alike.
+        (B, N, V, C, h, w), all V pictures of a subject alike; and where they show it, (B, N, V, h, w).
     """
-    B, N, V, C, h, w = batch.references.shape
-    frame, reach = int(rng.integers(batch.latents.shape[2])), 3
-    paper = white.view(1, 1, C, 1, 1).expand(B, N, C, h + 2 * reach, w + 2 * reach).clone()
-    held = batch.instance_ids[:, None, frame] == torch.arange(1, N + 1, device=white.device).view(1, N, 1, 1)
-    alone = torch.where(held.unsqueeze(2), batch.latents[:, None, :, frame], white.view(1, 1, C, 1, 1))
+    (B, C, F, h, w), (N, V) = latents.shape, shape
+    frame, reach = int(rng.integers(F)), 3
     top, left = rng.integers(0, 2 * reach + 1, 2)
-    paper[..., top : top + h, left : left + w] = alone
-    return paper[..., reach : reach + h, reach : reach + w].unsqueeze(2).expand(B, N, V, C, h, w)
+    held = instance_ids[:, None, frame] == torch.arange(1, N + 1, device=white.device).view(1, N, 1, 1)
+    masks = held.new_zeros(B, N, h + 2 * reach, w + 2 * reach)
+    masks[..., top : top + h, left : left + w] = held
+    pages = white.view(1, 1, C, 1, 1).expand(B, N, C, h + 2 * reach, w + 2 * reach).clone()
+    alone = torch.where(held.unsqueeze(2), latents[:, None, :, frame], white.view(1, 1, C, 1, 1))
+    pages[..., top : top + h, left : left + w] = alone
+    pages = pages[..., reach : reach + h, reach : reach + w].unsqueeze(2).expand(B, N, V, C, h, w)
+    masks = masks[..., reach : reach + h, reach : reach + w].unsqueeze(2).expand(B, N, V, h, w)
+    return pages, masks
 
 
-def take_rows(batch: Batch, rows: np.ndarray) -> Batch:
+def mask_pictures(references: Tensor, white: Tensor) -> Tensor:
+    """Where pictures (B, N, V, C, h, w) differ from white paper, whose latent is (C,): (B, N, V, h, w)."""
+    return (references - white.view(-1, 1, 1)).square().mean(3) > DRAWN
+
+
+Shard = dict[str, Tensor]
+"""Tensors of one shape as a cache's file holds them, by their names in `Batch`."""
+
+
+def take_rows(shard: Shard, rows: np.ndarray) -> Shard:
     """The samples at these row numbers, in this order."""
     index = torch.from_numpy(rows)
-    return Batch(**{field.name: getattr(batch, field.name)[index] for field in fields(batch)})
+    return {name: tensor[index] for name, tensor in shard.items()}
 
 
-def join_batches(parts: list[Batch]) -> Batch:
-    """One batch of all samples, in fp32; VLM tokens are padded to the longest sample that counts."""
-    longest = max(int(part.vlm_mask.sum(1).max()) for part in parts)
+def join_shards(parts: list[Shard], white: Tensor, rng: np.random.Generator) -> Batch:
+    """One batch of all samples, in fp32; VLM tokens are padded to the longest sample that counts.
+
+    Args:
+        white: (C,), the latent of white paper: where shards do not say themselves where their pictures show a subject,
+            or what it looks like cut from the clip, it is found by that.
+        rng: which frame of a clip that is cut from.
+    """
+    longest = max(int(part["vlm_mask"].sum(1).max()) for part in parts)
 
     def pad_and_widen(tensor: Tensor, name: str) -> Tensor:
         if name in ("vlm", "vlm_mask"):
@@ -91,9 +122,16 @@ def join_batches(parts: list[Batch]) -> Batch:
             return tensor.float()
         return tensor
 
-    names = [field.name for field in fields(Batch)]
-    whole = {}
-    for name in names:
-        own = [pad_and_widen(getattr(part, name), name) for part in parts]
+    whole: Shard = {}
+    for name in parts[0]:
+        own = [pad_and_widen(part[name], name) for part in parts]
         whole[name] = torch.cat(own)
+    pictures = whole["references"]
+    if "reference_masks" not in whole:
+        whole["reference_masks"] = mask_pictures(pictures, white)
+    if "in_pair" not in whole:
+        shape = (pictures.shape[1], pictures.shape[2])
+        whole["in_pair"], whole["in_pair_masks"] = cut_from_clip(
+            whole["latents"], whole["instance_ids"], white, shape, rng
+        )
     return Batch(**whole)

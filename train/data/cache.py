@@ -1,6 +1,6 @@
 """A folder of encoded samples, read into memory and drawn from in batches.
 
-In:  shards `<folder>/<kind>-<number>.safetensors`, each of one shape (written by `train.toybox.scenes`).
+In:  shards `<folder>/<kind>-<number>.safetensors`, each of one shape (`train.toybox.scenes` writes the toybox's).
 Out: random batches of one shape.
 Knows nothing of what the samples show, of losses or of optimizers.
 """
@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 
-from train.data.batch import Batch, join_batches, take_rows
+from train.data.batch import Batch, NullConditioning, Shard, join_shards, take_rows
 
 RENAMED = {"owner": "instance_ids"}
 """Names of tensors in shards written before the studio used the field's words, and their names now."""
 
 
-def read_shard(path: Path) -> Batch:
-    """One shard as a batch, in the precision it was written in."""
-    return Batch(**{RENAMED.get(name, name): tensor for name, tensor in load_file(path).items()})
+def read_shard(path: Path) -> Shard:
+    """The tensors of one shard, in the precision they were written in."""
+    return {RENAMED.get(name, name): tensor for name, tensor in load_file(path).items()}
 
 
 class Cache:
@@ -29,16 +29,17 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.read: set[str] = set()
-        self.buckets: dict[str, dict[tuple[int, int], list[Batch]]] = {"still": {}, "clip": {}}
+        self.buckets: dict[str, dict[tuple[int, int], list[Shard]]] = {"still": {}, "clip": {}}
+        self._white = NullConditioning.load(folder).white
 
     def refresh(self) -> int:
         """Read shards written since the last call (a cache can grow while training runs); returns how many are held."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name in self.read:
                 continue
-            batch = read_shard(path)
-            shape = (batch.references.shape[1], batch.references.shape[2])
-            self.buckets[path.name.split("-")[0]].setdefault(shape, []).append(batch)
+            shard = read_shard(path)
+            shape = (shard["references"].shape[1], shard["references"].shape[2])
+            self.buckets[path.name.split("-")[0]].setdefault(shape, []).append(shard)
             self.read.add(path.name)
         return len(self.read)
 
@@ -48,11 +49,16 @@ class Cache:
         `shape` decides the bucket, `rng` all else; left out, `rng` decides both.
         """
         buckets = list(self.buckets[kind].values())
-        weights = np.array([sum(map(len, shards)) for shards in buckets], float)
+        weights = np.array([sum(map(_count_rows, shards)) for shards in buckets], float)
         shards = buckets[int((shape or rng).choice(len(buckets), p=weights / weights.sum()))]
         chosen = [shards[int(i)] for i in rng.integers(0, len(shards), min(4, size))]
         shares = [size // len(chosen) + (i < size % len(chosen)) for i in range(len(chosen))]
         parts = [
-            take_rows(shard, rng.integers(0, len(shard), share)) for shard, share in zip(chosen, shares, strict=True)
+            take_rows(shard, rng.integers(0, _count_rows(shard), share))
+            for shard, share in zip(chosen, shares, strict=True)
         ]
-        return join_batches(parts)
+        return join_shards(parts, self._white, rng)
+
+
+def _count_rows(shard: Shard) -> int:
+    return len(shard["latents"])

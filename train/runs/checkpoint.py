@@ -8,7 +8,7 @@ Knows nothing of what is trained. Randomness is not stored: every stage draws it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 
 def save(
@@ -67,34 +68,49 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-class Ema:
-    """Exponential moving average of a module's parameters; warms up so that early steps do not linger.
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, may_lack: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Put named tensors into a module. Buffers may be left out, parameters may not.
 
     Args:
-        decay: weight of the past once warm, in [0, 1).
+        may_lack: asked for a parameter's name, whether it may be left out all the same.
+
+    Raises:
+        ValueError: a parameter is missing, or a tensor belongs to nothing.
+    """
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    parameters = dict(module.named_parameters())
+    lacking = [name for name in missing if name in parameters and not may_lack(name)]
+    for what, names in (("has no", lacking), ("also has", unexpected)):
+        if names:
+            raise ValueError(
+                f"the saved model has another architecture: it {what} {names[0]} ({len(names)} such names)"
+            )
+
+
+def average_of(module: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a module's parameters; its buffers are the module's latest.
+
+    It warms up, so that early steps do not linger: the weight of the past is (1 + n) / (10 + n) after n updates, and at
+    most `decay`, in [0, 1).
     """
 
-    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
-        self.decay = decay
-        self.steps = 0
-        self.tensors = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    def average(averaged: Any, latest: Any, updates: Tensor | int) -> None:
+        count = int(updates)
+        torch._foreach_lerp_(averaged, latest, 1 - min(decay, (1 + count) / (10 + count)))
 
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, parameter in module.named_parameters():
-            if name in self.tensors:
-                self.tensors[name].lerp_(parameter, 1 - decay)
+    return AveragedModel(module, multi_avg_fn=average)
 
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        self.steps = steps
-        for name, tensor in tensors.items():
-            self.tensors[name].copy_(tensor)
 
-    def apply_to(self, module: nn.Module) -> None:
-        """Overwrite the module's parameters with their averages."""
-        module.load_state_dict(self.tensors, strict=False)
+def restore_average(averaged: AveragedModel, tensors: Mapping[str, Tensor], updates: int) -> None:
+    """Put back averages that were saved after so many updates.
+
+    Raises:
+        ValueError: see `load_weights`.
+    """
+    load_weights(averaged.module, tensors)
+    averaged.n_averaged.fill_(updates)
 
 
 def count_parameters(modules: Iterable[nn.Module]) -> int:

@@ -14,7 +14,7 @@ tokens, L text tokens, S keys of stage 3 (N * V * tokens of a picture, then the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,46 @@ from torch import Tensor, nn
 
 from engine.models.identity_wan import IdentityAttention
 from engine.models.subject_tower import LayerIdentity
+from train.sft.conditions import Asked
 
 REACH = 0.7  # tokens; how far from the right part of a picture a look may land
+
+
+class AttentionAlignment:
+    """All three as one auxiliary loss of a run (`train.sft.loss.AuxiliaryLoss`).
+
+    Args:
+        patch: latent pixels of a token's side.
+        subject: weight of looking at the own pictures ("looks") and of asking for the own slot ("names").
+        caption: weight of reading the word that numbers whoever is there ("reads").
+    """
+
+    def __init__(self, patch: int, *, subject: float, caption: float) -> None:
+        self._patch = patch
+        self.weights = {"looks": subject, "names": subject, "reads": caption}
+
+    def record(self, model: Any) -> AbstractContextManager[RecordedAttention]:
+        """Inside, what attention reads is noted down."""
+        return record_attention(model)
+
+    def __call__(self, seen: RecordedAttention, asked: Asked) -> dict[str, Tensor]:
+        """The three, each a scalar; 0 where a batch has nobody to look at."""
+        looks, names = self._looks(seen, asked)
+        batch, without_text = asked.batch, asked.said.without_text
+        instance_ids = torch.where(without_text, 0, token_instance_ids(batch.instance_ids, self._patch))
+        instance_ids, numbers = (each.repeat_interleave(asked.repeats, 0) for each in (instance_ids, batch.numbers))
+        return {"looks": looks, "names": names, "reads": word_alignment_loss(seen, instance_ids, numbers)}
+
+    def _looks(self, seen: RecordedAttention, asked: Asked) -> tuple[Tensor, Tensor]:
+        """Samples without subjects are left out, and so is the background of samples without a VLM."""
+        batch, shown = asked.batch, asked.shown
+        assert shown.latents is not None and shown.mask is not None and shown.vlm_mask is not None
+        there, heard = (mask.flatten(1).any(1, keepdim=True) for mask in (shown.mask, shown.vlm_mask))
+        instance_ids = token_instance_ids(batch.instance_ids, self._patch)
+        places = torch.where(there & (heard | (instance_ids > 0)), instance_ids, -1)
+        near = counterparts(batch.latents, batch.instance_ids, shown.latents, asked.said.drawn, self._patch)
+        places, near = (each.repeat_interleave(asked.repeats, 0) for each in (places, near))
+        return region_alignment_loss(seen, places, near), slot_alignment_loss(seen, places, shown.latents.shape[1])
 
 
 @dataclass
@@ -71,7 +109,7 @@ def token_instance_ids(instance_ids: Tensor, patch: int) -> Tensor:
     return nn.functional.max_pool2d(instance_ids.float(), patch).long().flatten(1)
 
 
-def counterparts(latents: Tensor, instance_ids: Tensor, references: Tensor, white: Tensor, patch: int) -> Tensor:
+def counterparts(latents: Tensor, instance_ids: Tensor, references: Tensor, drawn: Tensor, patch: int) -> Tensor:
     """How near each subject token is to the part of its subject that a video token shows.
 
     Where in its subject a place is, is told by the box around the subject, in the frame and in the picture; of both
@@ -81,7 +119,7 @@ def counterparts(latents: Tensor, instance_ids: Tensor, references: Tensor, whit
         latents: (B, C, F, h, w).
         instance_ids: (B, F, h, w), slots.
         references: (B, N, V, C, h, w).
-        white: (C,), the latent of white paper.
+        drawn: (B, N, V, h, w), True where a picture shows its subject.
         patch: latent pixels of a token's side.
 
     Returns:
@@ -89,7 +127,6 @@ def counterparts(latents: Tensor, instance_ids: Tensor, references: Tensor, whit
         shows another subject or none.
     """
     (B, _, F, h, w), (N, V) = latents.shape, references.shape[1:3]
-    drawn = (references - white.view(-1, 1, 1)).square().mean(3) > 0.02  # (B, N, V, h, w)
     rim = torch.cat([drawn[..., 0, :], drawn[..., -1, :], drawn[..., :, 0], drawn[..., :, -1]], -1).float().mean(-1)
     slots = torch.arange(1, N + 1, device=instance_ids.device)
     held = instance_ids.unsqueeze(1) == slots.view(1, N, 1, 1, 1)  # (B, N, F, h, w)

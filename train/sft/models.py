@@ -29,16 +29,16 @@ ZERO_START = 4.0  # times the rate, for what starts at zero
 def new_model(config: SftConfig) -> WanTransformer3DModel:
     """Random weights, or the averaged weights of the run it starts from with untrained identity blocks."""
     torch.manual_seed(config.seed)
-    kind = _model_class(identity=config.kind == "identity")
-    if not config.start:
-        model = kind(**config.architecture)
+    kind = _model_class(identity=config.model.kind == "identity")
+    if not config.model.start:
+        model = kind(**config.model.architecture)
         if isinstance(model, IdentityWanTransformer3DModel):
             _randomise_positions(model)
         return model
-    source = load_start(Path(config.start))
+    source = load_start(Path(config.model.start))
     if isinstance(source, kind):
-        return _add_missing_parts(source, config.architecture)
-    extra = {key: value for key, value in config.architecture.items() if key not in source.config}
+        return _add_missing_parts(source, config.model.architecture)
+    extra = {key: value for key, value in config.model.architecture.items() if key not in source.config}
     return _randomise_positions(IdentityWanTransformer3DModel.from_plain_wan(source, **extra))
 
 
@@ -66,10 +66,7 @@ def _add_missing_parts(source: WanTransformer3DModel, architecture: dict[str, An
         return source
     grown = type(source)(**{**held, **architecture})
     _randomise_positions(grown)
-    missing, unexpected = grown.load_state_dict(source.state_dict(), strict=False)
-    strangers = [key for key in missing if not _is_new_part(key)] + unexpected
-    if strangers:
-        raise ValueError(f"the model to start from has another architecture, the first key is {strangers[0]}")
+    checkpoint.load_weights(grown, source.state_dict(), may_lack=_is_new_part)
     return grown
 
 
@@ -95,7 +92,7 @@ def load_average(model: nn.Module, run: Path) -> int:
     if saved is None:
         raise FileNotFoundError(f"nothing has been trained in {run}")
     step, groups, _ = saved
-    model.load_state_dict(groups["ema"], strict=False)
+    checkpoint.load_weights(model, groups["ema"])
     return step
 
 
@@ -107,13 +104,14 @@ def new_optimizer(model: nn.Module, config: SftConfig) -> torch.optim.AdamW:
         if name.endswith((".identity.to_out.weight", "video_position_embedding.proj.weight")):
             rate = ZERO_START
         rates[rate].append(parameter)
-    groups = [{"params": own, "peak": rate * config.learning_rate} for rate, own in rates.items() if own]
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=config.weight_decay, fused=True)
+    groups = [{"params": own, "peak": rate * config.optimizer.learning_rate} for rate, own in rates.items() if own]
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=config.optimizer.weight_decay, fused=True)
 
 
 def schedule(step: int, config: SftConfig) -> float:
     """Share of the peak rates: warm-up over 100 updates, flat, linear to zero over the last of them."""
-    return min(1.0, (step + 1) / 100, max(0.01, (config.steps - step) / (config.decay_fraction * config.steps)))
+    falling = (config.steps - step) / (config.optimizer.decay_fraction * config.steps)
+    return min(1.0, (step + 1) / 100, max(0.01, falling))
 
 
 def export(run: Path, folder: Path) -> None:

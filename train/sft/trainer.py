@@ -13,47 +13,52 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from train.cpu_attention import fast_training
 from train.data.batch import NullConditioning
 from train.data.cache import Cache
-from train.distributed import ProcessGroup
+from train.distributed import Team
 from train.runs import checkpoint, metrics
 from train.sft.config import Kind, SftConfig, read_run
-from train.sft.loss import kind_at, loss_at
+from train.sft.loss import AuxiliaryLoss, TrainingStep, kind_at
 from train.sft.models import new_model, new_optimizer, schedule
 
-CPU = torch.device("cpu")
+KEEP_S = 180.0  # between two saves
 
 
-def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
+def train(run: Path, *, seconds: float, updates: int | None = None, auxiliary: Sequence[AuxiliaryLoss] = ()) -> bool:
     """Go on with a run for at most `seconds` (and `updates`, when given); True once all its updates are done.
 
-    Under torchrun every process draws batches of its own and the gradients are averaged.
+    Under torchrun every process draws batches of its own, and DDP averages the gradients.
+
+    Args:
+        auxiliary: further losses, which know what the samples mean.
     """
-    config, team = read_run(run), ProcessGroup()
-    where = _device_of(team.rank)
+    config, team = read_run(run), Team()
     model: Any = new_model(config)
-    model.to(where).train()
+    model.to(team.device).train()
     optimizer = new_optimizer(model, config)
-    ema = checkpoint.Ema(model, config.ema)
-    step = resume(run, model, ema, optimizer)
-    cache = Cache(Path(config.cache))
+    averaged = checkpoint.average_of(model, config.checkpoint.ema)
+    step = resume(run, model, averaged, optimizer)
+    cache = Cache(Path(config.data.cache))
     cache.refresh()
-    blank = NullConditioning.load(Path(config.cache), where)
+    blank = NullConditioning.load(Path(config.data.cache), team.device)
+    learn = team.wrap(TrainingStep(model, config, blank, auxiliary))
     last = config.steps
     if updates is not None:
         last = min(last, step + updates)
     meter, began, kept = metrics.MetricsLog(run.name, config.steps, run, start=step), time.monotonic(), time.monotonic()
 
     def keep() -> None:
-        groups = {"model": dict(model.named_parameters()), "ema": ema.tensors}
+        groups = {"model": dict(model.named_parameters()), "ema": dict(averaged.module.named_parameters())}
         checkpoint.save(run, step, {**groups, "optimizer": checkpoint.optimizer_tensors(optimizer)})
 
     stop = False
@@ -61,16 +66,16 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
         kind = kind_at(step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, config)
-        parts = [_one_pass(model, cache, config, blank, kind, (step, team.rank, i)) for i in range(config.passes)]
-        stop = team.average_gradients(model, stop=time.monotonic() - began > seconds)
+        parts = [_one_pass(learn, cache, config, kind, (step, team.rank, i)) for i in range(config.data.passes)]
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update(model)
+        averaged.update_parameters(model)
         step += 1
+        stop = team.any(time.monotonic() - began > seconds)
         if team.rank == 0:
             meter.tick(step, {**_mean_parts(kind, parts), "norm": float(norm)})
-        if time.monotonic() - kept > 180:
+        if time.monotonic() - kept > KEEP_S:
             if team.rank == 0:
                 keep()
             cache.refresh()
@@ -80,49 +85,47 @@ def train(run: Path, *, seconds: float, updates: int | None = None) -> bool:
     return step == config.steps
 
 
-def _device_of(rank: int) -> torch.device:
-    """The graphics card of a process, the cards dealt out in turn; the processor where there is no card."""
-    if not torch.cuda.is_available():
-        return CPU
-    return torch.device("cuda", rank % torch.cuda.device_count())
-
-
-def _mean_parts(kind: Kind, parts: list[dict[str, float]]) -> dict[str, float]:
+def _mean_parts(kind: Kind, parts: list[dict[str, Tensor]]) -> dict[str, float]:
     """Means of the loss's parts over the passes of one update, each named with the kind of update."""
     means = {}
-    for name in parts[0]:
-        values = [part[name] for part in parts]
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [float(part[name]) for part in parts if name in part]
         means[f"{kind} {name}"] = sum(values) / len(values)
     return means
 
 
 def _one_pass(
-    model: nn.Module, cache: Cache, config: SftConfig, blank: NullConditioning, kind: Kind, place: tuple[int, int, int]
-) -> dict[str, float]:
+    learn: nn.Module, cache: Cache, config: SftConfig, kind: Kind, place: tuple[int, int, int]
+) -> dict[str, Tensor]:
     """Add the gradients of one batch; `place` is (step, process, pass). Returns the parts of its loss."""
     step, _, number = place
-    size = {"still": config.still_batch, "clip": config.clip_batch, "sparse": config.sparse_batch}[kind]
+    data = config.data
+    size = {"still": data.still_batch, "clip": data.clip_batch, "sparse": data.sparse_batch}[kind]
     bucket = "clip"
     if kind == "still":
         bucket = "still"
     # All processes draw the same shape: a process with fewer subjects would wait for one with four.
     shape = np.random.default_rng((config.seed, step, number, 2))
     batch = cache.draw(bucket, size, np.random.default_rng((config.seed, *place, 3)), shape)
-    batch = batch.to(blank.text.device)
+    batch = batch.to(next(learn.parameters()).device)
     with fast_training():
-        loss, parts = loss_at(model, batch, config, blank, place, sparse=kind == "sparse")
-        (loss / config.passes).backward()
+        loss, parts = learn(batch, place, sparse=kind == "sparse")
+        (loss / data.passes).backward()
     return parts
 
 
-def resume(run: Path, model: nn.Module, ema: checkpoint.Ema, optimizer: torch.optim.Optimizer) -> int:
-    """Put back the run's last save, wherever the model is; the step it belongs to, 0 when there is none."""
+def resume(run: Path, model: nn.Module, averaged: AveragedModel, optimizer: torch.optim.Optimizer) -> int:
+    """Put back the run's last save, wherever the model is; the step it belongs to, 0 when there is none.
+
+    Raises:
+        ValueError: it was saved of another architecture.
+    """
     saved = checkpoint.load(run)
     if saved is None:
         return 0
     step, groups, _ = saved
-    model.load_state_dict(groups["model"], strict=False)
-    ema.restore(groups["ema"], step)
+    checkpoint.load_weights(model, groups["model"])
+    checkpoint.restore_average(averaged, groups["ema"], step)
     checkpoint.restore_optimizer(optimizer, groups["optimizer"])
     return step
 
@@ -133,4 +136,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder with run.json")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
-    return 0 if train(options.run, seconds=options.minutes * 60) else 3
+    if train(options.run, seconds=options.minutes * 60):
+        return 0
+    return 3

@@ -22,7 +22,7 @@ from engine.diffusion.solvers import add_noise, starting_noise
 from engine.models.subject_tower import References
 from engine.models.vae import to_vae_range
 from train.cpu_attention import fast_training
-from train.data.batch import Batch, NullConditioning, join_batches, take_rows
+from train.data.batch import Batch, NullConditioning, join_shards, take_rows
 from train.data.cache import read_shard
 from train.runs.metrics import MetricsLog
 from train.toybox import world
@@ -90,11 +90,12 @@ def estimate_clips(
     for place, path in enumerate(shards[:clips], start=1):
         number = int(path.stem.split("-")[1])
         shard = read_shard(path)
-        rows = np.sort(rng.choice(len(shard), min(each, len(shard)), replace=False))
+        there = len(shard["latents"])
+        rows = np.sort(rng.choice(there, min(each, there), replace=False))
         for first in range(0, len(rows), AT_ONCE):
             chosen = rows[first : first + AT_ONCE]
             frames += [world.render(scene_of(number, int(row)), form.pixels, form.num_frames).frames for row in chosen]
-            batch = join_batches([take_rows(shard, chosen)])
+            batch = join_shards([take_rows(shard, chosen)], blank.white, rng)
             scale = guidance_scale if rng.random() < 0.5 else 1.0
             latents.append(batch.latents.half())
             found.append(_estimate(transformer, batch, blank, scale, shared_noise, rng).half())

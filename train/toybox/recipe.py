@@ -68,20 +68,14 @@ SIZES = {
 }
 # What SftConfig's defaults have not; clips share as much noise as their preset says. The shipped checkpoint got its
 # positions, slots, sparse clips and losses one after the other (docs/log.md); these are the last ones.
-IDENTITY = {"steps": 9600, "clip_share": 0.4, "in_pair": 0.0, "ema": 0.999}
+IDENTITY = {"steps": 9600, "data": {"clip_share": 0.4, "in_pair": 0.0}, "checkpoint": {"ema": 0.999}}
 MOTION = {
     "steps": 30_000,
-    "learning_rate": 4e-4,
-    "clip_share": 0.6,
-    "sparse_share": 0.4,
-    "sparse_shift": 12.0,
-    "clip_shift": 3.5,
-    "motion_weight": 1.0,
-    "subject_alignment": 0.25,
-    "caption_alignment": 0.3,
-    "decay_fraction": 0.3,
-    "in_pair": 0.0,
-    "ema": 0.999,
+    "data": {"clip_share": 0.6, "sparse_share": 0.4, "in_pair": 0.0},
+    "noise": {"sparse_shift": 12.0, "clip_shift": 3.5},
+    "losses": {"motion_weight": 1.0, "subject_alignment": 0.25, "caption_alignment": 0.3},
+    "optimizer": {"learning_rate": 4e-4, "decay_fraction": 0.3},
+    "checkpoint": {"ema": 0.999},
 }
 SHARDS = 300
 BASE_STEPS = 4000
@@ -128,24 +122,14 @@ def write_parts(state: Path, seconds: float, size: Size) -> bool:
 
 def cache(state: Path, seconds: float, size: Size) -> bool:
     """Draw and encode the training scenes."""
-    import numpy as np
-    from safetensors.torch import save_file
-
-    from engine.models.encoders import text_states
-    from engine.models.vae import picture_latents
-    from train.toybox.scenes import Encoders, write_cache
+    from train.data.encode import write_null
+    from train.toybox.scenes import load_encoders, write_cache
 
     parts = state / "parts"
     if not parts.is_dir():
         parts = ASSETS
-    encoders = Encoders.load(parts)
-    null = state / "cache" / "null"
-    null.mkdir(parents=True, exist_ok=True)
-    fresh = null / f"blank.{os.getpid()}.new"
-    paper = picture_latents([np.full((64, 64, 3), 255, np.uint8)], encoders.vae)
-    blank = {"text": text_states([""], encoders.tokenizer, encoders.text_encoder), "white": paper[0, :, 8, 8]}
-    save_file({name: tensor.contiguous() for name, tensor in blank.items()}, fresh)
-    fresh.replace(null / "blank.safetensors")
+    encoders = load_encoders(parts)
+    write_null(state / "cache", encoders, pixels=64, mark=str(os.getpid()))
     return write_cache(state / "cache", encoders, shards=SHARDS, seconds=seconds, form=size.form)
 
 
@@ -160,32 +144,43 @@ def prepare_run(state: Path, name: str, size: Size, start: Path | None, **values
         kind, architecture = "identity", size.identity
         if name == "base":
             kind, architecture = "base", size.wan
+        preset = presets.load(ASSETS.name)
+        noise = {"shared_noise": preset.shared_noise, "final_sigma": preset.sampling.final_sigma or 0.0}
         own = {
-            "kind": kind,
-            "cache": str(state / "cache"),
-            "start": str(start or ""),
-            "architecture": architecture,
-            "shared_noise": presets.load(ASSETS.name).shared_noise,
-            "final_sigma": presets.load(ASSETS.name).sampling.final_sigma or 0.0,
+            **values,
+            "model": {"kind": kind, "start": str(start or ""), "architecture": architecture},
+            "data": {**values.get("data", {}), "cache": str(state / "cache")},
+            "noise": {**values.get("noise", {}), **noise},
         }
         fresh = run / f"run.{os.getpid()}.new"  # every process of a team writes the same
-        fresh.write_text(SftConfig(**own, **values).model_dump_json(indent=2), encoding="utf-8")
+        fresh.write_text(SftConfig.model_validate(own).model_dump_json(indent=2), encoding="utf-8")
         fresh.replace(run / "run.json")
     return run
 
 
+def _train(run: Path, seconds: float) -> bool:
+    """Go on with a transformer's run; attention is taught by who is where, which a drawn world knows."""
+    from train.sft import trainer
+    from train.sft.attention_losses import AttentionAlignment
+    from train.sft.config import read_run
+    from train.sft.loss import AuxiliaryLoss
+
+    config = read_run(run)
+    auxiliary: list[AuxiliaryLoss] = []
+    if config.model.kind == "identity":
+        losses, patch = config.losses, int(config.model.architecture.get("patch_size", (1, 2, 2))[-1])
+        auxiliary.append(AttentionAlignment(patch, subject=losses.subject_alignment, caption=losses.caption_alignment))
+    return trainer.train(run, seconds=seconds, auxiliary=auxiliary)
+
+
 def base(state: Path, seconds: float, size: Size) -> bool:
     """Train the plain text-to-video base that every later run starts from."""
-    from train.sft import trainer
-
-    return trainer.train(prepare_run(state, "base", size, None, steps=BASE_STEPS), seconds=seconds)
+    return _train(prepare_run(state, "base", size, None, steps=BASE_STEPS), seconds)
 
 
 def identity(state: Path, seconds: float, size: Size) -> bool:
     """Train the identity blocks, and the base with them, to show each subject as its pictures do."""
-    from train.sft import trainer
-
-    return trainer.train(prepare_run(state, "identity", size, state / "base", **IDENTITY), seconds=seconds)
+    return _train(prepare_run(state, "identity", size, state / "base", **IDENTITY), seconds)
 
 
 def motion(state: Path, seconds: float, size: Size) -> bool:
@@ -193,12 +188,10 @@ def motion(state: Path, seconds: float, size: Size) -> bool:
 
     It starts from the shipped checkpoint where `adopt` brought one, else from the stage `identity`.
     """
-    from train.sft import trainer
-
     start = state / "adopted"
     if not start.is_dir():
         start = state / "identity"
-    return trainer.train(prepare_run(state, "motion", size, start, **MOTION), seconds=seconds)
+    return _train(prepare_run(state, "motion", size, start, **MOTION), seconds)
 
 
 def adopt(state: Path, seconds: float, size: Size) -> bool:
