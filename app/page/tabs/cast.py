@@ -18,7 +18,7 @@ import gradio as gr
 from app.page import markup
 from app.page.context import Studio, prepared, sample_slot, samples
 from app.page.generate_form import MAX_PICTURES, Cast, Slot, renamed
-from app.page.tabs.wiring import CLICKS, quiet
+from app.page.tabs.wiring import CLICKS, Updates, Values, quiet
 from engine import presets
 from engine.job import NAME, Subject
 from engine.messages import StudioError
@@ -51,25 +51,15 @@ class CastPanel:
     chips: gr.HTML
 
     @property
-    def fields(self) -> list[Any]:
-        """The editor's own fields, in the order `edited` takes them."""
-        return [self.name, self.noun, self.role, self.weight, self.cut_out]
+    def fields(self) -> set[Any]:
+        """What `edited` reads."""
+        return {self.cast, self.name, self.noun, self.role, self.weight, self.cut_out}
 
     @property
     def shown(self) -> list[Any]:
-        """What `paint` returns."""
-        return [
-            self.cast,
-            self.strip,
-            self.chips,
-            self.refused,
-            self.picker,
-            self.choices,
-            self.editor,
-            self.preview,
-            *self.fields,
-            self.more,
-        ]
+        """What `paint` changes."""
+        above = [self.strip, self.chips, self.refused, self.picker, self.choices]
+        return [*above, self.editor, self.preview, *self.fields, self.more]
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -196,42 +186,53 @@ def _saved_choice(name: str, subject: Subject) -> str:
 
 
 def paint(
-    studio: Studio, cast: Cast, preset: str, *, picking: bool = False, error: StudioError | None = None, said: str = ""
-) -> list[Any]:
-    """Everything the panel shows for this cast, in the order of `CastPanel.shown`."""
+    panel: CastPanel,
+    studio: Studio,
+    cast: Cast,
+    preset: str,
+    *,
+    picking: bool = False,
+    error: StudioError | None = None,
+    said: str = "",
+) -> Updates:
+    """Everything the panel shows for this cast."""
     slot = cast.open or Slot()
     full = len(slot.pictures) >= MAX_PICTURES
-    return [
-        cast,
-        tiles(cast, presets.load(preset).max_subjects),
-        chips(cast),
-        markup.refusal(error) or markup.note(said),
-        gr.Column(visible=picking),
-        _choices(studio) if picking else gr.skip(),
-        gr.Column(visible=cast.open is not None and not picking),
-        _preview(cast),
-        slot.name,
-        slot.noun,
-        slot.role,
-        slot.weight,
-        gr.Checkbox(value=slot.cut_out, interactive=slot.role != "background"),
-        gr.UploadButton(interactive=not full),
-    ]
+    shown: Updates = {
+        panel.cast: cast,
+        panel.strip: tiles(cast, presets.load(preset).max_subjects),
+        panel.chips: chips(cast),
+        panel.refused: markup.refusal(error) or markup.note(said),
+        panel.picker: gr.Column(visible=picking),
+        panel.editor: gr.Column(visible=cast.open is not None and not picking),
+        panel.preview: _preview(cast),
+        panel.name: slot.name,
+        panel.noun: slot.noun,
+        panel.role: slot.role,
+        panel.weight: slot.weight,
+        panel.cut_out: gr.Checkbox(value=slot.cut_out, interactive=slot.role != "background"),
+        panel.more: gr.UploadButton(interactive=not full),
+    }
+    if picking:
+        shown[panel.choices] = _choices(studio)
+    return shown
 
 
 # --- handlers --------------------------------------------------------------------------------------------------------
 
 
-def edited(cast: Cast, name: str, noun: str, role: Any, weight: float, cut_out: bool) -> Cast:
+def edited(panel: CastPanel, values: Values) -> Cast:
     """The cast with what the editor's fields hold right now; a field that lost no focus yet counts all the same."""
+    cast: Cast = values[panel.cast]
     if cast.open is None:
         return cast
-    pictures = cast.open.pictures
+    pictures, role, cut_out = cast.open.pictures, values[panel.role], values[panel.cut_out]
     if (role, cut_out) != (cast.open.role, cast.open.cut_out):
         # Pixels that came with a finished clip show the old cut; where the file is at hand, cut it anew.
         pictures = tuple(picture.model_copy(update={"png": ""}) if picture.path else picture for picture in pictures)
-    plain = str(name).strip().removeprefix("@").lower()
-    return cast.change(name=plain, noun=str(noun), role=role, weight=weight, cut_out=cut_out, pictures=pictures)
+    plain = str(values[panel.name]).strip().removeprefix("@").lower()
+    noun, weight = str(values[panel.noun]), values[panel.weight]
+    return cast.change(name=plain, noun=noun, role=role, weight=weight, cut_out=cut_out, pictures=pictures)
 
 
 def checked(cast: Cast) -> Cast:
@@ -300,52 +301,58 @@ def wire(panel: CastPanel, studio: Studio, *, preset: gr.Dropdown, prompt: gr.Te
 
 
 def _wire_strip(panel: CastPanel, studio: Studio, preset: gr.Dropdown) -> None:
-    def pressed(cast: Cast, model: str, evt: gr.EventData) -> list[Any]:
+    def pressed(cast: Cast, model: str, evt: gr.EventData) -> Updates:
         if evt.act == "add":
-            return paint(studio, cast.choose(-1), model, picking=True)
+            return paint(panel, studio, cast.choose(-1), model, picking=True)
         place = int(evt.place)
-        return paint(studio, cast.choose(-1 if place == cast.chosen else place), model)
+        if place == cast.chosen:
+            place = -1
+        return paint(panel, studio, cast.choose(place), model)
 
     panel.strip.click(pressed, [panel.cast, preset], panel.shown, **quiet())
 
 
 def _wire_picker(panel: CastPanel, studio: Studio, preset: gr.Dropdown) -> None:
-    def pick(cast: Cast, model: str, evt: gr.EventData) -> list[Any]:
+    def pick(cast: Cast, model: str, evt: gr.EventData) -> Updates:
         try:
             if evt.act == "forget":
                 studio.subjects.delete(evt.name)
-                return paint(studio, cast, model, picking=True)
-            return paint(studio, picked(studio, cast, evt.act, evt.name, model).choose(-1), model)
+                return paint(panel, studio, cast, model, picking=True)
+            return paint(panel, studio, picked(studio, cast, evt.act, evt.name, model).choose(-1), model)
         except StudioError as error:
-            return paint(studio, cast, model, picking=True, error=error)
+            return paint(panel, studio, cast, model, picking=True, error=error)
 
-    def dropped(cast: Cast, paths: list[str] | None, model: str) -> list[Any]:
+    def dropped(cast: Cast, paths: list[str] | None, model: str) -> Updates:
         if not paths:
-            return [*(gr.skip() for _ in panel.shown), gr.skip()]
+            return {}
         try:
-            return [*paint(studio, with_pictures(studio, cast, paths, model), model), None]
+            shown = paint(panel, studio, with_pictures(studio, cast, paths, model), model)
         except StudioError as error:
-            return [*paint(studio, cast, model, picking=True, error=error), None]
+            shown = paint(panel, studio, cast, model, picking=True, error=error)
+        return {**shown, panel.upload: None}
 
     panel.choices.click(pick, [panel.cast, preset], panel.shown, **quiet())
     panel.upload.upload(dropped, [panel.cast, panel.upload, preset], [*panel.shown, panel.upload], **quiet())
 
 
 def _wire_fields(panel: CastPanel, studio: Studio, preset: gr.Dropdown, prompt: gr.Textbox) -> None:
-    def changed(cast: Cast, model: str, text: str, *fields: Any) -> list[Any]:
+    def changed(values: Values) -> Updates:
+        cast, model = values[panel.cast], values[preset]
         if cast.open is None:
-            return [*(gr.skip() for _ in panel.shown), gr.skip()]
-        new = edited(cast, *fields)
+            return {}
+        new = edited(panel, values)
         try:
             checked(new)
         except StudioError as error:
-            return [*paint(studio, replace(new, chosen=cast.chosen), model, error=error), gr.skip()]
-        before, after = cast.open.name, new.open.name if new.open else ""
-        words = renamed(text, before, after) if before != after else gr.skip()
-        return [*paint(studio, new, model), words]
+            return paint(panel, studio, replace(new, chosen=cast.chosen), model, error=error)
+        shown = paint(panel, studio, new, model)
+        if not values[panel.refused]:
+            del shown[panel.refused]  # this answer may come after that of the button which was pressed meanwhile
+        if new.open is not None and new.open.name != cast.open.name:
+            shown[prompt] = renamed(values[prompt], cast.open.name, new.open.name)
+        return shown
 
-    inputs = [panel.cast, preset, prompt, *panel.fields]
-    outputs = [*panel.shown, prompt]
+    inputs, outputs = {preset, prompt, panel.refused, *panel.fields}, [*panel.shown, prompt]
     for listen in (
         panel.name.blur,
         panel.name.submit,
@@ -358,39 +365,41 @@ def _wire_fields(panel: CastPanel, studio: Studio, preset: gr.Dropdown, prompt: 
 
 
 def _wire_tools(panel: CastPanel, studio: Studio, preset: gr.Dropdown) -> None:
-    def act_on_picture(cast: Cast, model: str, evt: gr.EventData) -> list[Any]:
+    def act_on_picture(cast: Cast, model: str, evt: gr.EventData) -> Updates:
         if evt.act != "drop" or cast.open is None:
-            return paint(studio, cast, model)
+            return paint(panel, studio, cast, model)
         kept = tuple(picture for place, picture in enumerate(cast.open.pictures) if place != int(evt.place))
-        return paint(studio, cast.change(pictures=kept), model)
+        return paint(panel, studio, cast.change(pictures=kept), model)
 
-    def add_picture(cast: Cast, path: str | None, model: str) -> list[Any]:
+    def add_picture(cast: Cast, path: str | None, model: str) -> Updates:
         if cast.open is None or not path:
-            return paint(studio, cast, model)
+            return paint(panel, studio, cast, model)
         try:
             kept = (*cast.open.pictures, studio.keep_upload(Path(path)))
-            return paint(studio, cast.change(pictures=kept[:MAX_PICTURES]), model)
+            return paint(panel, studio, cast.change(pictures=kept[:MAX_PICTURES]), model)
         except StudioError as error:
-            return paint(studio, cast, model, error=error)
+            return paint(panel, studio, cast, model, error=error)
 
-    def save(cast: Cast, model: str, *fields: Any) -> list[Any]:
+    def save(values: Values) -> Updates:
+        cast, model, said = values[panel.cast], values[preset], ""
         try:
-            cast = checked(edited(cast, *fields))
+            cast = checked(edited(panel, values))
             if cast.open is not None:
                 studio.subjects.save(cast.open.subject())
+                said = f"@{cast.open.name} is saved, on every tab."
         except StudioError as error:
-            return paint(studio, cast, model, error=error)
-        return paint(studio, cast, model, said=f"@{cast.open.name} is saved, on every tab." if cast.open else "")
+            return paint(panel, studio, cast, model, error=error)
+        return paint(panel, studio, cast, model, said=said)
 
-    def remove(cast: Cast, model: str) -> list[Any]:
-        return paint(studio, cast.remove(cast.chosen), model)
+    def remove(cast: Cast, model: str) -> Updates:
+        return paint(panel, studio, cast.remove(cast.chosen), model)
 
-    def close(cast: Cast, model: str) -> list[Any]:
-        return paint(studio, cast.choose(-1), model)
+    def close(cast: Cast, model: str) -> Updates:
+        return paint(panel, studio, cast.choose(-1), model)
 
     base = [panel.cast, preset]
     panel.preview.click(act_on_picture, base, panel.shown, **quiet())
     panel.more.upload(add_picture, [panel.cast, panel.more, preset], panel.shown, **quiet())
-    panel.save.click(save, [*base, *panel.fields], panel.shown, **quiet())
+    panel.save.click(save, {preset, *panel.fields}, panel.shown, **quiet())
     panel.remove.click(remove, base, panel.shown, **quiet())
     panel.done.click(close, base, panel.shown, **quiet())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -24,7 +24,7 @@ from app.page.tabs import loras as lora_panel
 from app.page.tabs import models as models_tab
 from app.page.tabs.cast import CastPanel
 from app.page.tabs.loras import LoraPanel
-from app.page.tabs.wiring import CLICKS, Ticket, quiet, select, sending
+from app.page.tabs.wiring import CLICKS, Ticket, Updates, Values, quiet, select, sending
 from app.queue import Row
 from engine import presets
 from engine.job import read_job
@@ -33,7 +33,6 @@ from engine.presets import Preset
 
 GUIDANCE = [("None", "none"), ("CFG", "cfg"), ("Dual", "dual"), ("APG", "apg"), ("Chained", "chained")]
 PRECISION = "Fewer bits take less memory and change the clip a little; a finished clip says what it was made with."
-FIELDS = [field.name for field in fields(Form)]
 # Which error stands beside which field of the form; everything else stands above the button.
 BESIDE = {
     "prompt": "prompt",
@@ -48,12 +47,11 @@ BESIDE = {
     "until": "advanced",
     "loras": "advanced",
 }
-PLACES = ("subjects", "prompt", "preset", "size", "seed", "advanced", "go")
 
 
 @dataclass(frozen=True)
 class GenerateTab:
-    """The tab's components; `form` in the order of `FIELDS`, `refused` in the order of `PLACES`."""
+    """The tab's components; `form` by the names of `Form`'s fields, `refused` by the places that `BESIDE` names."""
 
     panel: CastPanel
     loras: LoraPanel
@@ -72,15 +70,28 @@ class GenerateTab:
     editing: gr.State
 
     @property
-    def values(self) -> list[Any]:
-        """The form's components."""
-        return [self.form[name] for name in FIELDS]
+    def fields(self) -> set[Any]:
+        """What a form and its cast are read from."""
+        return {*self.form.values(), *self.panel.fields, *self.loras.fields}
 
     @property
     def filled(self) -> list[Any]:
-        """What `fill` returns."""
-        shown = [*self.panel.shown, *self.loras.shown, self.advanced]
-        return [*shown, *self.values, self.quality, self.lack, self.about, self.length]
+        """What `fill` changes."""
+        shown = {*self.panel.shown, *self.loras.shown, *self.form.values()}  # both have the state of the LoRAs
+        return [*shown, self.advanced, self.quality, self.lack, self.about, self.length]
+
+    @property
+    def buttons(self) -> list[Any]:
+        """What changes when a waiting job is edited."""
+        return [self.editing, self.go, self.stop_editing]
+
+    def after(self, *more: Any) -> list[Any]:
+        """Where errors stand, and more outputs, each once."""
+        return list(dict.fromkeys([*self.refused.values(), *more]))
+
+    def form_of(self, values: Values) -> Form:
+        """The form as these values have it; its LoRAs as its document had them."""
+        return Form(**{name: values[part] for name, part in self.form.items()})
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -259,10 +270,14 @@ def _quality_of(form: Form) -> str | None:
     return steps.get(form.num_inference_steps)
 
 
-def refusals(error: StudioError | None) -> list[str]:
-    """The error beside its field and nothing beside the others, in the order of `PLACES`."""
-    place = BESIDE.get(error.field, "go") if error else ""
-    return [markup.refusal(error) if name == place else "" for name in PLACES]
+def show_error(tab: GenerateTab, error: StudioError | None, said: str = "") -> Updates:
+    """The error beside its field and nothing beside the others; without one, what is said above the button."""
+    shown: Updates = dict.fromkeys(tab.refused.values(), "")
+    if error is None:
+        shown[tab.refused["go"]] = markup.note(said)
+    else:
+        shown[tab.refused[BESIDE.get(error.field, "go")]] = markup.refusal(error)
+    return shown
 
 
 def cost_line(studio: Studio, form: Form, cast: Cast) -> str:
@@ -288,18 +303,23 @@ def cost_line(studio: Studio, form: Form, cast: Cast) -> str:
     )
 
 
-def fill(studio: Studio, form: Form, cast: Cast) -> list[Any]:
-    """Put a form and its cast on the page, in the order of `GenerateTab.filled`."""
+def fill(tab: GenerateTab, studio: Studio, form: Form, cast: Cast) -> Updates:
+    """Put a form and its cast on the page."""
     preset = presets.load(form.preset)
-    scales = _scales(form.guidance)
-    shown: dict[str, Any] = {name: gr.Number(value=getattr(form, name), visible=scales[name]) for name in scales}
-    shown["step_cache"] = gr.Dropdown(value=form.step_cache or "off", info=_left_out(preset))
-    values = [shown.get(name, getattr(form, name)) for name in FIELDS]
-    quality = gr.Radio(_qualities(preset), value=_quality_of(form))
-    # A LoRA that came with a document is not left behind a closed lid: what is wrong with it is said there.
-    loras = [*lora_panel.paint(form.loras), gr.Accordion(open=True) if form.loras else gr.skip()]
-    words = [models_tab.missing(studio, form.preset), _about(preset), _length(form)]
-    return [*cast_panel.paint(studio, cast, form.preset), *loras, *values, quality, *words]
+    shown: Updates = {part: getattr(form, name) for name, part in tab.form.items()}
+    for name, visible in _scales(form.guidance).items():
+        shown[tab.form[name]] = gr.Number(value=getattr(form, name), visible=visible)
+    shown[tab.form["step_cache"]] = gr.Dropdown(value=form.step_cache or "off", info=_left_out(preset))
+    shown[tab.quality] = gr.Radio(_qualities(preset), value=_quality_of(form))
+    shown[tab.lack] = models_tab.missing(studio, form.preset)
+    shown[tab.about], shown[tab.length] = _about(preset), _length(form)
+    if form.loras:  # a LoRA that came with a document is not left behind a closed lid: what is wrong is said there
+        shown[tab.advanced] = gr.Accordion(open=True)
+    return {
+        **shown,
+        **lora_panel.paint(tab.loras, form.loras),
+        **cast_panel.paint(tab.panel, studio, cast, form.preset),
+    }
 
 
 def paint_stage(rows: Sequence[Row], paused: bool) -> str:
@@ -311,12 +331,15 @@ def paint_stage(rows: Sequence[Row], paused: bool) -> str:
 
 
 def opening(studio: Studio) -> tuple[Form, Cast]:
-    """What a page shows when it opens: the latest job again, or an example for a newcomer."""
+    """What a page shows when it opens: the latest job that this studio can still make, or an example for a newcomer."""
     latest = max(studio.queue.rows(), key=lambda row: row.created, default=None)
-    if latest is not None and latest.job is not None and presets.find(latest.job.preset):
-        job = latest.job
-        return replace(Form.of(job), fresh_seed=True), Cast(tuple(Slot.of(subject) for subject in job.subjects))
-    return first_example()
+    if latest is None or latest.job is None:
+        return first_example()
+    try:
+        form = Form.of(latest.job)
+    except StudioError:  # its preset is gone, or takes no such clip any more
+        return first_example()
+    return replace(form, fresh_seed=True), Cast(tuple(Slot.of(subject) for subject in latest.job.subjects))
 
 
 # --- handlers --------------------------------------------------------------------------------------------------------
@@ -346,11 +369,12 @@ def more_seeds(studio: Studio, row: Row) -> None:
     if row.job is None:
         return
     group = row.group or f"{clip_view.LIKE}{row.id}"
-    highest = max(
-        other.job.seed for other in studio.queue.rows() if other.job and (other.id == row.id or other.group == group)
-    )
+    highest = row.job.seed  # of a row that is older than those the queue still lists
+    for other in studio.queue.rows():
+        if other.job is not None and other.group == group:
+            highest = max(highest, other.job.seed)
     for number in range(1, clip_view.MOST):
-        studio.queue.add(row.job.model_copy(update={"seed": highest + number}), group=group)
+        studio.queue.add(row.job.model_copy(update={"seed": (highest + number) % SEEDS}), group=group)
 
 
 def act(studio: Studio, what: str, row: Row) -> Ticket | None:
@@ -393,28 +417,31 @@ def wire(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any, tabs: gr
 
 
 def _wire_form(tab: GenerateTab, studio: Studio) -> None:
-    def price(cast: Cast, *values: Any) -> list[str]:
-        form = Form(*values)
-        return [cost_line(studio, form, cast), _length(form)]
+    form, panel = tab.form, tab.panel
 
-    def take_preset(name: str, prompt: str, cast: Cast) -> list[Any]:
-        return fill(studio, Form.fresh(presets.load(name), prompt=prompt), cast)
+    def price(values: Values) -> Updates:
+        now = tab.form_of(values)
+        return {tab.cost: cost_line(studio, now, values[panel.cast]), tab.length: _length(now)}
+
+    def take_preset(name: str, prompt: str, cast: Cast) -> Updates:
+        return fill(tab, studio, Form.fresh(presets.load(name), prompt=prompt), cast)
 
     def take_quality(quality: str, name: str) -> int | None:
         preset = presets.load(name)
-        return preset.draft_steps if quality == "draft" else preset.sampling.num_inference_steps
+        if quality == "draft":
+            return preset.draft_steps
+        return preset.sampling.num_inference_steps
 
-    def take_guidance(mode: str) -> list[Any]:
-        return [gr.Number(visible=shown) for shown in _scales(mode).values()]
+    def take_guidance(mode: str) -> Updates:
+        return {form[name]: gr.Number(visible=shown) for name, shown in _scales(mode).items()}
 
-    form, panel = tab.form, tab.panel
     free = ("prompt", "seed", "fresh_seed", "negative_prompt", "until", "tries", "loras")
-    priced = [form[name] for name in FIELDS if name not in free]
+    priced = [part for name, part in form.items() if name not in free]
     gr.on(
         # Each clip since the last time has taught it something, hence also at the button.
         [*(part.change for part in priced), panel.cast.change, tab.go.click],
         price,
-        [panel.cast, *tab.values],
+        {panel.cast, *form.values()},
         [tab.cost, tab.length],
         **quiet(trigger_mode="always_last"),
     )
@@ -425,64 +452,61 @@ def _wire_form(tab: GenerateTab, studio: Studio) -> None:
 
 
 def _wire_go(tab: GenerateTab, studio: Studio) -> list[Any]:
-    places = [tab.refused[name] for name in PLACES]
-    names = len(tab.panel.fields)
-    slots = names + len(tab.loras.fields)
-
-    def pressed(editing: int, cast: Cast, *given: Any) -> list[Any]:
-        edits, rows, values = given[:names], given[names:slots], given[slots:]
-        cast, form = cast_panel.edited(cast, *edits), Form(*values)
+    def pressed(values: Values) -> Updates:
+        cast = cast_panel.edited(tab.panel, values)
         try:
-            form = replace(form, loras=lora_panel.chosen(form.loras, *rows))
-            said, seed = submit(studio, form, cast, editing)
+            form = replace(tab.form_of(values), loras=lora_panel.chosen(tab.loras, values))
+            said, seed = submit(studio, form, cast, values[tab.editing])
         except StudioError as error:
-            return [*refusals(error), gr.skip(), editing, gr.skip(), gr.skip()]
-        return [*refusals(None)[:-1], markup.note(said), str(seed), 0, *_button(0)]
+            return show_error(tab, error)
+        return {**show_error(tab, None, said), tab.form["seed"]: str(seed), **_button(tab, 0)}
 
-    def leave() -> list[Any]:
-        return [0, *_button(0)]
+    def leave() -> Updates:
+        return _button(tab, 0)
 
     def check_sanity() -> None:
         studio.queue.add(read_job(SANITY_JOB.read_text(encoding="utf-8")), group=clip_view.SANITY_GROUP)
 
-    inputs = [tab.editing, tab.panel.cast, *tab.panel.fields, *tab.loras.fields, *tab.values]
-    buttons = [tab.editing, tab.go, tab.stop_editing]
-    go = tab.go.click(pressed, inputs, [*places, tab.form["seed"], *buttons], **quiet())
-    tab.stop_editing.click(leave, None, buttons, **quiet())
+    go = tab.go.click(pressed, {tab.editing, *tab.fields}, tab.after(tab.form["seed"], *tab.buttons), **quiet())
+    tab.stop_editing.click(leave, None, tab.buttons, **quiet())
     return [go, tab.sanity.click(check_sanity, None, None, **quiet())]
 
 
-def _button(editing: int) -> list[Any]:
-    return [gr.Button(f"Update job {editing}" if editing else "Make clip"), gr.Button(visible=bool(editing))]
+def _button(tab: GenerateTab, editing: int) -> Updates:
+    """The big button for a new clip, or for the waiting row that is being edited."""
+    words = "Make clip"
+    if editing:
+        words = f"Update job {editing}"
+    return {tab.editing: editing, tab.go: gr.Button(words), tab.stop_editing: gr.Button(visible=bool(editing))}
 
 
 def _wire_stage(tab: GenerateTab, studio: Studio, ticket: gr.State) -> Any:
-    def pressed(evt: gr.EventData) -> list[Any]:
+    def pressed(evt: gr.EventData) -> Updates:
         try:
             found = act(studio, evt.act, studio.queue.get(int(evt.row)))
         except StudioError as error:
-            return [markup.refusal(error), gr.skip()]
-        return ["", found or gr.skip()]
+            return {tab.refused["go"]: markup.refusal(error)}
+        shown: Updates = {tab.refused["go"]: ""}
+        if found is not None:
+            shown[ticket] = found
+        return shown
 
     return tab.clip_view.click(pressed, None, [tab.refused["go"], ticket], **sending())
 
 
 def _wire_open(tab: GenerateTab, studio: Studio, ticket: gr.State, load: Any) -> None:
-    places = [tab.refused[name] for name in PLACES]
-    outputs = [*tab.filled, *places, tab.editing, tab.go, tab.stop_editing]
-
-    def take(found: Ticket) -> list[Any]:
+    def take(found: Ticket) -> Updates:
         try:
-            filled = fill(studio, *opened(found))
+            filled = fill(tab, studio, *opened(found))
         except StudioError as error:
-            return [*(gr.skip() for _ in tab.filled), *refusals(replace_field(error)), 0, *_button(0)]
-        return [*filled, *refusals(None)[:-1], markup.note(found.said), found.row, *_button(found.row)]
+            return {**show_error(tab, replace_field(error)), **_button(tab, 0)}
+        return {**filled, **show_error(tab, None, found.said), **_button(tab, found.row)}
 
-    def start() -> list[Any]:
+    def start() -> Updates:
         form, cast = opening(studio)
-        return [*fill(studio, form, cast), cost_line(studio, form, cast)]
+        return {**fill(tab, studio, form, cast), tab.cost: cost_line(studio, form, cast)}
 
-    ticket.change(take, ticket, outputs, **quiet())
+    ticket.change(take, ticket, tab.after(*tab.filled, *tab.buttons), **quiet())
     load(start, None, [*tab.filled, tab.cost], **quiet())
 
 

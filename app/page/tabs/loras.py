@@ -10,13 +10,13 @@ draw anew, and the focus would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from app.page.tabs.wiring import quiet
+from app.page.tabs.wiring import Updates, Values, quiet
 from engine import lora_files
 from engine.job import GenerateJob, Lora
 
@@ -37,14 +37,14 @@ class LoraPanel:
     hint: gr.HTML
 
     @property
-    def fields(self) -> list[Any]:
-        """What `chosen` takes behind the state: all files, then all weights."""
-        return [*self.files, *self.weights]
+    def fields(self) -> set[Any]:
+        """What `chosen` reads."""
+        return {self.loras, *self.files, *self.weights}
 
     @property
     def shown(self) -> list[Any]:
-        """What `paint` returns."""
-        return [*self.rows, *self.files, *self.weights, self.add, self.hint]
+        """What `paint` changes."""
+        return [self.loras, *self.rows, *self.files, *self.weights, self.add, self.hint]
 
 
 def layout() -> LoraPanel:
@@ -77,40 +77,40 @@ def layout() -> LoraPanel:
     return LoraPanel(loras, rows, files, weights, removes, add, hint)
 
 
-def paint(loras: Sequence[Lora], *, asked: bool = False) -> list[Any]:
-    """The rows for these LoRAs, in the order of `LoraPanel.shown`.
+def paint(panel: LoraPanel, loras: Sequence[Lora], *, asked: bool = False) -> Updates:
+    """The rows for these LoRAs.
 
     Args:
         asked: a person has just asked for one more; where there is none to choose, they are told why.
     """
     here = lora_files.names()
-    filled: list[Lora | None] = [*loras, *[None] * (MOST - len(loras))]
-    files = [gr.Dropdown(choices=_choices(here, lora), value=lora.path if lora else None) for lora in filled]
-    weights = [lora.weight if lora else 1.0 for lora in filled]
-    empty = (
-        "" if here or not asked else "There is none yet: put safetensors files into the folder loras of your models."
-    )
-    return [
-        *(gr.Row(visible=place < len(loras)) for place in range(MOST)),
-        *files,
-        *weights,
-        gr.Button(interactive=len(loras) < MOST),
-        f'<p class="about" role="status">{empty}</p>' if empty else "",
-    ]
+    shown: Updates = {panel.loras: tuple(loras), panel.add: gr.Button(interactive=len(loras) < MOST), panel.hint: ""}
+    if asked and not here:
+        empty = "There is none yet: put safetensors files into the folder loras of your models."
+        shown[panel.hint] = f'<p class="about" role="status">{empty}</p>'
+    for place in range(MOST):
+        path, weight = None, 1.0
+        if place < len(loras):
+            path, weight = loras[place].path, loras[place].weight
+        shown[panel.rows[place]] = gr.Row(visible=place < len(loras))
+        shown[panel.files[place]] = gr.Dropdown(choices=_choices(here, path), value=path)
+        shown[panel.weights[place]] = weight
+    return shown
 
 
-def _choices(here: Sequence[str], lora: Lora | None) -> list[tuple[str, str]]:
+def _choices(here: Sequence[str], path: str | None) -> list[tuple[str, str]]:
     """Every file that is there; one that a document brought and that is not there stays visible as such."""
-    gone = [(f"{lora_files.base_name(lora.path)} (not here)", lora.path)] if lora and lora.path not in here else []
-    return [*gone, *((name.removesuffix(lora_files.SUFFIX), name) for name in here)]
+    choices = [(name.removesuffix(lora_files.SUFFIX), name) for name in here]
+    if path is not None and path not in here:
+        choices.insert(0, (f"{lora_files.base_name(path)} (not here)", path))
+    return choices
 
 
-def chosen(loras: Sequence[Lora], *fields: Any) -> tuple[Lora, ...]:
+def chosen(panel: LoraPanel, values: Values) -> tuple[Lora, ...]:
     """What the rows say right now. A row keeps its hash while it keeps its file."""
-    files, weights = fields[:MOST], fields[MOST:]
     found = []
-    for place, before in enumerate(loras):
-        path, weight = files[place], float(weights[place] or 0)
+    for before, file, slider in zip(values[panel.loras], panel.files, panel.weights, strict=False):
+        path, weight = values[file], float(values[slider] or 0)
         if path is None or path == before.path:
             found.append(before.model_copy(update={"weight": weight}))
         else:
@@ -131,19 +131,16 @@ def added(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
 def wire(panel: LoraPanel) -> None:
     """Connect the rows."""
 
-    def one_more(loras: tuple[Lora, ...], *fields: Any) -> list[Any]:
-        more = added(chosen(loras, *fields))
-        return [more, *paint(more, asked=True)]
+    def one_more(values: Values) -> Updates:
+        return paint(panel, added(chosen(panel, values)), asked=True)
 
-    def one_less(place: int) -> Any:
-        def press(loras: tuple[Lora, ...], *fields: Any) -> list[Any]:
-            now = chosen(loras, *fields)
-            less = (*now[:place], *now[place + 1 :])
-            return [less, *paint(less)]
+    def one_less(place: int) -> Callable[[Values], Updates]:
+        def press(values: Values) -> Updates:
+            now = chosen(panel, values)
+            return paint(panel, (*now[:place], *now[place + 1 :]))
 
         return press
 
-    inputs, outputs = [panel.loras, *panel.fields], [panel.loras, *panel.shown]
-    panel.add.click(one_more, inputs, outputs, **quiet())
+    panel.add.click(one_more, panel.fields, panel.shown, **quiet())
     for place, button in enumerate(panel.removes):
-        button.click(one_less(place), inputs, outputs, **quiet())
+        button.click(one_less(place), panel.fields, panel.shown, **quiet())

@@ -8,6 +8,7 @@ Knows nothing of any tab.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,12 @@ class Ticket:
     def of(cls, job: GenerateJob, *, row: int = 0, said: str = "") -> Ticket:
         """A ticket that opens this job."""
         return cls(write_job(job), row, said)
+
+
+Values = Mapping[Any, Any]
+"""What a handler is given: the value of each of the components that it asked for, as a set."""
+Updates = dict[Any, Any]
+"""What a handler gives back: a value, or a component with other properties, for each one that changes."""
 
 
 def select(tab: str) -> gr.Tabs:
