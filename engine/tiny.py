@@ -173,7 +173,7 @@ def write_tiny(folder: Path, *, seed: int = 0) -> Path:
             "text_encoder": text_encoder(len(words)),
             "vlm": vlm(vlm_words),
         }
-        judges = Judges("tiny", 8, ["stands still"], ["left", "right"], ["beach"])
+        judges = Judges("tiny", 8, ["stands still"], ["left", "right"], ["beach"], ["fox"])
     for name, part in parts.items():
         part.save_pretrained(folder / name, safe_serialization=True)
     words.save_pretrained(folder / "tokenizer")

@@ -312,7 +312,8 @@ def measure_decode(device: torch.device, *, width: int, height: int, tiled: bool
     Args:
         smaller: of the VAE's config, for a rehearsal.
     """
-    vae = AutoencoderKLWan(**smaller).eval().to(device)
+    vae: Any = AutoencoderKLWan(**smaller).eval()
+    vae.to(device)
     scale: int = vae.config["scale_factor_spatial"]
     latents = torch.randn(1, vae.config["z_dim"], 3, height // scale, width // scale, device=device)
     began = time.perf_counter()

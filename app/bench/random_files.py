@@ -94,7 +94,8 @@ def write_random(file: Path, shapes: Shapes, dtype: str = "F32") -> int:
     told = json.dumps(header).encode()
     told += b" " * (-len(told) % 8)
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(SPREAD).to(kind)
-    raw = memoryview(pool.view(torch.uint8).numpy()).cast("B")
+    numbers: Any = pool.view(torch.uint8).numpy()
+    raw = memoryview(numbers).cast("B")
     with file.open("wb") as handle:
         handle.write(len(told).to_bytes(8, "little") + told)
         for number, told_of in enumerate(header.values()):

@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.identity.crops import WHITE, crop_subjects, to_unit
+from engine.identity.crops import CROP, WHITE, crop_subjects, to_unit
 from engine.identity.reporter import Detections
 
 SIZE = 64  # pixels; what the judges were trained at
 MOMENTS = 9  # frames of a clip that the action judge reads
-EMBEDDING = 64
+LOOKS = 64  # numbers that say who a subject is
 SEEN = 0.004  # a subject counts as there when it fills this share of a frame
 STILL, FROZEN = "stands still", "nothing moves"  # the second is said of a clip that stops where something should happen
 
@@ -129,23 +129,49 @@ class Locator(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A cut-out subject -> a unit vector; the same identity lies closer than any other of its kind."""
+    """A cut-out subject -> a unit vector that says who it is and of which kind.
 
-    def __init__(self, width: int) -> None:
+    The inner product of two such vectors is the mean of the cosine of their looks and of how far their kinds agree
+    (Bhattacharyya's coefficient, 0 to 1): a subject's colours without its shape are of no kind, and can reach half.
+
+    Columns are pooled, since subjects face either way; rows are kept, since what is on top stays there.
+
+    Args:
+        width: channels of the first layer.
+        kinds: how many there are; one more answer stands for "none of them".
+    """
+
+    def __init__(self, width: int, kinds: int) -> None:
         super().__init__()
-        w = width
+        w, rows = width, CROP // 8
         self.body = nn.Sequential(
-            _conv(3, w), _conv(w, 2 * w, 2), _conv(2 * w, 2 * w), _conv(2 * w, 4 * w, 2), _conv(4 * w, 6 * w, 2)
+            _conv(3, w),
+            _conv(w, 2 * w, 2),
+            _conv(2 * w, 2 * w),
+            _conv(2 * w, 4 * w, 2),
+            _conv(4 * w, 4 * w),
+            _conv(4 * w, 8 * w, 2),
+            _conv(8 * w, 8 * w),
         )
-        self.head = nn.Linear(12 * w, EMBEDDING)
+        self.looks = nn.Linear(2 * rows * 8 * w, LOOKS)
         # Takes out what all have in common; without it they fall together in the first updates and stay so.
-        self.centre = nn.BatchNorm1d(EMBEDDING, affine=False, momentum=0.02)
+        self.centre = nn.BatchNorm1d(LOOKS, affine=False, momentum=0.02)
+        self.kind = nn.Linear(2 * rows * 8 * w, kinds + 1)
+
+    def describe(self, cuts: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, 3, CROP, CROP) -> looks (P, LOOKS), each of length 1, and scores of kinds (P, kinds + 1)."""
+        seen = self.body(cuts * 2 - 1)
+        pooled = torch.cat([seen.mean(3), seen.amax(3)], 1).flatten(1)
+        return functional.normalize(self.centre(self.looks(pooled).float()), dim=1), self.kind(pooled).float()
+
+    def join(self, looks: Tensor, kinds: Tensor) -> Tensor:
+        """What `describe` gives -> (P, LOOKS + kinds + 1), each of length 1."""
+        roots = (kinds.log_softmax(1) / 2).exp()  # of shares; the root of a share that is 0 has no slope
+        return torch.cat([looks, roots], 1) / 2**0.5
 
     def forward(self, cuts: Tensor) -> Tensor:
-        """(P, 3, CROP, CROP) -> (P, EMBEDDING), each of length 1."""
-        seen = self.body(cuts * 2 - 1)
-        pooled = torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)
-        return functional.normalize(self.centre(self.head(pooled).float()), dim=1)
+        """(P, 3, CROP, CROP) -> (P, LOOKS + kinds + 1), each of length 1."""
+        return self.join(*self.describe(cuts))
 
 
 class ActionJudge(nn.Module):
@@ -218,8 +244,7 @@ class Judges(nn.Module):
     Args:
         name: "reward" or "test".
         width: of the networks' first layers.
-        verbs, directions, places: the names their scores stand for, in order.
-        kinds: the same of the kind judge, which has one more score for "none of them"; empty: there is no such judge.
+        verbs, directions, places, kinds: the names their scores stand for, in order.
         knots: (cosine, likeness) pairs, rising, between which likeness is interpolated; empty: it is the cosine.
         critic: whether it has one; a set gets it after there is a model whose clips it can be taught on.
     """
@@ -231,19 +256,18 @@ class Judges(nn.Module):
         verbs: list[str],
         directions: list[str],
         places: list[str],
-        kinds: Sequence[str] = (),
+        kinds: list[str],
         knots: Sequence[Sequence[float]] = (),
         critic: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.width = name, width
-        self.kinds, self.knots = list(kinds), [(float(cosine), float(likeness)) for cosine, likeness in knots]
-        self.verbs, self.directions, self.places = verbs, directions, places
+        self.verbs, self.directions, self.places, self.kinds = verbs, directions, places, kinds
+        self.knots = [(float(cosine), float(likeness)) for cosine, likeness in knots]
         self.locator = Locator(width)
-        self.embedder = Embedder(width)
+        self.embedder = Embedder(width, len(kinds))
         self.action = ActionJudge(width // 2, len(verbs), len(directions))
         self.place = PictureJudge(width // 2, len(places))
-        self.kind = PictureJudge(width // 2, len(kinds) + 1) if kinds else None
         self.critic = PictureJudge(width // 2, 1) if critic else None
 
     def likeness(self, cosine: Tensor) -> Tensor:
@@ -279,10 +303,8 @@ class Judges(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the set into a folder: config.json and model.safetensors, half precision."""
-        names = {"verbs": self.verbs, "directions": self.directions, "places": self.places}
+        names = {"verbs": self.verbs, "directions": self.directions, "places": self.places, "kinds": self.kinds}
         about: dict[str, Any] = {"name": self.name, "width": self.width, **names, "critic": self.critic is not None}
-        if self.kind is not None:
-            about["kinds"] = self.kinds
         if self.knots:
             about["knots"] = self.knots
         tensors = self.state_dict()

@@ -94,7 +94,7 @@ class Verdict:
     acted: float
     """How sure the judge is of the right verb."""
     kind: tuple[bool, ...] = ()
-    """Whether each subject that has a kind shows it, where the set has a judge of kinds."""
+    """Whether each subject that has a kind shows it; patchwork has none."""
     grain: float = math.nan
     """How uneven even background is, in levels of 255; NaN where none is seen."""
     flicker: float = math.nan
@@ -207,8 +207,8 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         if bool(shown.any()):
             cuts = crop_subjects(seen[shown], masks[shown, slot])
             copied.append(_measure_copying(cuts, subject, pictures[slot]))
-        if judges.kind is not None and subject.kind in judges.kinds:
-            kinds.append(_shows_kind(judges, cuts, subject.kind))
+        if subject.kind != world.PATCHWORK:
+            kinds.append(cuts is not None and _shows_kind(judges, cuts, subject.kind))
         candidates = torch.cat([pictures[slot], _draw_others(case.id, slot, subject)])
         found = _measure_likeness(judges, seen, finder, matches, slot, candidates)
         recognised.append(found[0] > max(found[1:]))
@@ -247,19 +247,17 @@ def _widen(masks: Tensor) -> np.ndarray:
     return functional.max_pool2d(masks.float().unsqueeze(1), 7, 1, 3)[:, 0].bool().numpy()
 
 
-def _shows_kind(judges: Judges, cuts: Tensor | None, kind: str) -> bool:
+def _shows_kind(judges: Judges, cuts: Tensor, kind: str) -> bool:
     """Whether the cut-outs of a clip, taken together, show this kind more than any other and than none of them."""
-    if cuts is None:
-        return False
-    assert judges.kind is not None
-    shares = judges.kind(cuts).softmax(1).mean(0)
+    shares = judges.embedder.describe(cuts)[1].softmax(1).mean(0)
     return int(shares.argmax()) == judges.kinds.index(kind)
 
 
 def _measure_likeness(
     judges: Judges, frames: Tensor, finder: Finder, matches: Sequence[Tensor], slot: int, candidates: Tensor
 ) -> list[float]:
-    """How much a clip shows of each candidate (P, 3, H, W) for one slot: likeness of its cut-outs, 0 where it is not.
+    """How much a clip shows of each candidate (P, 3, H, W) for one slot: the likeness that the mean cosine of its
+    cut-outs stands for, times the share of frames in which it is seen.
 
     Every candidate is looked for with its own picture, beside the other slots' subjects, so that none has the advantage
     that what is cut out was chosen by it.
@@ -275,8 +273,8 @@ def _measure_likeness(
         if not bool(there.any()):
             found.append(0.0)
             continue
-        cuts = judges.embedder(crop_subjects(frames[there], mask[there]))
-        found.append(float(judges.likeness(cuts @ vector).clamp(min=0).sum()) / len(frames))
+        cosine = (judges.embedder(crop_subjects(frames[there], mask[there])) @ vector).mean()
+        found.append(float(judges.likeness(cosine).clamp(min=0) * there.float().mean()))
     return found
 
 

@@ -1,7 +1,7 @@
 """Planted faults: drawings with one thing wrong, to see that the judges notice.
 
 In:  a set of judges and a number of scenes.
-Out: for each fault the share of pairs in which the faulty clip scores lower than the clean one.
+Out: for each fault the share of pairs in which the faulty clip is found worse than the clean one.
 Knows nothing of models: both clips are drawn.
 
     python -m train.toybox.judge_sanity test
@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -22,7 +23,7 @@ from PIL import Image
 
 from engine.identity.toybox import Judges
 from train.toybox import world
-from train.toybox.benchmark import Case, draw_case, judge, load_judges, round_trip
+from train.toybox.benchmark import Case, Verdict, draw_case, judge, load_judges, round_trip
 from train.toybox.judges import lost_shapes
 from train.toybox.recipe import ASSETS
 
@@ -90,15 +91,32 @@ def add_grain(of: Case, clean: world.Clip) -> Frames:
     return (clean.frames + noise).clip(0, 255).round().astype(np.uint8)
 
 
-FAULTS: dict[str, Callable[[Case, world.Clip], Frames]] = {
-    "swapped": swap_subjects,
-    "missing": hide_second,
-    "merged": merge_subjects,
-    "recoloured": recolour_second,
-    "frozen": freeze,
-    "flickering": flicker,
-    "shape lost": lose_shape,
-    "grain": add_grain,
+class Fault(NamedTuple):
+    """One thing that is wrong, and the figure that has to fall for it to be noticed."""
+
+    plant: Callable[[Case, world.Clip], Frames]
+    figure: Callable[[Verdict], float]
+
+
+def _score(verdict: Verdict) -> float:
+    return verdict.score
+
+
+def _drawn(verdict: Verdict) -> float:
+    """How sure the critic is that the clip was drawn: what grain changes, which leaves subjects as they are."""
+    assert verdict.drawn is not None
+    return verdict.drawn
+
+
+FAULTS: dict[str, Fault] = {
+    "swapped": Fault(swap_subjects, _score),
+    "missing": Fault(hide_second, _score),
+    "merged": Fault(merge_subjects, _score),
+    "recoloured": Fault(recolour_second, _score),
+    "frozen": Fault(freeze, _score),
+    "flickering": Fault(flicker, _score),
+    "shape lost": Fault(lose_shape, _score),
+    "grain": Fault(add_grain, _drawn),
 }
 
 
@@ -125,17 +143,17 @@ def draw_fault_case(number: int) -> Case:
 
 
 def measure_noticed_faults(judges: Judges, vae: AutoencoderKLWan, count: int) -> dict[str, float]:
-    """For each fault the share of `count` scenes in which it lowers the score; every clip has been through the VAE."""
+    """For each fault the share of `count` scenes in which it lowers its figure; every clip has been through the VAE."""
     lower: dict[str, list[bool]] = {name: [] for name in FAULTS}
     for number in range(count):
         of = draw_fault_case(number)
         clean = world.render(of.scene, num_frames=FRAMES)
-        best = judge(of, round_trip(clean.frames, vae), judges).score
-        for name, plant in FAULTS.items():
+        best = judge(of, round_trip(clean.frames, vae), judges)
+        for name, (plant, figure) in FAULTS.items():
             frames = plant(of, clean)
             if plant is not add_grain:  # the VAE takes grain away
                 frames = round_trip(frames, vae)
-            lower[name].append(judge(of, frames, judges).score < best)
+            lower[name].append(figure(judge(of, frames, judges)) < figure(best))
     return {name: float(np.mean(found)) for name, found in lower.items()}
 
 

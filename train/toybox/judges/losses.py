@@ -24,8 +24,9 @@ from train.toybox.judges.wear import blur, blur_or_light, coarsen, fray_masks
 
 MARGIN, SCALE = 0.2, 16.0  # radians and sharpness of the embedder's angular margin
 ALIKE, KINDS_AT_ONCE = 12, 4  # identities of one kind that a batch tells apart, and how many kinds it holds
-OWN, STRANGE, APART = 0.9, 0.25, 2.0  # cosines of a subject's own picture and of lost shapes, and their weight
+OWN, STRANGE, APART = 0.9, 0.25, 3.0  # cosines of a subject's own picture and of lost shapes, and their weight
 LEAST = 60  # pixels; whoever shows less of itself cannot be told from its kind
+GRAINY, GRAIN = 4, (0.03, 0.12)  # drawings with white noise in a critic's batch, and how strong it is, of 1
 NAMED = 3  # references that the locator is asked about at once
 
 
@@ -71,7 +72,10 @@ def locator_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tens
 
 
 def embedder_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tensor:
-    """Each cut-out finds its own picture among all of the batch, by an angular margin (ArcFace's, arXiv 1801.07698)."""
+    """Who each cut-out is, of which kind, and that a lost shape is nobody's.
+
+    Each finds its own picture among all of the batch by an angular margin (ArcFace's, arXiv 1801.07698).
+    """
     kinds = rng.choice(len(world.KINDS), KINDS_AT_ONCE, replace=False)
     chosen = np.concatenate([rng.choice(np.nonzero(pool.kind == kind)[0], ALIKE, replace=False) for kind in kinds])
     masks = torch.from_numpy(pool.instance_ids[pool.scene[chosen]] == pool.slot[chosen, None, None]).float()
@@ -82,37 +86,25 @@ def embedder_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Ten
     together = torch.cat([cuts, pages, _lost_cuts(pool, chosen, rng)])
     if rng.random() < 0.5:
         together = together.flip(-1)
-    asked, known, lost = judges.embedder(together).float().chunk(3)
-    ranked = (_margin_loss(asked, known) + _margin_loss(known, torch.cat([asked, lost]))) / 2
+    looks, shown = judges.embedder.describe(together)
+    asked, known, _ = looks.chunk(3)
+    ranked = (_margin_loss(asked, known) + _margin_loss(known, asked)) / 2
+    kinds_of = torch.from_numpy(pool.kind[chosen])
+    none = torch.full_like(kinds_of, len(judges.kinds))
+    lost_kinds = torch.from_numpy(pool.lost_kind[chosen])
+    lost_kinds = torch.where(lost_kinds == world.KINDS.index(world.PATCHWORK), none, lost_kinds)
+    named = functional.cross_entropy(shown, torch.cat([kinds_of, kinds_of, lost_kinds]))
+    asked, known, lost = judges.embedder.join(looks, shown).chunk(3)
     own, strange = (asked * known).sum(1), (lost * known).sum(1)
     apart = (torch.relu(OWN - own).square() + torch.relu(strange - STRANGE).square()).mean()
-    return ranked + APART * apart
+    return ranked + named + APART * apart
 
 
 def _lost_cuts(pool: Stills, chosen: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """The same subjects with their shape lost, cut out: strangers, whatever their colours."""
+    """The same subjects with their shape lost, cut out."""
     frames = blur_or_light(to_unit(torch.from_numpy(pool.lost[chosen])), rng)
     masks = torch.from_numpy(pool.lost_masks[chosen]).float()
     return crop_subjects(frames, fray_masks(masks, rng))
-
-
-def kind_loss(judges: Judges, pool: Stills, rng: np.random.Generator) -> Tensor:
-    """Which kind a cut-out shows; patchwork and whatever has lost its shape show none."""
-    assert judges.kind is not None
-    chosen = rng.integers(0, len(pool.scene), 24)
-    masks = torch.from_numpy(pool.instance_ids[pool.scene[chosen]] == pool.slot[chosen, None, None]).float()
-    seen = masks.sum((1, 2)) >= LEAST
-    chosen, masks = chosen[seen.numpy()], masks[seen]
-    cuts = crop_subjects(pool.frame(pool.scene[chosen], rng), fray_masks(masks, rng))
-    pages = coarsen(crop_subjects(to_unit(torch.from_numpy(pool.pictures[chosen]))), rng)
-    strange = _lost_cuts(pool, chosen, rng)
-    together = torch.cat([cuts, pages, strange])
-    if rng.random() < 0.5:
-        together = together.flip(-1)
-    none = len(judges.kinds)
-    kinds = torch.from_numpy(pool.kind[chosen]).clamp(max=none)  # patchwork is the last of world.KINDS
-    answers = torch.cat([kinds, kinds, torch.from_numpy(pool.lost_kind[chosen]).clamp(max=none)])
-    return functional.cross_entropy(judges.kind(together).float(), answers)
 
 
 def _margin_loss(asked: Tensor, known: Tensor) -> Tensor:
@@ -155,12 +147,15 @@ def action_loss(judges: Judges, clips: Clips, rng: np.random.Generator) -> Tenso
 
 
 def critic_loss(judges: Judges, pool: CriticFrames, rng: np.random.Generator) -> Tensor:
-    """As many of both, each blurred or lit as the other."""
+    """As many that are drawn as are not, each blurred or lit as the other; some of the latter are grainy drawings."""
     assert judges.critic is not None
-    scores = []
-    for frames in (pool.drawn, pool.generated):
-        chosen = to_unit(torch.from_numpy(frames[rng.integers(0, len(frames), 16)]))
-        scores.append(judges.critic(blur_or_light(chosen, rng)).float())
+    drawn, made = (
+        to_unit(torch.from_numpy(frames[rng.integers(0, len(frames), 16)])) for frames in (pool.drawn, pool.generated)
+    )
+    grainy = to_unit(torch.from_numpy(pool.drawn[rng.integers(0, len(pool.drawn), GRAINY)]))
+    strength = torch.from_numpy(rng.uniform(*GRAIN, (GRAINY, 1, 1, 1)).astype(np.float32))
+    made[:GRAINY] = (grainy + strength * torch.from_numpy(rng.standard_normal(grainy.shape, np.float32))).clamp(0, 1)
+    scores = [judges.critic(blur_or_light(frames, rng)).float() for frames in (drawn, made)]
     answers = torch.cat([torch.ones(16), torch.zeros(16)])
     return functional.binary_cross_entropy_with_logits(torch.cat(scores).squeeze(1), answers)
 
@@ -168,7 +163,6 @@ def critic_loss(judges: Judges, pool: CriticFrames, rng: np.random.Generator) ->
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "locator": locator_loss,
     "embedder": embedder_loss,
-    "kind": kind_loss,
     "action": action_loss,
     "place": place_loss,
     "critic": critic_loss,

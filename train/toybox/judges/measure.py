@@ -16,10 +16,11 @@ from engine.identity.crops import crop_subjects, to_unit
 from engine.identity.toybox import SEEN, Judges, locate
 from train.toybox import world
 from train.toybox.judges.losses import LEAST
-from train.toybox.judges.lost_shapes import draw_lost
+from train.toybox.judges.lost_shapes import NEAR, lose_shape
 from train.toybox.judges.pools import CriticFrames, draw_actions, draw_reference, draw_scene
 from train.toybox.judges.wear import Wear
 
+FRAMES = 9  # of a clip that likenesses are fitted on
 CANDIDATES = 16  # pictures of one kind among which a subject has to find its own
 
 
@@ -38,8 +39,7 @@ def measure(judges: Judges, vae: AutoencoderKLWan, *, scenes: int = 160, seed: i
         place = int(judges.place(frame)[0].argmax())
         found["place"] += (judges.places[place] == clip.facts.background) / scenes
     found["locator IoU"] = float(np.mean(ious))
-    if judges.kind is not None:
-        found["kind"] = measure_kinds(judges, wear, rng, scenes)
+    found["kind"] = measure_kinds(judges, wear, rng, scenes)
     found["own of 16"] = measure_own_pictures(judges, wear, rng, rounds=max(1, scenes // 4))
     found |= measure_actions(judges, wear, rng, clips=scenes)
     if judges.critic is not None:
@@ -81,57 +81,88 @@ def measure_own_pictures(judges: Judges, wear: Wear, rng: np.random.Generator, r
 @torch.no_grad()
 def measure_kinds(judges: Judges, wear: Wear, rng: np.random.Generator, scenes: int) -> float:
     """Share of subjects that have a kind and are seen whose kind is told right, masks given by the truth."""
-    assert judges.kind is not None
     right = []
     for _ in range(scenes):
         clip = world.render(draw_scene(rng, "heldout"), num_frames=1)
         frame = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
         for slot, subject in enumerate(clip.scene.subjects, start=1):
             mask = torch.from_numpy(clip.instance_ids[:1] == slot).float()
-            if subject.kind in judges.kinds and float(mask.sum()) >= LEAST:
-                shown = int(judges.kind(crop_subjects(frame, mask))[0].argmax())
+            if subject.kind != world.PATCHWORK and float(mask.sum()) >= LEAST:
+                shown = int(judges.embedder.describe(crop_subjects(frame, mask))[1].argmax())
                 right.append(shown == judges.kinds.index(subject.kind))
     return float(np.mean(right))
 
 
 @torch.no_grad()
-def draw_cosines(judges: Judges, vae: AutoencoderKLWan, split: str, scenes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Cosines of subjects with their own picture, as the report finds them: as drawn, and with their shape lost.
+def draw_cosines(
+    judges: Judges, vae: AutoencoderKLWan, split: str, scenes: int, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Cosines of subjects with their own picture in each frame of a clip of two: as drawn, and with their shape lost.
 
-    Whoever is not found at all is left out.
+    Whoever is not found in any frame is left out, and so is patchwork, which has no shape of a kind to lose.
     """
     wear, rng = Wear(vae), np.random.default_rng((77, seed))
     own, lost = [], []
     for _ in range(scenes):
-        clip = world.render(draw_scene(rng, split), num_frames=1)
-        pictures = [to_unit(torch.from_numpy(draw_reference(s, rng)[None])) for s in clip.scene.subjects]
+        scene = draw_scene(rng, split, subjects=[_draw_subject(rng, split) for _ in range(2)])
+        clip = world.render(scene, num_frames=FRAMES)
+        pictures = [to_unit(torch.from_numpy(draw_reference(s, rng)[None])) for s in scene.subjects]
         known = [judges.embedder(crop_subjects(each)) for each in pictures]
+        own += _clip_cosines(judges, wear, clip.frames, pictures, known)
         slot = int(rng.integers(len(pictures))) + 1
-        changed = draw_lost(clip.scene, slot, clip, rng).frame
-        both = wear.round_trip(to_unit(torch.from_numpy(np.stack([clip.frames[0], changed]))))
-        found = locate(judges, both, pictures).argmax(1)
-        for frame, ids, asked, into in (
-            (both[:1], found[:1], range(1, len(pictures) + 1), own),
-            (both[1:], found[1:], (slot,), lost),
-        ):
-            for number in asked:
-                mask = (ids == number).float()
-                if float(mask.mean()) >= SEEN:
-                    into.append((judges.embedder(crop_subjects(frame, mask)) @ known[number - 1].T).amax())
-    return torch.stack(own), torch.stack(lost)
+        shapes = [name for name, near in NEAR.items() if scene.subjects[slot - 1].kind not in near]
+        shape, numbers = str(rng.choice(shapes)), int(rng.integers(2**31))
+        bare = world.render(scene, num_frames=FRAMES, hide=(slot,)).frames
+        changed = [
+            lose_shape(without, clean, ids == slot, shape, numbers)[0]
+            for without, clean, ids in zip(bare, clip.frames, clip.instance_ids, strict=True)
+        ]
+        lost.append(_clip_cosines(judges, wear, np.stack(changed), pictures, known)[slot - 1])
+    return [each for each in own if len(each)], [each for each in lost if len(each)]
 
 
-def fit_likeness(judges: Judges, vae: AutoencoderKLWan, *, scenes: int = 400) -> list[tuple[float, float]]:
-    """Knots of the scale of likenesses: drawings that no judge has learnt from stand near .95, lost shapes below .4.
+def _draw_subject(rng: np.random.Generator, split: str) -> world.ToySubject:
+    """A random subject of a kind."""
+    kind = str(rng.choice([*world.CREATURES, *world.THINGS]))
+    return world.make_subject(world.subject_seed(int(rng.integers(world.IDENTITIES)), split), kind)
+
+
+def _clip_cosines(
+    judges: Judges, wear: Wear, frames: np.ndarray, pictures: list[Tensor], known: list[Tensor]
+) -> list[Tensor]:
+    """Each subject's cosines in five moments of a clip, as the report finds it; fewer where it is not seen."""
+    seen = wear.round_trip(to_unit(torch.from_numpy(frames[:: FRAMES // 4])))
+    found = locate(judges, seen, pictures).argmax(1)
+    cosines = []
+    for slot, own in enumerate(known, start=1):
+        masks = (found == slot).float()
+        there = masks.mean((1, 2)) >= SEEN
+        if bool(there.any()):
+            cosines.append((judges.embedder(crop_subjects(seen[there], masks[there])) @ own.T).amax(1))
+        else:
+            cosines.append(seen.new_zeros(0))
+    return cosines
+
+
+def fit_likeness(judges: Judges, vae: AutoencoderKLWan, *, scenes: int = 300) -> list[tuple[float, float]]:
+    """Knots of the scale of likenesses: clips of what no judge has learnt from stand near .95 where they are drawn, and
+    below .4 where they have lost their shape.
+
+    Between the two the scale is steep: it turns about the mean cosine that as many drawn clips fall short of as lost
+    shapes exceed.
 
     Returns:
         (cosine, likeness) pairs, strictly rising.
     """
-    own, lost = draw_cosines(judges, vae, "train", scenes, seed=1)
-    wanted = [(lost, 0.5, 0.2), (lost, 0.97, 0.37), (own, 0.05, 0.84), (own, 0.5, 0.95)]
+    own, lost = (
+        torch.stack([each.mean() for each in some]) for some in draw_cosines(judges, vae, "train", scenes, seed=1)
+    )
+    steps = torch.linspace(0, 1, 1001)
+    short = (own.unsqueeze(1) < steps).float().mean(0) - (lost.unsqueeze(1) > steps).float().mean(0)
+    turn = float(steps[short.abs().argmin()])
+    wanted = [(float(lost.median()), 0.2), (turn - 0.01, 0.39), (turn + 0.01, 0.86), (float(own.median()), 0.95)]
     knots: list[tuple[float, float]] = []
-    for values, share, likeness in wanted:
-        cosine = float(values.quantile(share))
+    for cosine, likeness in wanted:
         if knots:
             cosine = max(cosine, knots[-1][0] + 0.01)
         knots.append((min(cosine, 0.999 - 0.01 * (len(wanted) - len(knots))), likeness))

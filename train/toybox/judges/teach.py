@@ -40,15 +40,15 @@ from train.toybox.recipe import ASSETS, STATE
 JUDGES = ASSETS.parent / "judges"
 WIDTHS = {"reward": 16, "test": 20}
 STILLS, CLIPS = 6000, 5000  # drawn for each set
-STEPS = {"embedder": 3000, "kind": 2000, "place": 3000, "action": 3000, "locator": 2000, "critic": 4000}
+STEPS = {"embedder": 10_000, "place": 3000, "action": 3000, "locator": 2000, "critic": 4000}
 GENERATED = 120  # clips the critic of each set learns from
 
 
 def new_judges(name: str) -> Judges:
     """A set that has learnt nothing yet."""
     torch.manual_seed(100 + list(WIDTHS).index(name))
-    verbs, kinds = [*world.VERBS, FROZEN], [*world.CREATURES, *world.THINGS]
-    return Judges(name, WIDTHS[name], verbs, DIRECTIONS, list(world.BACKGROUNDS), kinds=kinds, critic=True)
+    verbs = [*world.VERBS, FROZEN]
+    return Judges(name, WIDTHS[name], verbs, DIRECTIONS, list(world.BACKGROUNDS), kinds=list(world.KINDS), critic=True)
 
 
 @cache
@@ -76,14 +76,12 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
     judges = new_judges(name)
     module = judges.get_submodule(part).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.02)
-    ema = checkpoint.Ema(module, 0.998)
+    averaged = checkpoint.average_of(module, 0.998)
     step = 0
     if (saved := checkpoint.load(folder)) is not None:
         step, groups, _ = saved
-        module.load_state_dict(groups["model"], strict=False)
-        for held, kept_before in module.named_buffers():
-            kept_before.copy_(groups["ema"].pop(held))
-        ema.restore(groups["ema"], step)
+        checkpoint.load_weights(module, {**groups["ema"], **groups["model"]})  # buffers are kept with the averages
+        checkpoint.restore_average(averaged, groups["ema"], step)
         checkpoint.restore_optimizer(optimizer, groups["optimizer"])
     if step >= total:
         return True
@@ -98,11 +96,11 @@ def teach(name: str, part: str, state: Path, seconds: float) -> bool:
         with fast_training():
             loss = loss_of(judges, pool, rng)
         descend(loss, module.parameters(), optimizer)
-        ema.update(module)
+        averaged.update_parameters(module)
         return {"loss": loss.item()}
 
     def keep(step: int) -> None:
-        groups = {"model": dict(module.named_parameters()), "ema": {**dict(module.named_buffers()), **ema.tensors}}
+        groups = {"model": dict(module.named_parameters()), "ema": averaged.module.state_dict()}
         checkpoint.save(folder, step, {**groups, "optimizer": checkpoint.optimizer_tensors(optimizer)})
 
     return run_updates(f"{name} {part}", folder, update, keep, start=step, total=total, seconds=seconds)
@@ -113,13 +111,12 @@ def export(name: str, state: Path) -> Judges:
     judges = new_judges(name)
     shipped = Judges.load(JUDGES / name) if (JUDGES / name / "config.json").is_file() else None
     if shipped is not None:
-        judges.load_state_dict(shipped.state_dict(), strict=False)
+        checkpoint.load_weights(judges, shipped.state_dict(), may_lack=lambda name: name.startswith("critic."))
     taught = {part: saved for part in STEPS if (saved := checkpoint.load(state / name / part)) is not None}
     for part, (_, groups, _) in taught.items():
-        judges.get_submodule(part).load_state_dict(groups["ema"], strict=False)
-    for optional in ("critic", "kind"):
-        if optional not in taught and (shipped is None or getattr(shipped, optional) is None):
-            setattr(judges, optional, None)
+        checkpoint.load_weights(judges.get_submodule(part), groups["ema"])
+    if "critic" not in taught and (shipped is None or shipped.critic is None):
+        judges.critic = None
     if shipped is not None:
         judges.knots = shipped.knots
     if "embedder" in taught:
