@@ -17,14 +17,15 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from app.queue import Queue
 from app.worker import GRACE_S
 from engine.hardware.options import restrict_to_device
 from engine.messages import Failed, StudioError
 from engine.paths import ROOT
-from engine.platform_calls import NO_WINDOW, try_lock
+from engine.platform_calls import NO_WINDOW
 
 STEADY_S = 60.0  # a child that lived this long and then died was no fault of its start
 LOG_BYTES = 2**20
@@ -53,7 +54,7 @@ class WorkerKeeper:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._lock: IO[bytes] | None = None
+        self._lock: FileLock | None = None
 
     def start(self) -> None:
         """Start the workers. Rows that an earlier studio left running become interrupted.
@@ -64,7 +65,7 @@ class WorkerKeeper:
         if self._threads:
             return
         self._queue = Queue(self._queue_file)
-        self._lock = _lock_or_raise(self._queue_file)
+        self._lock = lock_queue(self._queue_file)
         self._queue.interrupt(
             error=Failed(
                 "The studio was closed in the middle of this clip.", "A clip is made in one go.", "Run it again."
@@ -83,7 +84,7 @@ class WorkerKeeper:
             thread.join()
         self._threads = []
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     @property
@@ -175,23 +176,24 @@ def _explain_exit_code(code: int) -> str:
     return f"It ended with code {code}; logs/worker.log has its last words."
 
 
-def _lock_or_raise(queue_file: Path) -> IO[bytes]:
-    """The lock file that keeps a second studio away from this queue, open and locked."""
+def lock_queue(queue_file: Path) -> FileLock:
+    """What keeps a second studio away from this queue; it ends with this process, however that ends."""
     path = queue_file.with_suffix(".lock")
+    lock = FileLock(path, thread_local=False)  # the thread that stops a keeper need not be the one that started it
     try:
-        lock = try_lock(path)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StudioError(
+            f"Another studio is already at work in {path.parent}.",
+            "Two workers would make each other slow, and one card may not hold both.",
+            "Use the one that is open, close it first, or give this one another folder with --outputs.",
+        ) from None
     except OSError as error:
         raise StudioError(
             f"The studio cannot work in {path.parent}.",
             f"It cannot write there ({error.strerror}).",
             "Choose another folder with --outputs.",
         ) from error
-    if lock is None:
-        raise StudioError(
-            f"Another studio is already at work in {path.parent}.",
-            "Two workers would make each other slow, and one card may not hold both.",
-            "Use the one that is open, close it first, or give this one another folder with --outputs.",
-        )
     return lock
 
 

@@ -1,8 +1,7 @@
 """The one place for calls that differ between systems.
 
-In:  paths, and a pipe.
-Out: a lock that ends with its process, whatever ends the process; a wait for the pipe's end; freed memory given back;
-     what the processor can do.
+In:  a pipe.
+Out: a wait for the pipe's end; freed memory given back; what the processor can do.
 Knows nothing of queues, workers, pages or models.
 """
 
@@ -16,31 +15,6 @@ from typing import IO
 
 # For subprocess's `creationflags`: no console window may pop up beside the page. Elsewhere there is no such flag.
 NO_WINDOW = 0x08000000 if sys.platform == "win32" else 0
-
-
-def try_lock(path: Path) -> IO[bytes] | None:
-    """Lock a file for this process alone, or return None when another process holds it.
-
-    The lock ends when the returned file is closed, or when the process ends in any way, kill -9 and power cuts
-    included: unlike a file with a process number in it, it cannot be left behind.
-
-    Raises:
-        OSError: the file cannot be made.
-    """
-    handle = path.open("a+b")
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # somebody else has it; both systems say so with one of several error numbers
-        handle.close()
-        return None
-    return handle
 
 
 def give_memory_back() -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from engine import paths
 from engine.document import Document, explain_validation_error
+from engine.hub.cache import Hub
 from engine.job import Sampling, rename_sampling_words
 from engine.messages import StudioError
 
@@ -263,9 +264,6 @@ class Preset(Document):
 
 def _cache_path(files: HubFiles) -> Path:
     """Where such files lie in the Hub's cache, or would lie."""
-
-    from engine.hub.cache import Hub
-
     return Hub().place(files.repo, files.path, files.revision)
 
 

@@ -317,8 +317,16 @@ class Judges(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Judges:
-        """Read a set, in fp32, for judging."""
-        judges = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        """Read a set, in fp32, for judging.
+
+        Raises:
+            ValueError: its config is of another kind of set.
+        """
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            judges = cls(**about)
+        except TypeError as error:
+            raise ValueError(f"config.json is not of these judges: {error}") from error
         judges.load_state_dict(load_file(folder / "model.safetensors"))
         return judges.eval().requires_grad_(False)
 

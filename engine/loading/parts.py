@@ -8,6 +8,7 @@ and ONNX for the two face networks, which OpenCV reads.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from engine.loading import attention_kernels, context_parallel, offload
 from engine.loading.build import build_encoder, build_transformer
 from engine.loading.quantize import Precision
 from engine.messages import StudioError
+from engine.paths import ROOT
 
 Part = Literal[
     "transformer", "vae", "text_encoder", "tokenizer", "vlm", "vlm_tokenizer",
@@ -128,8 +130,8 @@ def load_part(
     except StudioError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, cv2.error) as error:
-        if which_memory(error):
-            raise  # the files are whole; whoever planned this clip plans anew
+        if which_memory(error) or _is_own_mistake(error):
+            raise  # the files are whole: whoever planned this clip plans anew, and a fault of ours is told as one
         reason = str(error).strip().splitlines()
         raise _damaged(part, place, reason[0][:200] if reason else type(error).__name__) from error
     if not isinstance(model, nn.Module):
@@ -139,6 +141,14 @@ def load_part(
         attention_kernels.set_up(cast(ModelMixin, model), machine_options(), where, visiting=keep is not None)
         context_parallel.split_tokens(cast(ModelMixin, model), where)
     return model
+
+
+def _is_own_mistake(error: Exception) -> bool:
+    """Whether a lookup or a call failed in our own code; a library's fails over what it reads from a damaged file."""
+    if not isinstance(error, KeyError | TypeError):
+        return False
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(innermost.filename).is_relative_to(ROOT / "engine")
 
 
 def _check(part: Part, place: Path, where: torch.device, precision: Precision | None) -> None:

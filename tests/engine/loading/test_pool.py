@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +17,12 @@ from engine import tiny
 from engine.hardware.plan import SLACK, Plan, make_plan
 from engine.hardware.probe import GB, Hardware
 from engine.job import make_job
-from engine.loading import offload
+from engine.loading import offload, parts
 from engine.loading import pool as pool_module
 from engine.loading.parts import load_part
 from engine.loading.pool import VISITING, ModelPool
 from engine.loading.quantize import num_bytes
+from engine.messages import StudioError
 from engine.models.vae import picture_latents
 from engine.paths import ROOT
 from engine.pipelines import encode
@@ -169,3 +172,18 @@ def test_where_device_and_memory_are_one_what_is_held_on_either_counts_as_free(
     pool = ModelPool(torch.device("mps"))
     monkeypatch.setattr(pool, "_held", lambda kind: {"transformer": {"mps": 4 * GB, "cpu": GB}.get(kind, 0)})
     assert pool.hardware().ram == pool.hardware().vram == 13 * GB
+
+
+def test_a_mistake_of_ours_is_not_called_a_damaged_file(
+    preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is told to fetch 15 GB again, because a call in our code is wrong, has been lied to."""
+    broken = tmp_path / "vae"
+    shutil.copytree(preset.place("vae"), broken)
+    config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
+    (broken / "config.json").write_text(json.dumps({**config, "dim_mult": 3}), encoding="utf-8")
+    with pytest.raises(StudioError, match="cannot be loaded"):  # a TypeError inside diffusers
+        parts.load_part("vae", broken, CPU)
+    monkeypatch.setitem(parts._LOADERS, "vae", lambda place: None)
+    with pytest.raises(TypeError):
+        parts.load_part("vae", preset.place("vae"), CPU)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from app.keeper import WorkerKeeper
+from app.keeper import WorkerKeeper, lock_queue
 from app.queue import Queue, Row
 from app.worker import LOOK_S
 from engine import platform_calls
@@ -22,7 +22,6 @@ from engine.job import GenerateJob, make_job, read_job
 from engine.media import video
 from engine.messages import StudioError
 from engine.paths import ROOT
-from engine.platform_calls import try_lock
 
 T = TypeVar("T")
 SMALL = "tests.support.small_engine:run"
@@ -152,18 +151,17 @@ def test_one_studio_per_folder_and_stopping_it_keeps_the_line(house: House) -> N
 def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
     script = (
-        "import sys, time; from pathlib import Path; from engine.platform_calls import try_lock; "
-        "kept = try_lock(Path(sys.argv[1])); print('mine', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from app.keeper import lock_queue; "
+        "kept = lock_queue(Path(sys.argv[1])); print('mine', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        assert try_lock(path) is None
+        with pytest.raises(StudioError, match="Another studio"):
+            lock_queue(path)
         holder.kill()
-    handle = try_lock(path)
-    assert handle is not None
-    handle.close()
+    lock_queue(path).release()
 
 
 STUDIO = """
