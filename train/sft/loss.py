@@ -51,27 +51,22 @@ def noise_levels(
     return shifted(torch.sigmoid(drawn), shift)
 
 
-def surroundings(instance_ids: Tensor, patch: int, rng: np.random.Generator) -> Tensor:
+def surroundings(instance_ids: Tensor, count: int, patch: int, generator: torch.Generator) -> Tensor:
     """Where a clip is to be made anew: one subject's patches over all frames, a patch wider on every side.
 
     Args:
-        instance_ids: (B, F, h, w), slots.
+        instance_ids: (B, F, h, w), slots from 1 to `count`, 0 for the background.
 
     Returns:
-        (B, F, h / patch, w / patch), True inside.
+        (B, F, h / patch, w / patch), True inside; around a random subject of each clip, everywhere where it shows none.
     """
-    slots = [_draw_slot(clip, rng) for clip in instance_ids.cpu().numpy()]
-    held = (instance_ids == torch.tensor(slots, device=instance_ids.device).view(-1, 1, 1, 1)).float()
+    slots = torch.arange(1, count + 1, device=instance_ids.device)
+    present = (instance_ids.unsqueeze(1) == slots.view(1, -1, 1, 1, 1)).flatten(2).any(2)  # (B, count)
+    lots = torch.rand(present.shape, generator=generator, device=instance_ids.device).masked_fill(~present, -1)
+    drawn = torch.where(present.any(1), lots.argmax(1) + 1, 0)
+    held = (instance_ids == drawn.view(-1, 1, 1, 1)).float()
     coarse = nn.functional.max_pool2d(held, patch)
     return nn.functional.max_pool2d(coarse, 3, stride=1, padding=1) > 0
-
-
-def _draw_slot(clip: np.ndarray, rng: np.random.Generator) -> int:
-    """One of the slots that a clip shows, at random; 0 where it shows no subject."""
-    slots = np.unique(clip[clip > 0])
-    if len(slots) == 0:
-        return 0
-    return int(rng.choice(slots))
 
 
 class AuxiliaryLoss(Protocol):
@@ -161,7 +156,7 @@ class TrainingStep(nn.Module):
         weight = 1 + config.losses.subject_weight * (instance_ids > 0).float().unsqueeze(1)
         timestep = t * 1000
         if moving and rng.random() < config.data.known_region:
-            made = surroundings(instance_ids, self._patch, rng)
+            made = surroundings(instance_ids, batch.references.shape[1], self._patch, generator)
             timestep = (timestep.view(-1, 1, 1, 1) * made).flatten(1)
             wide = made.float().repeat_interleave(self._patch, -1).repeat_interleave(self._patch, -2).unsqueeze(1)
             noisy = torch.where(wide > 0, noisy, clean)
