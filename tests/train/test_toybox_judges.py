@@ -361,14 +361,14 @@ def test_every_candidate_is_looked_for_in_the_same_way(shipped: Judges) -> None:
     candidates = torch.cat([pictures[1], benchmark._draw_others(case.id, 1, case.scene.subjects[1])[:4]])
     finder = Finder(shipped, frames)
     matches = [finder.match(own) for own in pictures]
-    found = benchmark._measure_likeness(shipped, frames, finder, matches, 1, candidates)
+    found = benchmark._measure_looks(shipped, frames, finder, matches, 1, candidates)
     assert found[0] == max(found) > 0.5
     elsewhere = [matches[0], finder.match(candidates[3:4])]
-    turned = benchmark._measure_likeness(shipped, frames, finder, elsewhere, 1, candidates.flip(0))
+    turned = benchmark._measure_looks(shipped, frames, finder, elsewhere, 1, candidates.flip(0))
     assert turned[::-1] == pytest.approx(found, abs=1e-5)
     white = Finder(shipped, torch.ones_like(frames))
     matches = [white.match(own) for own in pictures]
-    assert benchmark._measure_likeness(shipped, torch.ones_like(frames), white, matches, 1, candidates) == [0.0] * 5
+    assert benchmark._measure_looks(shipped, torch.ones_like(frames), white, matches, 1, candidates) == [0.0] * 5
 
 
 def test_withheld_references_leave_words_alone_and_swapped_ones_keep_them() -> None:

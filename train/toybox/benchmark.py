@@ -210,9 +210,12 @@ def judge(case: Case, frames: np.ndarray, judges: Judges) -> Verdict:
         if subject.kind != world.PATCHWORK:
             kinds.append(cuts is not None and _shows_kind(judges, cuts, subject.kind))
         candidates = torch.cat([pictures[slot], _draw_others(case.id, slot, subject)])
-        found = _measure_likeness(judges, seen, finder, matches, slot, candidates)
-        recognised.append(found[0] > max(found[1:]))
-        likeness.append(found[0])
+        looks = _measure_looks(judges, seen, finder, matches, slot, candidates)
+        recognised.append(looks[0] > max(looks[1:]))
+        likeness.append(0.0)
+        if cuts is not None:
+            cosine = (judges.embedder(cuts) @ judges.embedder(crop_subjects(pictures[slot])).T).mean()
+            likeness[-1] = float(judges.likeness(cosine).clamp(min=0) * shown.float().mean())
     presence = there.float().mean(0).tolist()
     action = scene.actions[0]
     acted, verb, direction = _judge_action(judges, seen, masks, action)
@@ -253,11 +256,11 @@ def _shows_kind(judges: Judges, cuts: Tensor, kind: str) -> bool:
     return int(shares.argmax()) == judges.kinds.index(kind)
 
 
-def _measure_likeness(
+def _measure_looks(
     judges: Judges, frames: Tensor, finder: Finder, matches: Sequence[Tensor], slot: int, candidates: Tensor
 ) -> list[float]:
-    """How much a clip shows of each candidate (P, 3, H, W) for one slot: the likeness that the mean cosine of its
-    cut-outs stands for, times the share of frames in which it is seen.
+    """How much a clip looks like each candidate (P, 3, H, W) for one slot: mean cosine over all frames, 0 where it is
+    not seen. Looks alone: the candidates are all of one kind, so what kind it is tells nothing of them apart.
 
     Every candidate is looked for with its own picture, beside the other slots' subjects, so that none has the advantage
     that what is cut out was chosen by it.
@@ -265,7 +268,8 @@ def _measure_likeness(
     Args:
         matches: what `finder` gave for each slot's own pictures.
     """
-    known, found = judges.embedder(crop_subjects(candidates)), []
+    known, _ = judges.embedder.describe(crop_subjects(candidates))
+    found: list[float] = []
     for candidate, vector in zip(candidates, known, strict=True):
         instead = [*matches[:slot], finder.match(candidate[None]), *matches[slot + 1 :]]
         mask = (finder.shares(instead).argmax(1) == slot + 1).float()  # (F, H, W)
@@ -273,8 +277,8 @@ def _measure_likeness(
         if not bool(there.any()):
             found.append(0.0)
             continue
-        cosine = (judges.embedder(crop_subjects(frames[there], mask[there])) @ vector).mean()
-        found.append(float(judges.likeness(cosine).clamp(min=0) * there.float().mean()))
+        looks, _ = judges.embedder.describe(crop_subjects(frames[there], mask[there]))
+        found.append(float((looks @ vector).clamp(min=0).sum()) / len(frames))
     return found
 
 

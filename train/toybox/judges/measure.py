@@ -67,13 +67,14 @@ def measure_own_pictures(judges: Judges, wear: Wear, rng: np.random.Generator, r
         seeds = [world.subject_seed(int(i), "heldout") for i in rng.integers(0, world.IDENTITIES, CANDIDATES)]
         subjects = [world.make_subject(seed, kind) for seed in seeds]
         pictures = to_unit(torch.from_numpy(np.stack([draw_reference(subject, rng) for subject in subjects])))
-        known = judges.embedder(crop_subjects(pictures))
+        known, _ = judges.embedder.describe(crop_subjects(pictures))
         for number in range(0, CANDIDATES, 4):
             pair = (subjects[number], subjects[number + 1])
             clip = world.render(draw_scene(rng, "heldout", subjects=pair), num_frames=1)
             masks = torch.from_numpy(np.stack([clip.instance_ids[0] == slot for slot in (1, 2)])).float()
             frame = wear.round_trip(to_unit(torch.from_numpy(clip.frames)))
-            likest = (judges.embedder(crop_subjects(frame.expand(2, -1, -1, -1), masks)) @ known.T).argmax(1)
+            looks, _ = judges.embedder.describe(crop_subjects(frame.expand(2, -1, -1, -1), masks))
+            likest = (looks @ known.T).argmax(1)
             right += [int(likest[slot]) == number + slot for slot in range(2) if float(masks[slot].sum()) >= LEAST]
     return float(np.mean(right))
 
