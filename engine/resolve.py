@@ -70,13 +70,15 @@ class ResolvedJob:
     """In the document's order, once `engine.media.pictures.prepare_subjects` has made them."""
 
     def changed(self, **values: Any) -> ResolvedJob:
-        """The same with other values in its document, checked again; what was prepared stays.
+        """The same with other values in its document, checked again; prepared subjects stay unless they are changed.
 
         Raises:
             StudioError: see `resolve`.
         """
-        document = self.document.model_copy(update=values)
-        return replace(resolve(document, self.preset), subjects=self.subjects)
+        changed = resolve(self.document.model_copy(update=values), self.preset)
+        if "subjects" in values:
+            return changed
+        return replace(changed, subjects=self.subjects)
 
 
 def resolve(job: GenerateJob, preset: Preset | None = None) -> ResolvedJob:

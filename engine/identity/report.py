@@ -28,7 +28,7 @@ class SubjectReport:
     judge: str
     """Who found the figures."""
     own: tuple[float | None, ...]
-    """Likeness to its own pictures, cosine, -1 to 1."""
+    """Likeness to its own pictures, -1 to 1: a cosine, or what its judge's scale makes of it."""
     other: tuple[float | None, ...]
     """Likeness to whichever other subject's pictures it resembles most; None when it is alone."""
 
