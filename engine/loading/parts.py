@@ -144,11 +144,14 @@ def load_part(
 
 
 def _is_own_mistake(error: Exception) -> bool:
-    """Whether a lookup or a call failed in our own code; a library's fails over what it reads from a damaged file."""
+    """Whether a lookup or a call failed in our own code alone.
+
+    One that passed through a library fails over what that read: a damaged file, or a config that our class cannot take.
+    """
     if not isinstance(error, KeyError | TypeError):
         return False
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(innermost.filename).is_relative_to(ROOT / "engine")
+    frames = traceback.extract_tb(error.__traceback__)
+    return all(Path(frame.filename).is_relative_to(ROOT / "engine") for frame in frames)
 
 
 def _check(part: Part, place: Path, where: torch.device, precision: Precision | None) -> None:

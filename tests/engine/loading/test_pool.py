@@ -187,3 +187,20 @@ def test_a_mistake_of_ours_is_not_called_a_damaged_file(
     monkeypatch.setitem(parts._LOADERS, "vae", lambda place: None)
     with pytest.raises(TypeError):
         parts.load_part("vae", preset.place("vae"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [("config.json", {"identity_layers": "two"}), ("diffusion_pytorch_model.safetensors.index.json", {"metadata": {}})],
+)
+def test_a_config_that_our_class_cannot_take_and_an_index_without_a_map_are_damaged_files(
+    preset: Preset, tmp_path: Path, name: str, damaged: dict[str, Any]
+) -> None:
+    broken = tmp_path / "transformer"
+    shutil.copytree(preset.place("transformer"), broken)
+    held: dict[str, Any] = {}
+    if (broken / name).is_file():
+        held = json.loads((broken / name).read_text(encoding="utf-8"))
+    (broken / name).write_text(json.dumps({**held, **damaged}), encoding="utf-8")
+    with pytest.raises(StudioError, match="cannot be loaded"):
+        parts.load_part("transformer", broken, CPU)

@@ -12,9 +12,12 @@ from PIL import Image
 from app import estimate
 from app.library.subjects import Subjects
 from app.page import clip_view, markup
+from app.page.context import Studio, first_example
 from app.page.generate_form import Cast, Form, Slot, free_name, renamed
+from app.page.tabs import generate
 from app.page.tabs import queue as queue_tab
 from app.queue import Queue, Row
+from app.settings import Settings
 from engine import presets
 from engine.job import GenerateJob, Picture
 from engine.messages import Progress, Saved, StudioError
@@ -255,3 +258,35 @@ def test_stage_and_queue_name_the_model_of_a_job(job: GenerateJob, tmp_path: Pat
     queue = Queue(tmp_path / "queue.db")
     queue.add(job)
     assert "Toybox" in clip_view.render(queue.rows()) and "Toybox" in queue_tab.render_rows(queue.rows())
+
+
+# --- rows that are older than their preset ---------------------------------------------------------------------------
+
+
+def outgrown(job: GenerateJob) -> GenerateJob:
+    """A job that its preset took once and takes no more."""
+    return job.model_copy(update={"num_frames": presets.load("toybox").max_frames + 4})
+
+
+def test_a_clip_that_its_preset_takes_no_more_teaches_no_costs(job: GenerateJob, tmp_path: Path) -> None:
+    old = replace(row_of(outgrown(job), tmp_path), state="done", started=100.0, finished=900.0)
+    found = estimate.estimate(resolve(job), [old], tmp_path)
+    assert found == estimate.estimate(resolve(job), [], tmp_path) and not found.learnt
+
+
+def test_a_page_opens_on_the_example_where_the_latest_job_fits_its_preset_no_more(
+    job: GenerateJob, tmp_path: Path
+) -> None:
+    studio = Studio.of(Settings(outputs=tmp_path))
+    studio.queue.add(job)
+    assert generate.opening(studio)[0].prompt == job.prompt
+    studio.queue.add(outgrown(job))
+    assert generate.opening(studio) == first_example()
+
+
+def test_more_seeds_of_a_row_follow_the_highest_of_its_group(job: GenerateJob, tmp_path: Path) -> None:
+    studio = Studio.of(Settings(outputs=tmp_path))
+    first = studio.queue.get(studio.queue.add(job, group="g"))
+    studio.queue.add(job.model_copy(update={"seed": 20}), group="g")
+    generate.more_seeds(studio, replace(first, id=10_000))  # not among the rows that the queue lists
+    assert {row.job.seed for row in studio.queue.rows() if row.job} == {7, 20, 21, 22, 23}
